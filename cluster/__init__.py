@@ -1,0 +1,1 @@
+"""Where and when: Ray, stages, workers, checkpoints, the command line."""

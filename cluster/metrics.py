@@ -1,0 +1,140 @@
+"""What a run writes down as it goes: a line for every step, a file for every evaluation.
+
+    runs/NAME/steps/align.jsonl              StepRecord
+    runs/NAME/evaluations/align-before.json  Evaluation
+
+After a kill the steps since the last checkpoint are trained again and their lines written again; readers keep the last.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+from typing import Literal
+
+from pydantic import TypeAdapter
+
+from cluster.journal import write_atomically
+from mllm.evaluate import Answer, ProbeScore, SourceScore
+from pipelines.types import spec
+
+
+@spec
+class SourceLoss:
+    """Training result of one source within a step: mean loss a learned token, share predicted right, learned tokens."""
+
+    source: str
+    loss: float
+    accuracy: float
+    tokens: int
+
+
+@spec
+class PackRecord:
+    """Which pack was trained: its window and number, and the CRC of its content."""
+
+    window: int
+    pack: int
+    digest: int
+
+
+@spec
+class StepRecord:
+    """One optimiser step, over all ranks. Times are seconds of the slowest rank; `time` is seconds since 1970.
+
+    `tokens` counts all positions, `learned` those with loss; `fill` is tokens by what the packs could hold; `imbalance` is the
+    greatest rank's tokens by the mean; `dropped` names rows and reasons as `Rejected.label` does.
+    """
+
+    step: int
+    progress: float
+    loss: float
+    grad_norm: float
+    lr: float
+    tokens: int
+    learned: int
+    images: int
+    rows: int
+    fill: float
+    imbalance: float
+    seconds: float
+    data_wait: float
+    world: int
+    time: float
+    sources: tuple[SourceLoss, ...]
+    packs: tuple[PackRecord, ...]
+    dropped: tuple[str, ...] = ()
+    reasons: dict[str, int] = {}
+
+
+@spec
+class Evaluation:
+    """Held-out results at one border of the curriculum. `probe` and `answers` may be empty."""
+
+    stage: str
+    when: Literal["before", "after"]
+    scores: tuple[SourceScore, ...]
+    probe: tuple[ProbeScore, ...] = ()
+    answers: tuple[Answer, ...] = ()
+
+
+@cache
+def _step_adapter() -> TypeAdapter[StepRecord]:
+    return TypeAdapter(StepRecord)
+
+
+@cache
+def _evaluation_adapter() -> TypeAdapter[Evaluation]:
+    return TypeAdapter(Evaluation)
+
+
+class RunFolder:
+    """The files of a run, by name. `root` is the folder `runs/NAME`."""
+
+    def __init__(self, root: Path | str) -> None:
+        self.root = Path(root)
+
+    @property
+    def recipe(self) -> Path:
+        return self.root / "recipe.json"
+
+    @property
+    def report(self) -> Path:
+        return self.root / "report.html"
+
+    @property
+    def export(self) -> Path:
+        return self.root / "export"
+
+    @property
+    def logs(self) -> Path:
+        return self.root / "logs"
+
+    def checkpoints(self, stage: str) -> Path:
+        return self.root / "checkpoints" / stage
+
+    def write_step(self, stage: str, record: StepRecord) -> None:
+        file = self.root / "steps" / f"{stage}.jsonl"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with file.open("ab") as out:
+            out.write(_step_adapter().dump_json(record) + b"\n")
+
+    def steps(self, stage: str) -> list[StepRecord]:
+        """Steps of a stage, each once, in order. A line that a kill cut short is passed over."""
+        file = self.root / "steps" / f"{stage}.jsonl"
+        if not file.is_file():
+            return []
+        records: dict[int, StepRecord] = {}
+        for line in file.read_bytes().splitlines():
+            if line.endswith(b"}"):
+                record = _step_adapter().validate_json(line)
+                records[record.step] = record
+        return [records[step] for step in sorted(records)]
+
+    def write_evaluation(self, evaluation: Evaluation) -> None:
+        file = self.root / "evaluations" / f"{evaluation.stage}-{evaluation.when}.json"
+        write_atomically(file, _evaluation_adapter().dump_json(evaluation, indent=1))
+
+    def evaluation(self, stage: str, when: Literal["before", "after"]) -> Evaluation | None:
+        file = self.root / "evaluations" / f"{stage}-{when}.json"
+        return _evaluation_adapter().validate_json(file.read_bytes()) if file.is_file() else None

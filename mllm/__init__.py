@@ -1,0 +1,1 @@
+"""What is learned: model parts, objectives, tuning, recipes. Knows nothing of Ray."""

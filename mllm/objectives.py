@@ -1,0 +1,42 @@
+"""Objectives: `objective(model, batch) -> LossOutput`, a sum and a weight. Only the engine divides, by the global weight."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from mllm.vlm import VisionLanguageModel
+from ops.losses import linear_cross_entropy
+from pipelines.types import NOT_LEARNED, Batch, spec
+
+
+@dataclass(slots=True)
+class LossOutput:
+    """`sum` () float32, with gradient; `weight` () float32, what to divide by, summed over all packs of a step.
+
+    `documents` float32 (S, 3), detached: each document's loss sum, learned tokens and correctly predicted tokens.
+    """
+
+    sum: Tensor
+    weight: Tensor
+    documents: Tensor
+
+
+@spec
+class NextToken:
+    """Cross-entropy of the next token over all learned positions; every token counts the same."""
+
+    kind: Literal["next_token"] = "next_token"
+
+    def __call__(self, model: VisionLanguageModel, batch: Batch) -> LossOutput:
+        losses, correct = linear_cross_entropy(model(batch), model.lm.head, batch.labels)
+        learned = batch.labels != NOT_LEARNED
+        each = torch.stack([losses.detach(), learned.float(), correct.float()], dim=1)
+        documents = each.new_zeros(len(batch.sources), 3).index_add_(0, batch.document_of_token(), each)
+        return LossOutput(sum=losses.sum(), weight=learned.sum().float(), documents=documents)
+
+
+Objective = NextToken

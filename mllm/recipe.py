@@ -1,0 +1,300 @@
+"""What a run is: a model, a tiling and a list of stages, as one value.
+
+    recipe = vila_7b()                                           a Python function returns it
+    load(dump(recipe)) == recipe                                 it survives JSON
+    override(recipe, ["stages.pretrain.tune.lm.lr=3e-5"])        and a change is checked as a whole
+
+Each thing's words stand beside the thing; only those that have no room below -- stages, tuning, optimiser, parallelism -- are
+spelled here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from difflib import get_close_matches
+from functools import cache
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, TypeAdapter, ValidationError
+
+from mllm.objectives import NextToken, Objective
+from mllm.vlm import VLM
+from pipelines.corpora import Corpus
+from pipelines.tiling import Tiling
+from pipelines.types import Budget, spec
+
+Positive = Annotated[int, Field(gt=0)]
+Rate = Annotated[float, Field(gt=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+@spec
+class Epochs:
+    """So many passes over the mixture's rows."""
+
+    kind: Literal["epochs"] = "epochs"
+    count: Annotated[float, Field(gt=0)] = 1.0
+
+
+@spec
+class Steps:
+    """So many optimiser steps."""
+
+    kind: Literal["steps"] = "steps"
+    count: Positive
+
+
+@spec
+class Tokens:
+    """So many tokens, visual ones included."""
+
+    kind: Literal["tokens"] = "tokens"
+    count: Positive
+
+
+Duration = Annotated[Epochs | Steps | Tokens, Field(discriminator="kind")]
+
+
+@spec
+class Full:
+    """Train every weight of a part."""
+
+    kind: Literal["full"] = "full"
+    lr: Rate
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+
+
+@spec
+class AdamW:
+    """AdamW (arXiv:1711.05101) with VILA's defaults; gradients clipped to norm `clip`."""
+
+    kind: Literal["adamw"] = "adamw"
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    clip: Rate = 1.0
+
+
+@spec
+class Cosine:
+    """Linear warm-up over the first `warmup` of the stage, then half a cosine down to `floor` of the peak."""
+
+    kind: Literal["cosine"] = "cosine"
+    warmup: Share = 0.03
+    floor: Share = 0.0
+
+
+@spec
+class FSDP:
+    """Fully sharded data parallelism (FSDP2). Master weights and reductions are float32; `dtype` is what layers compute in.
+
+    `recompute` drops activations inside each unit and computes them again in the backward pass.
+    """
+
+    kind: Literal["fsdp"] = "fsdp"
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    recompute: bool = True
+
+
+@spec
+class Source:
+    """A corpus in a mixture. `weight` None means: by its size.
+
+    `max_bad` is the share of a shard's rows that may be dropped before the run stops, once `min_rows` of it were seen.
+    """
+
+    corpus: Corpus
+    weight: Rate | None = None
+    max_bad: Share = 0.1
+    min_rows: Positive = 20
+
+
+@spec
+class Stage:
+    """One stage of the curriculum. A part that `tune` does not name is frozen.
+
+    `context` is the length of a pack in tokens and `max_tiles` its tiles; a step is `tokens_per_step // context` packs,
+    whatever the number of workers. `window` rows are shuffled and packed together, read in runs of `chunk`.
+    """
+
+    name: str
+    mixture: tuple[Source, ...]
+    tune: dict[str, Full]
+    context: Positive
+    tokens_per_step: Positive
+    max_tiles: Positive = 16
+    duration: Duration = Epochs()
+    objective: Objective = NextToken()
+    optimizer: AdamW = AdamW()
+    schedule: Cosine = Cosine()
+    parallel: FSDP = FSDP()
+    window: Positive = 1024
+    chunk: Positive = 32
+    save_every: Positive = 200
+
+    def __post_init__(self) -> None:
+        if not self.mixture:
+            raise ValueError(f"stage {self.name!r} has an empty mixture; give it at least one Source")
+        if not self.tune:
+            raise ValueError(f"stage {self.name!r} trains nothing; name a part in tune")
+        if self.tokens_per_step < self.context:
+            raise ValueError(
+                f"stage {self.name!r}: tokens_per_step={self.tokens_per_step} is less than one pack of context={self.context}"
+            )
+
+    @property
+    def packs_per_step(self) -> int:
+        return self.tokens_per_step // self.context
+
+    @property
+    def budget(self) -> Budget:
+        return Budget(tokens=self.context, tiles=self.max_tiles)
+
+
+@spec
+class Recipe:
+    """A run's science, portable: it names corpora and weights, and the site says where they are.
+
+    `held_out` corpora are never trained on; they are evaluated before and after every stage. `shots` is the few-shot probe.
+    """
+
+    name: str
+    model: VLM
+    tiling: Tiling
+    stages: tuple[Stage, ...]
+    held_out: tuple[Corpus, ...] = ()
+    shots: tuple[int, ...] = (0, 4)
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        names = [stage.name for stage in self.stages]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice or not names:
+            raise ValueError(f"recipe {self.name!r}: stages need names of their own, found {names}")
+        layout = self.model.layout(self.tiling)  # tiling and encoder must fit
+        for stage in self.stages:
+            if layout.tokens_per_tile >= stage.context:
+                raise ValueError(
+                    f"stage {stage.name!r}: one tile is {layout.tokens_per_tile} tokens and a pack holds {stage.context}; "
+                    "raise context or choose a smaller tiling"
+                )
+            if stage.context > self.model.lm.arch.context:
+                raise ValueError(
+                    f"stage {stage.name!r}: context={stage.context} exceeds the language model's {self.model.lm.arch.context}"
+                )
+
+    def stage(self, name: str) -> Stage:
+        return next(stage for stage in self.stages if stage.name == name)
+
+
+class RecipeError(ValueError):
+    """A recipe or an override that cannot be used; the message says where and what was expected."""
+
+
+@cache
+def _adapter() -> TypeAdapter[Recipe]:
+    return TypeAdapter(Recipe)
+
+
+def dump(recipe: Recipe) -> str:
+    """The recipe as JSON, every default written out."""
+    return _adapter().dump_json(recipe, indent=2).decode()
+
+
+def load(text: str | bytes) -> Recipe:
+    """Read what `dump` wrote. Raises RecipeError with the path of each fault."""
+    try:
+        return _adapter().validate_json(text)
+    except ValidationError as error:
+        raise RecipeError(_explain(error)) from error
+
+
+def fingerprint(recipe: Recipe, stage: Stage, before: str) -> str:
+    """Names a stage by all that decides its result: itself, the model, the data's shape, and the stage before it."""
+    words = json.loads(dump(recipe))
+    mine = next(s for s in words["stages"] if s["name"] == stage.name)
+    del mine["save_every"]  # how often a run saves changes nothing of what it learns
+    text = json.dumps([words["model"], words["tiling"], words["seed"], mine, before], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def override(recipe: Recipe, changes: Iterable[str]) -> Recipe:
+    """The recipe with `key=value` changes; stages are addressed by name and values are JSON or plain words.
+
+    Raises RecipeError for a key that is not there (with the nearest one) or a value that does not fit.
+    """
+    words = json.loads(dump(recipe))
+    changed = False
+    for change in changes:
+        key, equals, value = change.partition("=")
+        if not equals:
+            raise RecipeError(f"{change!r} is no override; write key=value, as in stages.align.tune.connector.lr=1e-3")
+        _assign(words, key.strip(), _parse(value))
+        changed = True
+    return load(json.dumps(words)) if changed else recipe
+
+
+def _parse(value: str) -> Any:
+    try:
+        return json.loads(value)
+    except json.JSONDecodeError:
+        return value
+
+
+def _assign(words: dict[str, Any], key: str, value: Any) -> None:
+    steps = _steps(key)
+    node: Any = words
+    for depth, step in enumerate(steps[:-1]):
+        node = _enter(node, step, steps[:depth])
+    last, path = steps[-1], ".".join(steps[:-1])
+    if isinstance(node, list):
+        node[node.index(_enter(node, last, steps[:-1]))] = value
+    elif isinstance(node, dict) and (last in node or steps[-2:-1] == ["tune"]):
+        if value is None and steps[-2:-1] == ["tune"]:
+            del node[last]
+        else:
+            node[last] = value
+    else:
+        raise RecipeError(f"{path or 'recipe'} has no field {last!r}{_near(last, node)}")
+
+
+def _steps(key: str) -> list[str]:
+    """Split at dots; the parts of `tune` keep theirs when a longer name is meant (`tune.lm.head.lr`)."""
+    steps = key.split(".")
+    if "tune" in steps:
+        at = steps.index("tune") + 1
+        if len(steps) > at + 1 and steps[at + 1] in ("embeddings", "layers", "head"):
+            steps[at : at + 2] = [".".join(steps[at : at + 2])]
+    return steps
+
+
+def _enter(node: Any, step: str, path: list[str]) -> Any:
+    here = ".".join(path)
+    if isinstance(node, list):
+        if step.isdigit() and int(step) < len(node):
+            return node[int(step)]
+        named = {str(item.get("name") or item.get("corpus", {}).get("name")): item for item in node if isinstance(item, dict)}
+        if step in named:
+            return named[step]
+        single = path[-1].rstrip("s") if path else "item"
+        raise RecipeError(f"{here}.{step}: no {single} {step!r}; {path[-1] if path else 'items'} are {list(named)}")
+    if isinstance(node, dict) and step in node:
+        return node[step]
+    raise RecipeError(f"{here or 'recipe'} has no field {step!r}{_near(step, node)}")
+
+
+def _near(name: str, node: Any) -> str:
+    if not isinstance(node, dict):
+        return f"; it is the value {node!r}"
+    near = get_close_matches(name, list(node), 1)
+    return f"; did you mean {near[0]!r}?" if near else f"; its fields are {list(node)}"
+
+
+def _explain(error: ValidationError) -> str:
+    """One line a fault, its path as an override would write it."""
+    lines = []
+    for fault in error.errors():
+        path = ".".join(str(step) for step in fault["loc"]) or "recipe"
+        lines.append(f"{path}: {fault['msg']}" + (f" (found {fault['input']!r})" if not isinstance(fault["input"], dict) else ""))
+    return "\n".join(lines)

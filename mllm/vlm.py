@@ -1,0 +1,72 @@
+"""A vision-language model from four parts: encode -> connect -> fuse -> decode."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from mllm.connectors import Connector
+from mllm.encoders import Encoder, Folder
+from mllm.fusion import Fusion, Splice
+from mllm.lm import CausalLM
+from pipelines.tiling import Tiling
+from pipelines.types import Batch, VisionLayout, spec
+
+
+@spec
+class VLM:
+    """The model's axes as values. Building it needs no network when no part names weights."""
+
+    kind: Literal["vlm"] = "vlm"
+    encoder: Encoder
+    connector: Connector
+    lm: CausalLM
+    fusion: Fusion = Splice()
+
+    def layout(self, tiling: Tiling) -> VisionLayout:
+        """The numbers that the pipeline needs. Raises ValueError when tiling and encoder do not fit."""
+        patches = self.encoder.arch.tokens(tiling.size)
+        return VisionLayout(tile=tiling.size, tokens_per_tile=self.connector.tokens(patches))
+
+    def build(self, folder: Folder = str) -> VisionLanguageModel:
+        """The module, float32, on the current default device; `folder` finds the weights that the parts name."""
+        return VisionLanguageModel(self, folder)
+
+
+class VisionLanguageModel(nn.Module):
+    """`model(batch)` -> hidden states float (T, D); the objective turns them into a loss."""
+
+    def __init__(self, spec: VLM, folder: Folder) -> None:
+        super().__init__()
+        self.encoder = spec.encoder.build(folder)
+        self.lm = spec.lm.build(folder)
+        self.connector = spec.connector.build(spec.encoder.arch.width, self.lm.width)
+        self.fusion = spec.fusion
+
+    def forward(self, batch: Batch) -> Float[Tensor, "T D"]:
+        visual = self.connector(self.encoder(batch.tiles))
+        text = self.lm.embed(batch.input_ids)
+        fused = self.fusion.merge(text, visual, batch.visual, batch.visual_count)
+        return self.lm(fused, batch.positions, batch.cu_seqlens, batch.max_seqlen)
+
+    def parts(self) -> dict[str, list[nn.Parameter]]:
+        """Parameters by the names that `Stage.tune` uses, from the coarse to the exact.
+
+        `encoder` leaves out the layers above the one that is read: nothing could ever train them.
+        """
+        idle = {id(p) for module in self.encoder.tower.unused() for p in module.parameters()}
+        model = self.lm.model
+        return {
+            "encoder": [p for p in self.encoder.parameters() if id(p) not in idle],
+            "connector": list(self.connector.parameters()),
+            "lm": list(self.lm.parameters()),
+            "lm.embeddings": list(model.model.embed_tokens.parameters()),
+            "lm.layers": list(model.model.layers.parameters()),
+            "lm.head": list(model.lm_head.parameters()),
+        }
+
+    def units(self) -> list[nn.Module]:
+        """Modules to be sharded (and recomputed) one by one."""
+        return [*self.encoder.tower.units(), self.connector, *self.lm.units()]
