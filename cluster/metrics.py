@@ -8,6 +8,7 @@ After a kill the steps since the last checkpoint are trained again and their lin
 
 from __future__ import annotations
 
+from dataclasses import field
 from functools import cache
 from pathlib import Path
 from typing import Literal
@@ -64,7 +65,7 @@ class StepRecord:
     sources: tuple[SourceLoss, ...]
     packs: tuple[PackRecord, ...]
     dropped: tuple[str, ...] = ()
-    reasons: dict[str, int] = {}
+    reasons: dict[str, int] = field(default_factory=dict)
 
 
 @spec

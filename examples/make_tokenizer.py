@@ -1,6 +1,6 @@
 """How `examples/tokenizer` was made: a byte-level BPE of 2,048 tokens over the training text of the example corpus.
 
-    python examples/make_tokenizer.py
+python examples/make_tokenizer.py
 """
 
 import json

@@ -56,7 +56,7 @@ class Stack(nn.Module):
         x = first(features)
         for layer in rest:
             x = layer(nn.functional.gelu(x))
-        return x
+        return x.clone()  # a linear layer returns a view of its product, on which FSDP2 must not hang its hooks
 
 
 Connector = Annotated[Linear | MLP, Field(discriminator="kind")]

@@ -187,4 +187,6 @@ def _agree(weights: str, expected: Any, found: Any, fields: tuple[str, ...]) -> 
     for field in fields:
         wanted, has = getattr(expected, field), getattr(found, field)
         if wanted != has:
-            raise ValueError(f"weights {weights!r} have {field}={has} and the recipe's arch says {wanted}; mend the arch")
+            raise ValueError(
+                f"weights {weights!r} have {field}={has} and the recipe's arch says {wanted}; mend the arch"
+            )

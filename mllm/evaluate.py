@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mllm.objectives import LossOutput
 from pipelines.encode import Encoder
-from pipelines.types import Batch, Pack, Position, Sample, Text, Tiled, Tiles, spec
+from pipelines.types import NOT_LEARNED, Batch, Pack, Position, Sample, Text, Tiled, Tiles, spec
 
 Score = Callable[[Batch], LossOutput]
 """The objective bound to a model: what `cluster` calls through its sharded wrapper."""
@@ -112,12 +112,9 @@ def probe_sums(score: Score, questions: Sequence[Question], shots: Sequence[int]
     """Right answers and questions for each entry of `shots`, float64 (len(shots), 2)."""
     sums = torch.zeros(len(shots), 2, dtype=torch.float64, device=device)
     for question in questions:
-        losses = []
-        for candidate in question.candidates:
-            documents = score(Batch.of(_alone(candidate), device)).documents
-            losses.append((documents[:, 0] / documents[:, 1]).sum())
+        documents = score(Batch.of(_together(question.candidates), device)).documents
         place = list(shots).index(question.shots)
-        sums[place, 0] += float(torch.stack(losses).argmin() == 0)
+        sums[place, 0] += float((documents[:, 0] / documents[:, 1]).argmin() == 0)
         sums[place, 1] += 1
     return sums
 
@@ -132,26 +129,29 @@ def probe_scores(sums: Tensor, shots: Sequence[int], choices: int = 4) -> tuple[
 
 @torch.no_grad()
 def greedy(
-    hidden: Callable[[Batch], Tensor], head: Callable[[Tensor], Tensor], prompt: Sample, stop: int | None, limit: int
-) -> list[int]:
-    """Up to `limit` tokens after `prompt`, each the likeliest, ended by `stop`.
+    logits: Callable[[Batch], Tensor], prompts: Sequence[Sample], stop: int | None, limit: int, device: torch.device
+) -> list[list[int]]:
+    """Up to `limit` tokens after each prompt, each the likeliest, ended by `stop`.
 
-    Computes the whole sequence anew for each token: right for a handful of samples, no way to serve.
+    `logits` gives (T, C) for a batch. All prompts go as one pack, computed anew for each token, `limit` times whatever
+    happens, so that ranks stay in step: right for a handful of samples, no way to serve.
     """
-    device = torch.device("cpu")
-    written: list[int] = []
-    for _ in range(limit):
-        ids = np.concatenate([prompt.input_ids, np.array(written, np.int32)])
-        sample = replace(prompt, input_ids=ids, labels=np.full(len(ids), -100, np.int32))
-        token = int(head(hidden(Batch.of(_alone(sample), device))[-1:]).argmax(-1))
-        if token == stop:
-            break
-        written.append(token)
-    return written
+    written: list[list[int]] = [[] for _ in prompts]
+    for _ in range(limit if prompts else 0):
+        batch = Batch.of(_together([_continued(p, w) for p, w in zip(prompts, written, strict=True)]), device)
+        tokens = logits(batch)[batch.cu_seqlens[1:].long() - 1].argmax(-1)
+        for text, token in zip(written, tokens.tolist(), strict=True):
+            text.append(token)
+    return [text[: text.index(stop)] if stop in text else text for text in written]
 
 
-def _alone(sample: Sample) -> Pack:
-    return Pack.of_samples([sample], Position(), 1, sample.tiles.shape[-1])
+def _continued(prompt: Sample, written: list[int]) -> Sample:
+    ids = np.concatenate([prompt.input_ids, np.array(written, np.int32)])
+    return replace(prompt, input_ids=ids, labels=np.full(len(ids), NOT_LEARNED, np.int32))
+
+
+def _together(samples: Sequence[Sample]) -> Pack:
+    return Pack.of_samples(list(samples), Position(), 1, samples[0].tiles.shape[-1])
 
 
 def prompt_of(document: Tiled) -> tuple[Tiled, str]:
@@ -162,4 +162,3 @@ def prompt_of(document: Tiled) -> tuple[Tiled, str]:
             opening = (Text(text=lead, learn=False),) if segment.role is None and lead else ()
             return replace(document, segments=(*document.segments[:place], *opening)), segment.text.strip()
     raise ValueError(f"{document.id.label()}: nothing in it is learned, so nothing can be asked")
-

@@ -17,7 +17,7 @@ class Splice:
     kind: Literal["splice"] = "splice"
 
     def merge(
-        self, text: Float[Tensor, "T D"], visual: Float[Tensor, "N P D"], at: Bool[Tensor, "T"], count: int
+        self, text: Float[Tensor, "T D"], visual: Float[Tensor, "N P D"], at: Bool[Tensor, " T"], count: int
     ) -> Float[Tensor, "T D"]:
         """`text` with the rows marked by `at` replaced, in order, by `visual`; `count` is how many are marked.
 

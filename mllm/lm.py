@@ -21,7 +21,10 @@ ATTENTION = "mllm_varlen"
 
 @spec
 class Llama:
-    """The shape of a Llama-family decoder (arXiv:2302.13971): RMSNorm, rotary positions, SwiGLU, grouped queries."""
+    """The shape of a Llama-family decoder (arXiv:2302.13971): RMSNorm, rotary positions, SwiGLU, grouped queries.
+
+    `init_std` is the deviation of weights that are trained from scratch.
+    """
 
     kind: Literal["llama"] = "llama"
     vocab_size: int
@@ -34,6 +37,7 @@ class Llama:
     rope_theta: float = 10_000.0
     norm_eps: float = 1e-5
     tied: bool = False
+    init_std: float = 0.02
 
     def config(self) -> Any:
         from transformers import LlamaConfig
@@ -49,6 +53,7 @@ class Llama:
             rope_parameters={"rope_type": "default", "rope_theta": self.rope_theta},
             rms_norm_eps=self.norm_eps,
             tie_word_embeddings=self.tied,
+            initializer_range=self.init_std,
             use_cache=False,
         )
 
@@ -90,7 +95,9 @@ class CausalLM:
         for field in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"):
             wanted, has = getattr(self.arch.config(), field), getattr(model.config, field)
             if wanted != has:
-                raise ValueError(f"weights {place!r} have {field}={has} and the recipe's arch says {wanted}; mend the arch")
+                raise ValueError(
+                    f"weights {place!r} have {field}={has} and the recipe's arch says {wanted}; mend the arch"
+                )
         return LanguageModel(model)
 
 
@@ -110,15 +117,15 @@ class LanguageModel(nn.Module):
         """The output matrix (C, D); the embedding itself where they are tied."""
         return self.model.lm_head.weight
 
-    def embed(self, ids: Int[Tensor, "T"]) -> Float[Tensor, "T D"]:
+    def embed(self, ids: Int[Tensor, " T"]) -> Float[Tensor, "T D"]:
         """Embeddings; positions that hold no vocabulary id (images) get row 0, to be replaced."""
         return self.model.model.embed_tokens(ids.clamp(min=0))
 
     def forward(
         self,
         embeddings: Float[Tensor, "T D"],
-        positions: Int[Tensor, "T"],
-        cu_seqlens: Int[Tensor, "S+1"],
+        positions: Int[Tensor, " T"],
+        cu_seqlens: Int[Tensor, " S+1"],
         max_seqlen: int,
     ) -> Float[Tensor, "T D"]:
         """Final hidden states, after the last norm."""

@@ -274,7 +274,9 @@ def _enter(node: Any, step: str, path: list[str]) -> Any:
     if isinstance(node, list):
         if step.isdigit() and int(step) < len(node):
             return node[int(step)]
-        named = {str(item.get("name") or item.get("corpus", {}).get("name")): item for item in node if isinstance(item, dict)}
+        named = {
+            str(item.get("name") or item.get("corpus", {}).get("name")): item for item in node if isinstance(item, dict)
+        }
         if step in named:
             return named[step]
         single = path[-1].rstrip("s") if path else "item"
@@ -296,5 +298,7 @@ def _explain(error: ValidationError) -> str:
     lines = []
     for fault in error.errors():
         path = ".".join(str(step) for step in fault["loc"]) or "recipe"
-        lines.append(f"{path}: {fault['msg']}" + (f" (found {fault['input']!r})" if not isinstance(fault["input"], dict) else ""))
+        lines.append(
+            f"{path}: {fault['msg']}" + (f" (found {fault['input']!r})" if not isinstance(fault["input"], dict) else "")
+        )
     return "\n".join(lines)

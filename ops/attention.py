@@ -21,7 +21,7 @@ def varlen_attention(
     q: Float[Tensor, "T H E"],
     k: Float[Tensor, "T K E"],
     v: Float[Tensor, "T K E"],
-    cu_seqlens: Int[Tensor, "S+1"],
+    cu_seqlens: Int[Tensor, " S+1"],
     max_seqlen: int,
     scale: float | None = None,
 ) -> Float[Tensor, "T H E"]:
@@ -32,12 +32,10 @@ def varlen_attention(
     by document. Raises ValueError when the lengths do not add up to T.
     """
     if q.is_cuda and q.dtype in (torch.float16, torch.bfloat16) and flash_attention_available():
-        from flash_attn import flash_attn_varlen_func
+        from flash_attn import flash_attn_varlen_func  # pyright: ignore[reportMissingImports]
 
         bounds = cu_seqlens.to(torch.int32)
-        return flash_attn_varlen_func(
-            q, k, v, bounds, bounds, max_seqlen, max_seqlen, softmax_scale=scale, causal=True
-        )
+        return flash_attn_varlen_func(q, k, v, bounds, bounds, max_seqlen, max_seqlen, softmax_scale=scale, causal=True)
     lengths = cu_seqlens.diff().tolist()
     if sum(lengths) != q.shape[0]:
         raise ValueError(

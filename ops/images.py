@@ -41,19 +41,25 @@ def decode(data: bytes, target: int | None = None) -> UInt8[Tensor, "3 height wi
     """
     if data[:2] == b"\xff\xd8" and b"Exif" not in data[:4096]:
         try:
-            height, width, colour, _ = simplejpeg.decode_jpeg_header(data)
+            height, width, colour = _jpeg_header(data)
         except ValueError as error:
             raise TruncatedImage(str(error)) from error
         if height * width > MAX_PIXELS:
             raise HugeImage(f"{width} x {height}")
         if colour not in ("CMYK", "YCCK"):
             half = target is not None and min(height, width) >= 4 * target
-            smallest = {"min_height": height // 2, "min_width": width // 2} if half else {}
+            least = (height // 2, width // 2) if half else (0, 0)
             try:
-                return torch.from_numpy(simplejpeg.decode_jpeg(data, "RGB", **smallest)).permute(2, 0, 1)
+                array = simplejpeg.decode_jpeg(data, "RGB", min_height=least[0], min_width=least[1])
+                return torch.from_numpy(array).permute(2, 0, 1)
             except ValueError as error:
                 raise TruncatedImage(str(error)) from error
     return _decode_with_pillow(data)
+
+
+def _jpeg_header(data: bytes) -> tuple[int, int, str]:
+    height, width, colour, _ = simplejpeg.decode_jpeg_header(data)
+    return int(height), int(width), str(colour)
 
 
 def _decode_with_pillow(data: bytes) -> UInt8[Tensor, "3 height width"]:
@@ -111,7 +117,7 @@ def centre_crop(pixels: UInt8[Tensor, "3 h w"], size: int) -> UInt8[Tensor, "3 s
 
 
 def normalize(
-    tiles: UInt8[Tensor, "N 3 H W"], mean: Float[Tensor, "3"], std: Float[Tensor, "3"]
+    tiles: UInt8[Tensor, "N 3 H W"], mean: Float[Tensor, 3], std: Float[Tensor, 3]
 ) -> Float[Tensor, "N 3 H W"]:
     """Bytes in [0, 255] to `(x / 255 - mean) / std`, on the tiles' own device: they travel as bytes."""
     return (tiles.to(mean.dtype) / 255 - mean.view(3, 1, 1)) / std.view(3, 1, 1)

@@ -12,8 +12,8 @@ IGNORED = -100
 
 
 def linear_cross_entropy(
-    hidden: Float[Tensor, "T D"], weight: Float[Tensor, "C D"], labels: Int[Tensor, "T"], chunk: int = 2048
-) -> tuple[Float[Tensor, "T"], Bool[Tensor, "T"]]:
+    hidden: Float[Tensor, "T D"], weight: Float[Tensor, "C D"], labels: Int[Tensor, " T"], chunk: int = 2048
+) -> tuple[Float[Tensor, " T"], Bool[Tensor, " T"]]:
     """Cross-entropy of `hidden @ weight.T` against `labels`, per position, in float32; and whether the argmax is right.
 
     Positions labelled -100 get loss 0, False, and cost nothing: only learned rows are multiplied. Rows go `chunk` at a

@@ -99,9 +99,14 @@ def render(document: Tiled, template: ChatML | Vicuna, prompt: bool = False) -> 
     conversation = any(segment.role is not None for segment in document.segments)
     if conversation and template.system and document.segments[0].role != "system":
         spans += [*template.before("system"), Span(text=template.system, learn=False), *template.after("system")]
-    for role, segments in groupby(document.segments, key=lambda segment: segment.role):
+    role: Role | None
+    for role, segments in groupby(document.segments, key=_role):
         body = [Span(text=s.text, learn=s.learn) if isinstance(s, Text) else s for s in segments]
         spans += body if role is None else [*template.before(role), *body, *template.after(role)]
     if prompt and conversation:
         spans += template.before("assistant")
     return spans
+
+
+def _role(segment: Text | Tiles) -> Role | None:
+    return segment.role

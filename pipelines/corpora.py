@@ -12,7 +12,7 @@ import posixpath
 import re
 import tarfile
 from collections.abc import Callable, Iterator
-from typing import Annotated, Any, Literal
+from typing import IO, Annotated, Any, Literal
 
 import fsspec
 import numpy as np
@@ -42,7 +42,7 @@ class Pairs:
         starts: list[int] = []
         key = None
         end = 0
-        with fsspec.open(uri, "rb") as file, _open_tar(file) as archive:
+        with _open(uri) as file, _open_tar(file) as archive:
             for member in _members(archive):
                 stem, suffix = _split_name(member.name)
                 if not member.isfile() or not _is_sample_member(stem, suffix):
@@ -98,7 +98,7 @@ class Interleaved:
     def scan(self, uri: str) -> ShardIndex:
         members: list[str] = []
         spans: list[tuple[int, int]] = []
-        with fsspec.open(self._archive(uri), "rb") as file, _open_tar(file) as archive:
+        with _open(self._archive(uri)) as file, _open_tar(file) as archive:
             for member in _members(archive):
                 members.append(member.name)
                 spans.append((member.offset_data, member.size))
@@ -109,7 +109,7 @@ class Interleaved:
     def read(self, shard: Shard, chunk: Chunk) -> Read:
         """Documents of rows `[chunk.start, chunk.stop)`, in order."""
         index = shard.load()
-        with fsspec.open(self._archive(shard.uri), "rb") as archive:
+        with _open(self._archive(shard.uri)) as archive:
 
             def image(name: str) -> Image:
                 span = index.find(name)
@@ -238,7 +238,9 @@ class TextOnly:
             ("question", "", "answer"),
         ):
             if question in row:
-                asked = "\n".join(filter(None, [_string(row, question), _string(row, context) if context in row else ""]))
+                asked = "\n".join(
+                    filter(None, [_string(row, question), _string(row, context) if context in row else ""])
+                )
                 said = _string(row, answer)
                 if not said.strip():
                     raise SkipSample(Reason.EMPTY, f"{answer} is empty")
@@ -268,7 +270,12 @@ def _rows(
             yield Document(id=at, source=chunk.source, segments=segments)
 
 
-def _open_tar(file: io.IOBase | Any) -> tarfile.TarFile:
+def _open(uri: str) -> IO[bytes]:
+    filesystem, path = fsspec.core.url_to_fs(uri)
+    return filesystem.open(path, "rb")
+
+
+def _open_tar(file: IO[bytes]) -> tarfile.TarFile:
     return tarfile.open(fileobj=file, mode="r:")
 
 
@@ -282,7 +289,7 @@ def _members(archive: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
         if member is None:
             return
         yield member
-        archive.members = []  # tarfile keeps every member it has seen: 10 KB a row
+        archive.members = []  # type: ignore[attr-defined]  # tarfile keeps every member it has seen, for ever
 
 
 def _split_name(name: str) -> tuple[str, str]:
@@ -298,7 +305,7 @@ def _is_sample_member(stem: str, suffix: str) -> bool:
 
 def _line_starts(uri: str) -> NDArray[np.int64]:
     starts = [0]
-    with fsspec.open(uri, "rb") as file:
+    with _open(uri) as file:
         for line in file:
             starts.append(starts[-1] + len(line))
     return np.array(starts, np.int64)
@@ -306,7 +313,7 @@ def _line_starts(uri: str) -> NDArray[np.int64]:
 
 def _item_starts(uri: str) -> NDArray[np.int64]:
     """Where each item of a JSON list begins, in bytes. Raises ValueError when the file is no such list."""
-    with fsspec.open(uri, "rb") as file:
+    with _open(uri) as file:
         text = file.read().decode("utf-8", errors="surrogateescape")
     decoder = json.JSONDecoder()
     at = re.compile(r"\s*\[\s*").match(text)

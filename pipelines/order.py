@@ -35,7 +35,12 @@ class Order:
 
     @classmethod
     def of(
-        cls, manifests: Sequence[Manifest], weights: Sequence[float | None], seed: int, window_rows: int, chunk_rows: int
+        cls,
+        manifests: Sequence[Manifest],
+        weights: Sequence[float | None],
+        seed: int,
+        window_rows: int,
+        chunk_rows: int,
     ) -> Order:
         """Weights of None stand for the source's size; given weights are relative to one another.
 
@@ -49,7 +54,9 @@ class Order:
             raise ValueError(
                 f"{len(given)} of {len(weights)} sources have a weight; give all of them one, or none (shares by size)"
             )
-        sizes = [Fraction(w).limit_denominator(10**6) for w in given] if given else [Fraction(m.rows) for m in manifests]
+        sizes = (
+            [Fraction(w).limit_denominator(10**6) for w in given] if given else [Fraction(m.rows) for m in manifests]
+        )
         total = sum(sizes, Fraction(0))
         return cls(seed, tuple(manifests), tuple(size / total for size in sizes), window_rows, chunk_rows)
 

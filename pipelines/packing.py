@@ -24,7 +24,9 @@ def assign(costs: list[tuple[int, int]], budget: Budget) -> list[list[int]]:
     sizes = np.array(costs, float).reshape(-1, 2)
     if len(sizes) and (sizes > limits).any():
         worst = int(np.argmax((sizes / limits).max(axis=1)))
-        raise ValueError(f"sample {worst} costs {costs[worst]} (tokens, tiles) and a pack holds {tuple(limits.astype(int))}")
+        raise ValueError(
+            f"sample {worst} costs {costs[worst]} (tokens, tiles) and a pack holds {tuple(limits.astype(int))}"
+        )
     sizes /= limits
     waiting = np.ones(len(sizes), bool)
     groups: list[list[int]] = []
@@ -44,7 +46,12 @@ def assign(costs: list[tuple[int, int]], budget: Budget) -> list[list[int]]:
 
 
 def pack(
-    samples: list[Sample], budget: Budget, window: int, tile: int, rng: random.Random, dropped: tuple[Rejected, ...] = ()
+    samples: list[Sample],
+    budget: Budget,
+    window: int,
+    tile: int,
+    rng: random.Random,
+    dropped: tuple[Rejected, ...] = (),
 ) -> list[Pack]:
     """Packs of one window; at least one, so that a window whose rows were all dropped still has a place in the order.
 

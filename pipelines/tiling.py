@@ -46,7 +46,7 @@ class Pad:
 
     def cut(self, pixels: torch.Tensor) -> torch.Tensor:
         """uint8 (3, h, w) -> uint8 (1, 3, size, size)."""
-        red, green, blue = (round(channel * 255) for channel in self.fill)
+        red, green, blue = (int(channel * 255) for channel in self.fill)
         return images.pad_to_square(pixels, self.size, (red, green, blue)).unsqueeze(0)
 
 
@@ -72,6 +72,4 @@ def _tile_image(image: Image, tiling: Resize | Pad) -> Tiles:
     except images.HugeImage as error:
         raise SkipSample(Reason.HUGE_IMAGE, str(error)) from error
     height, width = pixels.shape[1:]
-    return Tiles(
-        pixels=tiling.cut(pixels), grid=tiling.grid(height, width), original=(height, width), role=image.role
-    )
+    return Tiles(pixels=tiling.cut(pixels), grid=tiling.grid(height, width), original=(height, width), role=image.role)

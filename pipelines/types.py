@@ -58,7 +58,7 @@ class Reason(StrEnum):
     NOTHING_TO_LEARN = "no token carries loss"
 
 
-class SkipSample(Exception):  # noqa: N818 -- a word of the pipeline's language, not a failure of the program
+class SkipSample(Exception):
     """Raised by any hop when a row cannot be used; caught once, in `windows.py`, where it becomes a `Rejected`."""
 
     def __init__(self, reason: Reason, detail: str = "") -> None:

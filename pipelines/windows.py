@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cached_property
 
 import torch
@@ -100,8 +100,7 @@ class PackWindows:
                     yield Rejected(row=row.id, reason=skip.reason, detail=skip.detail)
 
 
-def _patiently(read: object) -> list[Document | Rejected]:
-    assert callable(read)
+def _patiently(read: Callable[[], list[Document | Rejected]]) -> list[Document | Rejected]:
     for attempt in range(ATTEMPTS):
         try:
             return read()

@@ -1,0 +1,134 @@
+"""Checkpoints: DCP shards that any number of workers can load, and a manifest written last.
+
+runs/NAME/checkpoints/STAGE/step-000040/
+    __0_0.distcp ...   weights and optimiser, sharded
+    state.json         TrainState: step, tokens, progress, position in the data, tally of rows
+    manifest.json      Manifest: there only when everything else is
+"""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import field, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from pydantic import TypeAdapter
+from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
+from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
+
+from cluster.journal import write_atomically
+from pipelines.types import Position, spec
+
+
+@spec
+class ShardTally:
+    """Rows of one shard that were met and dropped so far."""
+
+    seen: int = 0
+    dropped: int = 0
+
+
+@spec
+class TrainState:
+    """Where a stage stands after `step` steps; `position` is the next pack to train on."""
+
+    step: int = 0
+    tokens: int = 0
+    progress: float = 0.0
+    position: Position = Position()
+    shards: dict[str, ShardTally] = field(default_factory=dict)
+
+    def advanced(self, tokens: int, progress: float, position: Position, shards: dict[str, ShardTally]) -> TrainState:
+        return replace(
+            self, step=self.step + 1, tokens=self.tokens + tokens, progress=progress, position=position, shards=shards
+        )
+
+
+@spec
+class Manifest:
+    """What a checkpoint is of. `fingerprint` names the stage, `order` the data's order, `world` the ranks that wrote it."""
+
+    run: str
+    stage: str
+    fingerprint: str
+    order: str
+    step: int
+    world: int
+    final: bool
+    versions: dict[str, str]
+
+
+@cache
+def _manifests() -> TypeAdapter[Manifest]:
+    return TypeAdapter(Manifest)
+
+
+@cache
+def _states() -> TypeAdapter[TrainState]:
+    return TypeAdapter(TrainState)
+
+
+def save(folder: Path, state: dict[str, Any], at: TrainState, manifest: Manifest, keep: int = 2) -> Path:
+    """Write `folder/step-N`, all ranks together, and drop all but the `keep` newest whole checkpoints.
+
+    Half-written ones have no manifest and another name, and are never read.
+    """
+    final, scratch = folder / f"step-{at.step:06d}", folder / f".step-{at.step:06d}.part"
+    first = dist.get_rank() == 0
+    if first:
+        shutil.rmtree(scratch, ignore_errors=True)
+        scratch.mkdir(parents=True)
+    dist.barrier()
+    dcp_save(state, checkpoint_id=str(scratch), no_dist=False)
+    if first:
+        write_atomically(scratch / "state.json", _states().dump_json(at, indent=1))
+        write_atomically(scratch / "manifest.json", _manifests().dump_json(manifest, indent=1))
+        shutil.rmtree(final, ignore_errors=True)
+        scratch.rename(final)
+        for old in checkpoints(folder)[:-keep]:
+            shutil.rmtree(old, ignore_errors=True)
+    dist.barrier()
+    return final
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """Whole checkpoints of a stage, oldest first."""
+    return sorted(path for path in folder.glob("step-*") if (path / "manifest.json").is_file())
+
+
+def latest(folder: Path, fingerprint: str, order: str) -> Path | None:
+    """The newest whole checkpoint of the stage.
+
+    Raises ValueError when it was written by another stage or another order: going on from it would change what was learned.
+    """
+    found = checkpoints(folder)
+    if not found:
+        return None
+    manifest = read_manifest(found[-1])
+    if manifest.fingerprint != fingerprint:
+        raise ValueError(
+            f"{found[-1]} belongs to stage {manifest.fingerprint} and the recipe now says {fingerprint}: "
+            "the recipe was changed; train under another --run, or put the recipe back"
+        )
+    if manifest.order != order:
+        raise ValueError(
+            f"{found[-1]} follows the data order {manifest.order} and the corpora now give {order}: a shard was changed, "
+            "added or removed; put it back, or train under another --run"
+        )
+    return found[-1]
+
+
+def read_manifest(folder: Path) -> Manifest:
+    return _manifests().validate_json((folder / "manifest.json").read_bytes())
+
+
+def read_state(folder: Path) -> TrainState:
+    return _states().validate_json((folder / "state.json").read_bytes())
+
+
+def load(folder: Path, state: dict[str, Any]) -> None:
+    """Fill the tensors of `state` from a checkpoint, resharded to whoever asks; works without a process group too."""
+    dcp_load(state, checkpoint_id=str(folder), no_dist=not dist.is_initialized())

@@ -1,0 +1,283 @@
+"""The command line. It parses and calls; about place, size and output -- what is learned stands in the recipe."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import tyro
+from tyro.conf import Positional, UseAppendAction, arg, subcommand
+
+if TYPE_CHECKING:
+    from cluster.site import Site
+    from mllm.recipe import Recipe
+
+Change = Annotated[UseAppendAction[tuple[str, ...]], arg(name="s", aliases=["-s"], metavar="KEY=VALUE")]
+SiteFile = Annotated[str | None, arg(metavar="FILE")]
+Name = Annotated[str, arg(metavar="NAME")]
+
+
+@dataclass
+class Recipes:
+    """List the recipes, or print one."""
+
+    name: Positional[str | None] = None
+    json: bool = False
+    """Print it as JSON, every default written out."""
+
+    def __call__(self) -> None:
+        from mllm.recipe import dump
+        from mllm.recipes import RECIPES, by_name
+
+        if self.name is None:
+            for name, recipe in RECIPES.items():
+                print(f"{name:<12} {(recipe.__doc__ or '').strip().splitlines()[0]}")
+            return
+        recipe = by_name(self.name)
+        if self.json:
+            print(dump(recipe))
+            return
+        from rich.console import Console
+        from rich.pretty import Pretty
+
+        Console().print(Pretty(recipe, expand_all=False))
+
+
+@dataclass
+class Plan:
+    """Tell what a run would be: mixture, trained parts, memory, steps. Needs no GPU and no data."""
+
+    recipe: Positional[str]
+    s: Change = ()
+    """Change the recipe, stages by name: -s stages.pretrain.tune.lm.lr=3e-5"""
+    site: SiteFile = None
+
+    def __call__(self) -> None:
+        from cluster.plan import plan
+
+        result = plan(_recipe(self.recipe, self.s), _site(self.site))
+        print(f"{result.recipe}: {result.tokens_per_image}")
+        for stage in result.stages:
+            print(f"\n{stage.name}: {stage.steps}, {stage.packs_per_step} packs a step")
+            print(stage.mixture)
+            for part in stage.parts:
+                print(f"  {part.line()}")
+            print(f"  {'workers':>10} {'packs each':>11} {'memory a GPU (estimate)':>25}")
+            for world, packs in stage.accumulation.items():
+                print(f"  {world:>10} {packs:>11} {stage.memory[world] / 2**30:>21.1f} GiB")
+
+
+@dataclass
+class Train:
+    """Train a recipe here, or on the Ray cluster that the site names; go on where it stopped."""
+
+    recipe: Positional[str]
+    """A recipe's name, or a recipe.json."""
+    s: Change = ()
+    """Change the recipe, stages by name: -s stages.pretrain.tune.lm.lr=3e-5"""
+    workers: int | None = None
+    """Training workers; the site's number by default."""
+    run: str | None = None
+    """The run's name; the recipe's by default."""
+    site: SiteFile = None
+
+    def __call__(self) -> None:
+        from rich.console import Console
+
+        from cluster.run import train
+
+        train(_recipe(self.recipe, self.s), _site(self.site, self.workers), self.run, Console(highlight=False))
+
+
+@dataclass
+class Status:
+    """Show where a run stands: stages, losses, dropped rows. Without a name, list the runs."""
+
+    run: Positional[str | None] = None
+    site: SiteFile = None
+
+    def __call__(self) -> None:
+        from rich.console import Console
+
+        from cluster.run import show_status
+
+        show_status(_site(self.site), self.run, Console(highlight=False))
+
+
+@dataclass
+class Check:
+    """Read every row of a corpus and name the bad ones."""
+
+    corpus: Positional[str]
+    """A corpus's name, as some recipe spells it."""
+    site: SiteFile = None
+
+    def __call__(self) -> None:
+        from cluster.datacheck import check
+
+        sys.exit(check(self.corpus, _site(self.site)))
+
+
+@dataclass
+class Preview:
+    """Write a page that shows packs as a person would read them: text, tiles, which tokens are learned."""
+
+    recipe: Positional[str]
+    """A recipe's name."""
+    stage: str | None = None
+    """The stage whose packs are shown; the first by default."""
+    packs: int = 10
+    s: Change = ()
+    """Change the recipe, stages by name: -s stages.pretrain.tune.lm.lr=3e-5"""
+    out: Path = Path("preview.html")
+    site: SiteFile = None
+
+    def __call__(self) -> None:
+        from cluster.preview import write_preview
+
+        recipe = _recipe(self.recipe, self.s)
+        names = [stage.name for stage in recipe.stages]
+        if self.stage is not None and self.stage not in names:
+            raise ValueError(f"recipe {recipe.name!r} has no stage {self.stage!r}; its stages are {names}")
+        stage = recipe.stage(self.stage) if self.stage else recipe.stages[0]
+        print(write_preview(_site(self.site).stream(recipe, stage), self.packs, self.out))
+
+
+@dataclass
+class Evaluate:
+    """Evaluate a run's last checkpoint on the held-out corpora: loss, accuracy, 0- and few-shot probe."""
+
+    run: Positional[str]
+    site: SiteFile = None
+
+    def __call__(self) -> None:
+        from rich.console import Console
+
+        from cluster.run import evaluate_run
+
+        evaluate_run(_site(self.site), self.run, Console(highlight=False))
+
+
+@dataclass
+class Export:
+    """Write a run's last checkpoint as a folder that transformers loads."""
+
+    run: Positional[str]
+    out: Path | None = None
+    """Where to; the run's own export/ by default."""
+    site: SiteFile = None
+
+    def __call__(self) -> None:
+        from cluster.run import export_run
+
+        print(export_run(_site(self.site), self.run, self.out))
+
+
+@dataclass
+class Report:
+    """Write a run's report again."""
+
+    run: Positional[str]
+    site: SiteFile = None
+
+    def __call__(self) -> None:
+        from cluster.report import write_report
+        from cluster.run import open_run
+
+        folder, recipe, state = open_run(_site(self.site), self.run)
+        print(write_report(folder, recipe, state))
+
+
+@dataclass
+class Doctor:
+    """Tell what this machine has and lacks."""
+
+    site: SiteFile = None
+
+    def __call__(self) -> None:
+        from cluster.doctor import doctor
+
+        sys.exit(doctor(_site(self.site)))
+
+
+Command = (
+    Annotated[Recipes, subcommand("recipes")]
+    | Annotated[Plan, subcommand("plan")]
+    | Annotated[Train, subcommand("train")]
+    | Annotated[Status, subcommand("status")]
+    | Annotated[Check, subcommand("data check")]
+    | Annotated[Preview, subcommand("data preview")]
+    | Annotated[Evaluate, subcommand("eval")]
+    | Annotated[Export, subcommand("export")]
+    | Annotated[Report, subcommand("report")]
+    | Annotated[Doctor, subcommand("doctor")]
+)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Entry point of `mllm`. A mistake of the user's ends with one line and code 2, Ctrl-C with 130."""
+    words = _spread(sys.argv[1:] if argv is None else argv)
+    command: Callable[[], None] = tyro.cli(
+        Command,  # type: ignore[arg-type]
+        prog="mllm",
+        description="Train multimodal language models on Ray.",
+        args=words,
+        config=(tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes, tyro.conf.FlagConversionOff),
+    )
+    from cluster.controller import RunError
+    from cluster.site import SiteError
+    from mllm.recipe import RecipeError
+
+    try:
+        command()
+    except (RunError, SiteError, RecipeError, ValueError, FileNotFoundError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BrokenPipeError:  # `mllm plan ... | head` is no mistake
+        sys.stderr.close()
+
+
+def _spread(words: list[str]) -> list[str]:
+    """`data check X` is one command, and `-s a=1 b=2` is `-s a=1 -s b=2`."""
+    if words[:1] == ["data"] and len(words) > 1:
+        words = [f"data {words[1]}", *words[2:]]
+    out: list[str] = []
+    after = False
+    for word in words:
+        if after and "=" in word and not word.startswith("-") and out[-1] != "-s":
+            out.append("-s")
+        elif word.startswith("-") or "=" not in word:
+            after = word == "-s"
+        out.append(word)
+    return out
+
+
+def _recipe(name: str, changes: tuple[str, ...]) -> Recipe:
+    from mllm.recipe import RecipeError, load, override
+    from mllm.recipes import by_name
+
+    if name.endswith(".json"):
+        if not Path(name).is_file():
+            raise RecipeError(f"no recipe file {name}")
+        return override(load(Path(name).read_bytes()), changes)
+    return override(by_name(name), changes)
+
+
+def _site(path: str | None, workers: int | None = None) -> Site:
+    from cluster.site import load_site
+
+    site = load_site(path)
+    if workers is not None:
+        if workers < 1:
+            raise ValueError(f"--workers {workers}: at least one worker trains")
+        site = replace(site, workers=workers)
+    return site
+
+
+if __name__ == "__main__":
+    main()

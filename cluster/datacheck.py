@@ -1,0 +1,60 @@
+"""`mllm data check`: read all rows of a corpus as training would, and name the bad ones."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from cluster.site import Site, SiteError
+from mllm.recipes import RECIPES
+from ops import images
+from pipelines.corpora import Corpus
+from pipelines.types import Chunk, Document, Image, Reason, Rejected
+
+
+def find_corpus(name: str) -> Corpus:
+    """The corpus that some recipe calls `name`. Raises SiteError naming those there are."""
+    known: dict[str, Corpus] = {}
+    for recipe in (build() for build in RECIPES.values()):
+        known |= {source.corpus.name: source.corpus for stage in recipe.stages for source in stage.mixture}
+        known |= {corpus.name: corpus for corpus in recipe.held_out}
+    if name not in known:
+        raise SiteError(f"no recipe reads a corpus {name!r}; they read {', '.join(sorted(known))}")
+    return known[name]
+
+
+def check(name: str, site: Site) -> int:
+    """Print each bad row with its reason, then the counts. Returns 1 when there was one, else 0."""
+    corpus = find_corpus(name)
+    manifest = site.manifest(corpus)
+    reasons: Counter[Reason] = Counter()
+    good = pictures = 0
+    for number, shard in enumerate(manifest.shards):
+        whole = Chunk(source=0, shard=number, epoch=0, start=0, stop=shard.rows)
+        for row in corpus.read(shard, whole):
+            found = row if isinstance(row, Rejected) else _first_bad_image(row)
+            if found:
+                reasons[found.reason] += 1
+                print(found.label())
+            else:
+                good += 1
+                pictures += sum(isinstance(s, Image) for s in row.segments) if isinstance(row, Document) else 0
+    print(
+        f"{name}: {good:,} good rows with {pictures:,} images in {len(manifest.shards)} shards, {sum(reasons.values()):,} bad"
+    )
+    for reason, count in reasons.most_common():
+        print(f"  {count:>8,} {reason}")
+    return 1 if reasons else 0
+
+
+def _first_bad_image(document: Document) -> Rejected | None:
+    for segment in document.segments:
+        if isinstance(segment, Image):
+            try:
+                images.decode(segment.data)
+            except images.NotAnImage as error:
+                return Rejected(row=document.id, reason=Reason.NOT_AN_IMAGE, detail=str(error))
+            except images.TruncatedImage as error:
+                return Rejected(row=document.id, reason=Reason.TRUNCATED_IMAGE, detail=str(error))
+            except images.HugeImage as error:
+                return Rejected(row=document.id, reason=Reason.HUGE_IMAGE, detail=str(error))
+    return None

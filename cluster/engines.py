@@ -1,0 +1,190 @@
+"""Engines: one optimiser step over the packs of a step, on all ranks. The only place that divides a loss."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointWrapper, checkpoint_wrapper
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+from mllm.objectives import LossOutput, Objective
+from mllm.recipe import FSDP, Stage
+from mllm.tune import Group, PartReport, apply_tuning, describe
+from mllm.vlm import VisionLanguageModel
+from pipelines.types import Batch, Pack
+
+
+@dataclass(frozen=True, slots=True)
+class StepReport:
+    """Result of a step over all ranks. `sources` float64 (sources, 3): loss sum, learned tokens, right tokens."""
+
+    loss: float
+    grad_norm: float
+    learned: int
+    sources: Tensor
+    seconds: float
+
+
+class Engine(Protocol):
+    """What the training loop asks of a parallel strategy."""
+
+    parts: list[PartReport]
+    device: torch.device
+
+    def train_step(self, packs: Sequence[Pack], lr_factor: float) -> StepReport: ...
+
+    def score(self, batch: Batch) -> LossOutput: ...
+
+    def logits(self, batch: Batch) -> Tensor: ...
+
+    def state(self) -> dict[str, Any]: ...
+
+    def load_state(self, state: dict[str, Any]) -> None: ...
+
+    def model_state(self) -> dict[str, Any]: ...
+
+    def load_model_state(self, state: dict[str, Any]) -> None: ...
+
+
+class Trained(nn.Module):
+    """Model and objective as one module, so that sharded parameters -- the head above all -- are whole wherever they are used."""
+
+    def __init__(self, model: VisionLanguageModel, objective: Objective) -> None:
+        super().__init__()
+        self.model = model
+        self.objective = objective
+
+    def forward(self, batch: Batch, logits: bool = False) -> Any:
+        if not logits:
+            return self.objective(self.model, batch)
+        hidden = self.model(batch)
+        return hidden @ self.model.lm.head.to(hidden.dtype).T
+
+
+class FSDPEngine:
+    """Fully sharded data parallelism (torch FSDP2); on CPU with gloo, on GPU with NCCL, the same code.
+
+    Gradients of a step's packs are summed, divided once by the step's global weight, clipped, applied: the result depends on
+    the packs alone, not on how many ranks or accumulation steps they were spread over.
+    """
+
+    def __init__(self, model: VisionLanguageModel, stage: Stage, sources: int, device: torch.device) -> None:
+        self.device = device
+        self.stage = stage
+        self.sources = sources
+        self.world = dist.get_world_size()
+        groups = apply_tuning(model, stage.tune)
+        self.parts = describe(model, stage.tune)
+        model = model.to(device)
+        model.train()
+        self._shard(model, stage.parallel)
+        self.module = Trained(model, stage.objective)
+        fully_shard(self.module, mesh=self.mesh, mp_policy=self.precision, reshard_after_forward=False)
+        self.optimizer = self._optimizer(groups, model, stage)
+
+    def _shard(self, model: VisionLanguageModel, parallel: FSDP) -> None:
+        self.mesh = init_device_mesh(self.device.type, (self.world,), mesh_dim_names=("data",))
+        dtype = torch.bfloat16 if parallel.dtype == "bfloat16" else torch.float32
+        self.precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+        if parallel.recompute:
+            for unit in model.units():
+                _recompute(model, unit)
+        for unit in model.units():
+            fully_shard(unit, mesh=self.mesh, mp_policy=self.precision)
+
+    def _optimizer(self, groups: list[Group], model: VisionLanguageModel, stage: Stage) -> torch.optim.AdamW:
+        """Parameters are looked up again after sharding, which replaces them by their shards."""
+        named = dict(zip([g.part for g in groups], groups, strict=True))
+        after = {part: parameters for part, parameters in model.parts().items() if part in named}
+        taken: set[int] = set()
+        options = []
+        for part in sorted(after, key=lambda name: -name.count(".")):
+            mine = [p for p in after[part] if p.requires_grad and id(p) not in taken]
+            taken |= {id(p) for p in mine}
+            how = named[part].how
+            options.append({"params": mine, "lr": how.lr, "peak": how.lr, "weight_decay": how.weight_decay})
+        return torch.optim.AdamW(options, betas=stage.optimizer.betas, eps=stage.optimizer.eps)
+
+    def train_step(self, packs: Sequence[Pack], lr_factor: float) -> StepReport:
+        """One optimiser step over `packs`, of which every rank brings equally many; empty ones count for nothing."""
+        started = time.perf_counter()
+        sums = torch.zeros(self.sources, 3, dtype=torch.float64, device=self.device)
+        totals = torch.zeros(2, dtype=torch.float64, device=self.device)
+        for number, pack in enumerate(packs):
+            self.module.set_requires_gradient_sync(number == len(packs) - 1)  # type: ignore[operator]
+            batch = Batch.of(pack, self.device)
+            output: LossOutput = self.module(batch)
+            output.sum.backward()
+            totals += torch.stack([output.sum.detach(), output.weight]).double()
+            sums.index_add_(0, batch.sources, output.documents.double())
+        dist.all_reduce(totals)
+        dist.all_reduce(sums)
+        loss_sum, weight = totals.tolist()
+        scale = self.world / max(weight, 1.0)  # FSDP has averaged over ranks; the loss is a sum over them
+        trained = [p for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
+        for parameter in trained:
+            parameter.grad.mul_(scale)
+        norm = nn.utils.clip_grad_norm_(trained, self.stage.optimizer.clip)
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["peak"] * lr_factor
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return StepReport(
+            loss=loss_sum / max(weight, 1.0),
+            grad_norm=float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm),  # type: ignore[operator]
+            learned=int(weight),
+            sources=sums.cpu(),
+            seconds=time.perf_counter() - started,
+        )
+
+    @torch.no_grad()
+    def score(self, batch: Batch) -> LossOutput:
+        """Loss of a batch without training. Every rank must call it equally often."""
+        return self.module(batch)
+
+    @torch.no_grad()
+    def logits(self, batch: Batch) -> Tensor:
+        """Logits float (T, C) of a small batch. Every rank must call it equally often."""
+        return self.module(batch, logits=True)
+
+    def state(self) -> dict[str, Any]:
+        """Model and optimiser as DCP saves them: names as in the model, sharded tensors, loadable by any world size."""
+        return {"model": self.model_state(), "optimizer": get_optimizer_state_dict(self.module, self.optimizer)}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        self.load_model_state(state["model"])
+        set_optimizer_state_dict(self.module, self.optimizer, state["optimizer"])
+
+    def model_state(self) -> dict[str, Any]:
+        return get_model_state_dict(self.module)
+
+    def load_model_state(self, state: dict[str, Any]) -> None:
+        set_model_state_dict(self.module, state, options=StateDictOptions(strict=True))
+
+
+def _recompute(model: nn.Module, unit: nn.Module) -> None:
+    """Wrap `unit` in place so that its activations are computed again in the backward pass."""
+    for parent in model.modules():
+        for name, child in parent.named_children():
+            if child is unit and not isinstance(parent, CheckpointWrapper):
+                setattr(parent, name, checkpoint_wrapper(unit))
+                return
+
+
+def build_engine(model: VisionLanguageModel, stage: Stage, sources: int, device: torch.device) -> Engine:
+    """The engine that the stage asks for."""
+    return FSDPEngine(model, stage, sources, device)

@@ -1,0 +1,172 @@
+"""What the commands about runs do: train with a view, show, evaluate, export."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from rich.console import Console
+
+from cluster import checkpoint
+from cluster.controller import Controller, RunError
+from cluster.journal import Journal, RunState
+from cluster.local import quieten, ray_running
+from cluster.metrics import RunFolder
+from cluster.site import Site
+from mllm.recipe import Recipe, load
+from mllm.vlm import VisionLanguageModel
+
+
+def train(recipe: Recipe, site: Site, name: str | None, console: Console) -> RunFolder:
+    """Train `recipe` to its end, from wherever its run stands, and write report and export.
+
+    Everything that can be wrong before a worker starts is said before one does.
+    """
+    from cluster.live import Live, summary
+    from cluster.report import write_report
+
+    folder = RunFolder(Path(site.runs) / (name or recipe.name))
+    quieten(folder.logs)
+    live = Live(folder, recipe, console)
+    controller = Controller(recipe, site, name, live)
+    state = controller.prepare()
+    if state.finished:
+        console.print(f"run {folder.root.name} is finished; nothing to do")
+        console.print(summary(folder, recipe, state))
+        _paths(folder, console)
+        return folder
+    try:
+        with ray_running(site.ray_address, site.workers + site.preprocessors + 1, folder.logs), live:
+            controller.run()
+        console.print("writing export and report")
+        _export(controller, site)
+        controller.finish()
+    except KeyboardInterrupt:
+        console.print("stopped; the same command goes on from the last checkpoint")
+        raise
+    finally:
+        write_report(folder, recipe, controller.journal.state())
+    console.print(summary(folder, recipe, controller.journal.state()))
+    _paths(folder, console)
+    return folder
+
+
+def _paths(folder: RunFolder, console: Console) -> None:
+    for what, path in (("report", folder.report), ("export", folder.export), ("logs", folder.logs)):
+        console.print(f"{what:<8} {_near(path)}", soft_wrap=True)
+
+
+def _near(path: Path) -> str:
+    """The path as one would type it from here."""
+    relative = os.path.relpath(path)
+    return str(path) if relative.startswith("../..") else relative
+
+
+def open_run(site: Site, name: str) -> tuple[RunFolder, Recipe, RunState]:
+    """A run by name or folder. Raises RunError naming the runs there are."""
+    root = Path(name) if Path(name).is_dir() and (Path(name) / "recipe.json").is_file() else Path(site.runs) / name
+    folder = RunFolder(root)
+    if not folder.recipe.is_file():
+        there = ", ".join(runs(site)) or "none"
+        raise RunError(f"no run {name!r} in {site.runs}; there are: {there}")
+    return folder, load(folder.recipe.read_bytes()), Journal(root).state()
+
+
+def runs(site: Site) -> list[str]:
+    """Names of the site's runs."""
+    return sorted(file.parent.name for file in Path(site.runs).glob("*/recipe.json"))
+
+
+def show_status(site: Site, name: str | None, console: Console) -> None:
+    """Print one run's summary, or one line for each run."""
+    from cluster.live import summary
+
+    if name is None:
+        for run in runs(site):
+            state = open_run(site, run)[2]
+            words = (
+                "finished" if state.finished else f"failed: {state.failure}" if state.failure else f"in {state.stage}"
+            )
+            console.print(f"{run:<24} {words}", soft_wrap=True)
+        return
+    folder, recipe, state = open_run(site, name)
+    console.print(summary(folder, recipe, state))
+
+
+def evaluate_run(site: Site, name: str, console: Console) -> None:
+    """Evaluate the last checkpoint in this process and print the scores."""
+    from cluster.worker import evaluation_of
+
+    folder, recipe, _ = open_run(site, name)
+    quieten(folder.logs)
+    held_out = site.held_out(recipe, recipe.stages[-1])
+    if held_out is None:
+        raise RunError(f"recipe {recipe.name!r} holds no corpus out, so there is nothing to evaluate on")
+    with _alone():
+        import torch
+
+        from cluster.engines import build_engine
+
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        engine = build_engine(trained_model(site, recipe, folder), recipe.stages[-1], 1, device)
+        result = evaluation_of(engine, held_out, recipe, recipe.stages[-1].name, "after")
+    for score in result.scores:
+        console.print(
+            f"{score.source:<32} loss {score.loss:7.4f}   accuracy {score.accuracy:6.1%}   {score.tokens:,} tokens"
+        )
+    for probe in result.probe:
+        chance = 1 / probe.choices
+        console.print(f"{probe.shots}-shot: {probe.accuracy:.0%} of {probe.questions} questions, chance {chance:.0%}")
+
+
+def trained_model(site: Site, recipe: Recipe, folder: RunFolder) -> VisionLanguageModel:
+    """The model with the weights of the run's last finished stage, on CPU, float32.
+
+    Raises RunError when no stage is finished.
+    """
+    import torch
+
+    last = Journal(folder.root).state().finished_stages
+    if not last:
+        raise RunError(f"run {folder.root.name!r} has finished no stage yet; train it further first")
+    torch.manual_seed(recipe.seed)
+    model = recipe.model.build(site.folder)
+    state = {"model": model.state_dict()}
+    checkpoint.load(folder.root / last[-1].checkpoint, state)
+    model.load_state_dict(state["model"])
+    return model.eval()
+
+
+def export_run(site: Site, name: str, out: Path | None) -> Path:
+    """Export the last checkpoint of a run."""
+    from mllm.export import export
+
+    folder, recipe, _ = open_run(site, name)
+    quieten(folder.logs)
+    tokenizer = site.folder(recipe.model.lm.text_codec)
+    return export(recipe, trained_model(site, recipe, folder), tokenizer, out or folder.export)
+
+
+def _export(controller: Controller, site: Site) -> None:
+    from mllm.export import export
+
+    recipe = controller.recipe
+    model = trained_model(site, recipe, controller.folder)
+    export(recipe, model, site.folder(recipe.model.lm.text_codec), controller.folder.export)
+
+
+@contextmanager
+def _alone() -> Iterator[None]:
+    """A process group of this process only, so that the sharded engine runs here as it does on a cluster."""
+    import tempfile
+
+    import torch.distributed as dist
+
+    with tempfile.NamedTemporaryFile() as file:
+        dist.init_process_group("gloo", init_method=f"file://{file.name}", rank=0, world_size=1)
+        try:
+            yield
+        finally:
+            dist.destroy_process_group()

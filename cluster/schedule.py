@@ -1,0 +1,61 @@
+"""Arithmetic of a stage: how far it is, how fast it learns, how packs are shared out."""
+
+from __future__ import annotations
+
+import math
+
+from mllm.recipe import Cosine, Epochs, Stage, Steps, Tokens
+from pipelines.types import Position
+
+
+def learning_rate_factor(schedule: Cosine, progress: float) -> float:
+    """Share of the peak learning rate at `progress` in [0, 1]: linear warm-up, then half a cosine to the floor."""
+    if progress < schedule.warmup:
+        return progress / schedule.warmup
+    done = (progress - schedule.warmup) / max(1e-9, 1 - schedule.warmup)
+    return schedule.floor + (1 - schedule.floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+
+
+def accumulation(packs_per_step: int, world: int) -> int:
+    """Packs that each of `world` ranks takes in a step; ranks without one take an empty pack."""
+    return -(-packs_per_step // world)
+
+
+def progress(stage: Stage, windows: int | None, step: int, tokens: int, at: Position, packs_in_window: int) -> float:
+    """Share of the stage that is done after `step` steps and `tokens` tokens, the next pack being `at`.
+
+    A stage measured in epochs goes by its place among the `windows` of its order, which is known without counting packs.
+    """
+    match stage.duration:
+        case Steps(count=count):
+            return min(1.0, step / count)
+        case Tokens(count=count):
+            return min(1.0, tokens / count)
+        case Epochs():
+            if not windows:
+                raise ValueError(f"stage {stage.name!r} is measured in epochs and its stream has no end")
+            return min(1.0, (at.window + at.pack / max(1, packs_in_window)) / windows)
+
+
+def planned_steps(stage: Stage) -> int | None:
+    """Steps of the stage where its duration tells: None for epochs, whose packs are known only once they are packed."""
+    match stage.duration:
+        case Steps(count=count):
+            return count
+        case Tokens() | Epochs():
+            return None
+
+
+def window_bound(stage: Stage, windows: int | None, step: int, at: Position) -> int:
+    """Windows that the rest of the stage can need at most: each holds at least one pack."""
+    match stage.duration:
+        case Epochs():
+            return max(0, (windows or 0) - at.window)
+        case Steps(count=count):
+            return max(0, count - step) * stage.packs_per_step + 1
+        case Tokens():
+            return MOST_WINDOWS
+
+
+MOST_WINDOWS = 100_000
+"""Windows that one dataset spans at most; Ray Data plans each as a task."""

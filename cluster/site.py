@@ -1,0 +1,182 @@
+"""Where things are and how much of the machine may be used: the only file that a person writes.
+
+    # site.toml; paths are relative to it
+    runs = "runs"
+    workers = 2
+
+    [corpora]
+    mmc4-core = "s3://bucket/mmc4/docs_shard_{0..5999}_v3.jsonl"
+
+    [weights]
+    "lmsys/vicuna-7b-v1.5" = "/models/vicuna-7b-v1.5"
+
+A recipe names corpora and weights; the site says where they lie. Weights that it does not list are taken from the hub.
+"""
+
+from __future__ import annotations
+
+import os
+import tomllib
+from dataclasses import field, replace
+from functools import cache
+from pathlib import Path
+from typing import Annotated
+
+import fsspec
+from pydantic import Field, TypeAdapter, ValidationError
+
+from mllm.recipe import Recipe, Stage
+from pipelines.corpora import Corpus
+from pipelines.manifest import Manifest, expand, index
+from pipelines.order import Order
+from pipelines.types import spec
+from pipelines.windows import Stream
+
+EXAMPLE = Path(__file__).resolve().parent.parent / "examples" / "site.toml"
+
+
+class SiteError(ValueError):
+    """The site does not have what a recipe needs; the message names both."""
+
+
+@spec
+class Site:
+    """`runs` and `cache` are folders; `workers` trainers and `preprocessors` actors; `ray_address` None starts a local Ray."""
+
+    runs: str = "runs"
+    cache: str = ".cache/mllm"
+    workers: Annotated[int, Field(ge=1)] = 1
+    preprocessors: Annotated[int, Field(ge=1)] = 1
+    ray_address: str | None = None
+    corpora: dict[str, str | list[str]] = field(default_factory=dict)
+    weights: dict[str, str] = field(default_factory=dict)
+
+    def folder(self, name: str) -> str:
+        """The folder (or hub id) of weights or a tokenizer by its name in a recipe."""
+        return self.weights.get(name, name)
+
+    def shards(self, corpus: str) -> list[str]:
+        """Addresses of a corpus's shards. Raises SiteError naming the corpora that the site does have."""
+        if corpus not in self.corpora:
+            raise SiteError(
+                f"the recipe reads corpus {corpus!r} and the site has {sorted(self.corpora) or 'none'}; "
+                "add it under [corpora] in the site file"
+            )
+        patterns = self.corpora[corpus]
+        found = []
+        for pattern in [patterns] if isinstance(patterns, str) else patterns:
+            _check_address(corpus, pattern)
+            try:
+                found += expand(pattern)
+            except FileNotFoundError as error:
+                raise SiteError(f"corpus {corpus!r}: {error}; check its path under [corpora]") from error
+        return found
+
+    def manifest(self, corpus: Corpus) -> Manifest:
+        """Index of a corpus, made where the cache does not have it. Raises SiteError when a shard is missing."""
+        try:
+            return index(corpus, self.shards(corpus.name), str(Path(self.cache) / "manifests"))
+        except FileNotFoundError as error:
+            raise SiteError(str(error)) from error
+
+    def stream(self, recipe: Recipe, stage: Stage) -> Stream:
+        """The packs of a stage, as a value. Raises SiteError for a corpus or tokenizer that is not there."""
+        from mllm.recipe import Epochs
+
+        order = Order.of(
+            [self.manifest(source.corpus) for source in stage.mixture],
+            [source.weight for source in stage.mixture],
+            recipe.seed,
+            stage.window,
+            stage.chunk,
+        )
+        epochs = stage.duration.count if isinstance(stage.duration, Epochs) else None
+        return self._stream(recipe, stage, order, tuple(source.corpus for source in stage.mixture), epochs)
+
+    def held_out(self, recipe: Recipe, stage: Stage) -> Stream | None:
+        """The held-out packs, read once in order; None when the recipe holds nothing out."""
+        if not recipe.held_out:
+            return None
+        order = Order.of([self.manifest(c) for c in recipe.held_out], [None] * len(recipe.held_out), 0, 64, 64)
+        return self._stream(recipe, stage, order, recipe.held_out, 1.0)
+
+    def _stream(
+        self, recipe: Recipe, stage: Stage, order: Order, corpora: tuple[Corpus, ...], epochs: float | None
+    ) -> Stream:
+        lm = recipe.model.lm
+        tokenizer = self.folder(lm.text_codec)
+        if not (Path(tokenizer) / "tokenizer.json").is_file():
+            raise SiteError(
+                f"the recipe's tokenizer {lm.text_codec!r} should be a folder with a tokenizer.json and {tokenizer} is none; "
+                "map it under [weights] in the site file"
+            )
+        return Stream(
+            order=order,
+            corpora=corpora,
+            tiling=recipe.tiling,
+            template=lm.chat,
+            layout=recipe.model.layout(recipe.tiling),
+            budget=stage.budget,
+            tokenizer=tokenizer,
+            bos=lm.bos,
+            eos=lm.eos,
+            epochs=epochs,
+        )
+
+
+def _check_address(corpus: str, address: str) -> None:
+    scheme = address.split("://", 1)[0] if "://" in address else "file"
+    if scheme not in fsspec.available_protocols():
+        raise SiteError(
+            f"corpus {corpus!r}: {address} has the scheme {scheme!r}, which no storage here speaks; "
+            "expected a path, file://, s3://, gs:// or https://"
+        )
+
+
+@cache
+def _adapter() -> TypeAdapter[Site]:
+    return TypeAdapter(Site)
+
+
+def load_site(path: str | None = None, workers: int | None = None) -> Site:
+    """The site from `path`, or $MLLM_SITE, or ./site.toml, or the example corpus that comes with the project.
+
+    Raises SiteError when the file is missing or says something that a site does not have.
+    """
+    named = path or os.environ.get("MLLM_SITE")
+    file = Path(named) if named else Path("site.toml")
+    if not file.is_file():
+        if named:
+            raise SiteError(f"no site file {file}; write one, or leave --site away for the example corpus")
+        file = EXAMPLE
+    if not file.is_file():
+        raise SiteError("no site.toml here and no example corpus beside the package; name a site file with --site")
+    try:
+        site = _adapter().validate_python(tomllib.loads(file.read_text(encoding="utf-8")))
+    except tomllib.TOMLDecodeError as error:
+        raise SiteError(f"{file}: {error}") from error
+    except ValidationError as error:
+        faults = "; ".join(f"{'.'.join(map(str, f['loc']))}: {f['msg']}" for f in error.errors())
+        raise SiteError(f"{file}: {faults}") from error
+    site = _absolute(site, file.parent)
+    return site if workers is None else replace(site, workers=workers)
+
+
+def _absolute(site: Site, root: Path) -> Site:
+    def place(path: str) -> str:
+        return path if "://" in path or Path(path).is_absolute() else str((root / path).resolve())
+
+    def places(paths: str | list[str]) -> str | list[str]:
+        return place(paths) if isinstance(paths, str) else [place(path) for path in paths]
+
+    if "://" in site.runs and not site.runs.startswith("file://"):
+        raise SiteError(
+            f"runs={site.runs!r}: a run is kept in a folder that all nodes share; expected a path or file://"
+        )
+    return replace(
+        site,
+        runs=place(site.runs.removeprefix("file://")),
+        cache=place(site.cache),
+        corpora={name: places(paths) for name, paths in site.corpora.items()},
+        weights={name: place(path) for name, path in site.weights.items()},
+    )

@@ -1,0 +1,335 @@
+"""The one training loop. Ray Train runs it on every rank; it does the same on one laptop core and on 512 GPUs."""
+
+from __future__ import annotations
+
+import base64
+import io
+import os
+import time
+import traceback
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from cluster import checkpoint
+from cluster.checkpoint import Manifest, ShardTally, TrainState
+from cluster.deal import Deal, Held, Step
+from cluster.engines import Engine, StepReport, build_engine
+from cluster.journal import write_atomically
+from cluster.metrics import Evaluation, PackRecord, RunFolder, SourceLoss, StepRecord
+from cluster.schedule import learning_rate_factor, progress
+from mllm import evaluate
+from mllm.recipe import Recipe, Source, Stage
+from pipelines import stream as ray_stream
+from pipelines.types import Pack, Rejected, Tiled, Tiles, spec
+from pipelines.windows import PackWindows, Stream
+
+QUESTIONS = 24
+"""Pictures of the few-shot probe."""
+
+ANSWERS_EACH = 3
+"""Held-out rows of each source that the model writes an answer to."""
+
+ANSWER_TOKENS = 24
+
+
+@spec
+class StageJob:
+    """All that a worker needs to train a stage: values and paths, no handles."""
+
+    recipe: Recipe
+    stage: Stage
+    stream: Stream
+    held_out: Stream | None
+    run: str
+    fingerprint: str
+    previous: str | None
+    weights: dict[str, str]
+    versions: dict[str, str]
+
+    @property
+    def folder(self) -> RunFolder:
+        return RunFolder(self.run)
+
+    def resume_from(self) -> Path | None:
+        """The checkpoint to go on from, or None at the stage's beginning."""
+        return checkpoint.latest(
+            self.folder.checkpoints(self.stage.name), self.fingerprint, self.stream.order.fingerprint
+        )
+
+
+class StopRun(RuntimeError):
+    """A fault that trying again cannot mend: the stage ends at once, with these words."""
+
+
+class TooManyBadRows(StopRun):
+    """A shard's share of dropped rows exceeds what its source declares."""
+
+
+def train_worker(config: dict[str, Any]) -> None:
+    """Train one stage, from its last checkpoint or its beginning, to its end.
+
+    `config` holds one `StageJob` under "job". A `StopRun` or any ValueError is written down for the controller and not
+    raised, since Ray would only start the group again and meet it again.
+    """
+    job: StageJob = config["job"]
+    failure = failure_file(job.folder)
+    try:
+        _train(job)
+    except (StopRun, ValueError) as error:
+        if dist.get_rank() == 0:
+            write_atomically(failure, str(error).encode())
+            job.folder.logs.mkdir(parents=True, exist_ok=True)
+            (job.folder.logs / "failure.txt").write_text(traceback.format_exc())
+
+
+def failure_file(run: RunFolder) -> Path:
+    return run.root / "failure.txt"
+
+
+def _train(job: StageJob) -> None:
+    import ray.train
+
+    rank, world = dist.get_rank(), dist.get_world_size()
+    resumed = job.resume_from()
+    state = checkpoint.read_state(resumed) if resumed else TrainState()
+    control = dist.new_group(backend="gloo")  # small objects go beside the gradients, never through the GPU
+    deal = Deal(
+        _packs(ray.train.get_dataset_shard("train")),
+        state.position,
+        job.stage.packs_per_step,
+        rank,
+        world,
+        job.recipe.tiling.size,
+        control,
+    )
+
+    engine = build_engine(_build_model(job), job.stage, len(job.stage.mixture), _device())
+    _restore(engine, job, resumed)
+    if job.held_out and job.folder.evaluation(job.stage.name, "before") is None:
+        _evaluate(job, engine, "before")
+
+    for step in deal:
+        following = _progress(job, state, step)
+        factor = learning_rate_factor(job.stage.schedule, (state.progress + following) / 2)
+        report = engine.train_step(step.mine, factor)
+        state = state.advanced(
+            sum(held.tokens for held in step.all), following, step.following, _tally(job, state.shards, step.all)
+        )
+        _record(job, state, step, report, factor)
+        done = state.progress >= 1
+        if done or state.step % job.stage.save_every == 0:
+            _save(job, engine, state, final=done)
+        if done:
+            break
+    else:
+        if state.progress < 1:
+            raise StopRun(
+                f"stage {job.stage.name!r}: the stream ended at {state.progress:.1%} after {state.step} steps; "
+                "its mixture is smaller than its duration asks, give the duration in epochs"
+            )
+    if job.held_out:
+        _evaluate(job, engine, "after")
+
+
+def _packs(shard: Any) -> Iterator[Pack]:
+    for row in shard.iter_rows():
+        yield ray_stream.from_bytes(row[ray_stream.COLUMN])
+
+
+def _device() -> torch.device:
+    import ray.train.torch
+
+    return ray.train.torch.get_device() if torch.cuda.is_available() else torch.device("cpu")
+
+
+def _build_model(job: StageJob) -> Any:
+    if not torch.cuda.is_available():  # ranks of one machine share its cores instead of each taking all
+        local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // local))
+    torch.manual_seed(job.recipe.seed)
+    return job.recipe.model.build(lambda name: job.weights.get(name, name))
+
+
+def _restore(engine: Engine, job: StageJob, resumed: Path | None) -> None:
+    if resumed:
+        state = engine.state()
+        checkpoint.load(resumed, state)
+        engine.load_state(state)
+    elif job.previous:
+        state = {"model": engine.model_state()}
+        checkpoint.load(Path(job.previous), state)
+        engine.load_model_state(state["model"])
+
+
+def _progress(job: StageJob, state: TrainState, step: Step) -> float:
+    """Progress once the step is done."""
+    tokens = state.tokens + sum(held.tokens for held in step.all)
+    of = step.packs_in_window if step.following.pack else 1
+    return progress(job.stage, job.stream.windows, state.step + 1, tokens, step.following, of)
+
+
+def _tally(job: StageJob, before: dict[str, ShardTally], held: list[Held]) -> dict[str, ShardTally]:
+    """Rows met and dropped by shard. Raises TooManyBadRows, on every rank alike."""
+    tally = dict(before)
+    fresh: list[Rejected] = []
+    for pack in held:
+        for shard in {shard for shard, _ in pack.rows}:
+            old = tally.get(shard, ShardTally())
+            rows = len({row for name, row in pack.rows if name == shard})
+            tally[shard] = replace(old, seen=old.seen + rows)
+        for rejected in pack.dropped:
+            shard = f"{rejected.row.corpus}/{rejected.row.shard}"
+            old = tally.get(shard, ShardTally())
+            tally[shard] = ShardTally(seen=old.seen + 1, dropped=old.dropped + 1)
+            fresh.append(rejected)
+    limits = {source.corpus.name: source for source in job.stage.mixture}
+    for rejected in fresh:
+        _check_share(limits[rejected.row.corpus], tally, rejected)
+    return tally
+
+
+def _check_share(source: Source, tally: dict[str, ShardTally], last: Rejected) -> None:
+    shard = f"{last.row.corpus}/{last.row.shard}"
+    found = tally[shard]
+    if found.seen >= source.min_rows and found.dropped > source.max_bad * found.seen:
+        raise TooManyBadRows(
+            f"shard {shard}: {found.dropped} of {found.seen} rows were dropped, more than the {source.max_bad:.0%} that its "
+            f"source allows (max_bad); the last was {last.label()}. See them all with: mllm data check {last.row.corpus}"
+        )
+
+
+def _record(job: StageJob, state: TrainState, step: Step, report: StepReport, factor: float) -> None:
+    """Rank 0 writes the step's line."""
+    timings: list[Any] = [None] * dist.get_world_size()
+    tokens = sum(len(pack.input_ids) for pack in step.mine)
+    dist.gather_object((step.waited, report.seconds, tokens), timings if dist.get_rank() == 0 else None)
+    if dist.get_rank() != 0:
+        return
+    waits, seconds, loads = zip(*timings, strict=True)
+    total = sum(held.tokens for held in step.all)
+    dropped = [rejected for held in step.all for rejected in held.dropped]
+    reasons: dict[str, int] = {}
+    for rejected in dropped:
+        reasons[str(rejected.reason)] = reasons.get(str(rejected.reason), 0) + 1
+    record = StepRecord(
+        step=state.step,
+        progress=state.progress,
+        loss=report.loss,
+        grad_norm=report.grad_norm,
+        lr=factor * max(how.lr for how in job.stage.tune.values()),
+        tokens=total,
+        learned=report.learned,
+        images=sum(held.tiles for held in step.all),
+        rows=sum(len(held.rows) for held in step.all),
+        fill=total / (len(step.all) * job.stage.context),
+        imbalance=max(loads) * len(loads) / max(1, sum(loads)),
+        seconds=max(seconds) + max(waits),
+        data_wait=max(waits),
+        world=len(loads),
+        time=time.time(),
+        sources=tuple(
+            SourceLoss(source=source.corpus.name, loss=total / weight, accuracy=right / weight, tokens=int(weight))
+            for source, (total, weight, right) in zip(job.stage.mixture, report.sources.tolist(), strict=True)
+            if weight
+        ),
+        packs=tuple(PackRecord(window=h.at.window, pack=h.at.pack, digest=h.digest) for h in step.all),
+        dropped=tuple(rejected.label() for rejected in dropped),
+        reasons=reasons,
+    )
+    job.folder.write_step(job.stage.name, record)
+
+
+def _save(job: StageJob, engine: Engine, state: TrainState, final: bool) -> None:
+    """Write a checkpoint to storage ourselves and register it with Ray, which need not copy it."""
+    import ray.train
+    from ray.train import Checkpoint, CheckpointUploadMode
+
+    manifest = Manifest(
+        run=job.folder.root.name,
+        stage=job.stage.name,
+        fingerprint=job.fingerprint,
+        order=job.stream.order.fingerprint,
+        step=state.step,
+        world=dist.get_world_size(),
+        final=final,
+        versions=job.versions,
+    )
+    folder = checkpoint.save(job.folder.checkpoints(job.stage.name), engine.state(), state, manifest)
+    ray.train.report(
+        {"step": state.step, "progress": state.progress, "tokens": state.tokens},
+        checkpoint=Checkpoint.from_directory(str(folder)) if dist.get_rank() == 0 else None,
+        checkpoint_upload_mode=CheckpointUploadMode.NO_UPLOAD,
+    )
+
+
+def _evaluate(job: StageJob, engine: Engine, when: str) -> None:
+    """Held-out scores over all ranks, the few-shot probe and written answers; rank 0 keeps them."""
+    assert job.held_out is not None
+    result = evaluation_of(engine, job.held_out, job.recipe, job.stage.name, when)
+    if dist.get_rank() == 0:
+        job.folder.write_evaluation(result)
+
+
+def evaluation_of(engine: Engine, held_out: Stream, recipe: Recipe, stage: str, when: Any) -> Evaluation:
+    """Evaluate the engine's model on the held-out stream; every rank must call it together."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    windows = PackWindows(held_out)
+    mine = [pack for k in range(rank, held_out.windows or 0, world) for pack in windows.packs(k)]
+    most = torch.tensor(len(mine), device=engine.device)
+    dist.all_reduce(most, op=dist.ReduceOp.MAX)
+    mine += [Pack.empty(recipe.tiling.size)] * (int(most) - len(mine))
+    sums = evaluate.source_sums(engine.score, mine, len(held_out.corpora), engine.device)
+    dist.all_reduce(sums)
+
+    documents = [
+        document
+        for k in range(held_out.windows or 0)
+        for document in windows.documents(held_out.order.window(k, held_out.epochs))
+        if isinstance(document, Tiled)
+    ]
+    documents.sort(key=lambda document: (document.source, document.id.shard, document.id.row))
+    questions = evaluate.few_shot_questions(documents, windows.encoder, recipe.shots, QUESTIONS)
+    probe = evaluate.probe_sums(engine.score, questions, recipe.shots, engine.device)
+    return Evaluation(
+        stage=stage,
+        when=when,
+        scores=evaluate.source_scores(sums, held_out.sources),
+        probe=evaluate.probe_scores(probe, recipe.shots),
+        answers=tuple(_answers(engine, windows, documents)),
+    )
+
+
+def _answers(engine: Engine, windows: PackWindows, documents: list[Tiled]) -> Iterator[evaluate.Answer]:
+    """What the model writes about a few held-out pictures, greedily."""
+    codec = windows.encoder.codec
+    asked: list[tuple[str, Tiled, str]] = []
+    for source, name in enumerate(windows.stream.sources):
+        shown = [d for d in documents if d.source == source and isinstance(d.segments[0], Tiles)]
+        for document in shown[:: max(1, len(shown) // ANSWERS_EACH)][:ANSWERS_EACH]:
+            question, expected = evaluate.prompt_of(document)
+            asked.append((name, question, expected))
+    prompts = [windows.encoder.prompt(question) for _, question, _ in asked]
+    stop = codec.special(codec.eos) if codec.eos else None
+    written = evaluate.greedy(engine.logits, prompts, stop, ANSWER_TOKENS, engine.device)
+    for (name, question, expected), prompt, tokens in zip(asked, prompts, written, strict=True):
+        yield evaluate.Answer(
+            source=name,
+            row=question.id.label(),
+            image=_png(prompt.tiles[0]),
+            prompt=" ".join(s.text.strip() for s in question.segments if not isinstance(s, Tiles)).strip(),
+            expected=expected[:400],
+            written=codec.decode(tokens).strip(),
+        )
+
+
+def _png(tile: Any) -> str:
+    from PIL import Image
+
+    buffer = io.BytesIO()
+    Image.fromarray(tile.transpose(1, 2, 0)).save(buffer, "PNG", optimize=True)
+    return base64.b64encode(buffer.getvalue()).decode()

@@ -1,0 +1,130 @@
+"""A trained model as a folder that others read.
+
+llava: encoder CLIP, connector MLP of depth 2, a Llama decoder, Splice  ->  one `LlavaForConditionalGeneration` folder
+parts: anything else                                                    ->  encoder/, lm/ (transformers) and connector.safetensors
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors.torch import save_file
+
+from mllm.connectors import MLP
+from mllm.encoders import ClipVision
+from mllm.lm import CausalLM
+from mllm.recipe import Recipe, dump
+from mllm.vlm import VisionLanguageModel
+from pipelines.tiling import Pad
+
+IMAGE = "<image>"
+
+
+def format_of(recipe: Recipe) -> Literal["llava", "parts"]:
+    """Which form a recipe's model has."""
+    model = recipe.model
+    llava = isinstance(model.encoder.arch, ClipVision) and model.connector == MLP(depth=2)
+    return "llava" if llava else "parts"
+
+
+def export(recipe: Recipe, model: VisionLanguageModel, tokenizer: str, out: Path) -> Path:
+    """Write `model` to the folder `out`, with the tokenizer of the folder `tokenizer`; replaces what was there."""
+    scratch = out.with_name(f".{out.name}.part")
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir(parents=True)
+    if format_of(recipe) == "llava":
+        _llava(recipe, model, tokenizer, scratch)
+    else:
+        _parts(model, tokenizer, recipe.model.lm, scratch)
+    (scratch / "recipe.json").write_text(dump(recipe))
+    shutil.rmtree(out, ignore_errors=True)
+    scratch.rename(out)
+    return out
+
+
+def _llava(recipe: Recipe, model: VisionLanguageModel, tokenizer: str, out: Path) -> None:
+    from transformers import LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
+    from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
+
+    spec = recipe.model
+    text = _tokenizer(tokenizer, spec.lm)
+    image_id = text.convert_tokens_to_ids(IMAGE)
+    layout = spec.layout(recipe.tiling)
+    tower: Any = model.encoder.tower
+    config = LlavaConfig(
+        vision_config=tower.tower.config,
+        text_config=model.lm.model.config,
+        image_token_index=image_id,
+        projector_hidden_act="gelu",
+        vision_feature_layer=spec.encoder.layer,
+        vision_feature_select_strategy="default",
+        image_seq_length=layout.tokens_per_tile,
+    )
+    with torch.device("meta"):
+        llava = LlavaForConditionalGeneration(config)
+    llava.load_state_dict(_llava_names(model), strict=True, assign=True)
+    if len(text) > model.lm.model.config.vocab_size:
+        llava.resize_token_embeddings(len(text), pad_to_multiple_of=64)
+    llava.generation_config.eos_token_id = text.eos_token_id
+    llava.generation_config.pad_token_id = text.pad_token_id
+    llava.save_pretrained(out)
+    pad = isinstance(recipe.tiling, Pad)
+    side = recipe.tiling.size
+    processor = LlavaProcessor(
+        image_processor=LlavaImageProcessorPil(
+            do_pad=pad,
+            do_center_crop=not pad,
+            size={"height": side, "width": side} if pad else {"shortest_edge": side},
+            crop_size={"height": side, "width": side},
+            image_mean=list(spec.encoder.mean),
+            image_std=list(spec.encoder.std),
+        ),
+        tokenizer=text,
+        patch_size=spec.encoder.arch.patch if isinstance(spec.encoder.arch, ClipVision) else None,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=spec.lm.chat.jinja(),
+    )
+    processor.save_pretrained(out)
+
+
+def _llava_names(model: VisionLanguageModel) -> dict[str, torch.Tensor]:
+    """Our parameters under transformers' names."""
+    tower: Any = model.encoder.tower
+    state = {f"model.vision_tower.{name}": value for name, value in tower.tower.state_dict().items()}
+    for ours, theirs in (("layers.0", "linear_1"), ("layers.1", "linear_2")):
+        for kind in ("weight", "bias"):
+            state[f"model.multi_modal_projector.{theirs}.{kind}"] = model.connector.state_dict()[f"{ours}.{kind}"]
+    for name, value in model.lm.model.state_dict().items():
+        kept = name.startswith("lm_head")
+        state[name if kept else f"model.language_model.{name.removeprefix('model.')}"] = value
+    return {name: value.contiguous() for name, value in state.items()}
+
+
+def _parts(model: VisionLanguageModel, tokenizer: str, lm: CausalLM, out: Path) -> None:
+    tower: Any = model.encoder.tower
+    tower.tower.save_pretrained(out / "encoder")
+    model.lm.model.save_pretrained(out / "lm")
+    _tokenizer(tokenizer, lm).save_pretrained(out / "lm")
+    save_file(
+        {name: value.contiguous() for name, value in model.connector.state_dict().items()},
+        out / "connector.safetensors",
+    )
+
+
+def _tokenizer(folder: str, lm: CausalLM) -> Any:
+    """The tokenizer with an `<image>` token and the chat template that the model was trained with."""
+    from transformers import AutoTokenizer
+
+    text = AutoTokenizer.from_pretrained(folder)
+    if IMAGE not in text.get_vocab():
+        text.add_special_tokens({"additional_special_tokens": [IMAGE]}, replace_extra_special_tokens=False)
+    text.chat_template = lm.chat.jinja()
+    if lm.eos:
+        text.eos_token = lm.eos
+    if text.pad_token is None:
+        text.pad_token = text.eos_token
+    return text

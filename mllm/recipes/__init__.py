@@ -1,0 +1,26 @@
+"""Recipes by name. A recipe is a function that returns a complete value; add yours here and every test will find it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from difflib import get_close_matches
+
+from mllm.recipe import Recipe, RecipeError
+from mllm.recipes.real import vila_real
+from mllm.recipes.smoke import vila_smoke
+from mllm.recipes.vila import vila_7b, vila_13b
+
+RECIPES: dict[str, Callable[[], Recipe]] = {
+    recipe.__name__: recipe for recipe in (vila_smoke, vila_real, vila_7b, vila_13b)
+}
+
+
+def by_name(name: str) -> Recipe:
+    """The recipe called `name`. Raises RecipeError with the nearest names."""
+    if name not in RECIPES:
+        near = get_close_matches(name, RECIPES, 3)
+        raise RecipeError(
+            f"no recipe {name!r}; "
+            + (f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(RECIPES)}")
+        )
+    return RECIPES[name]()
