@@ -125,7 +125,7 @@ class LanguageModel(nn.Module):
         self,
         embeddings: Float[Tensor, "T D"],
         positions: Int[Tensor, " T"],
-        cu_seqlens: Int[Tensor, " S+1"],
+        cu_seqlens: Int[Tensor, " bounds"],
         max_seqlen: int,
     ) -> Float[Tensor, "T D"]:
         """Final hidden states, after the last norm."""

@@ -21,7 +21,7 @@ def varlen_attention(
     q: Float[Tensor, "T H E"],
     k: Float[Tensor, "T K E"],
     v: Float[Tensor, "T K E"],
-    cu_seqlens: Int[Tensor, " S+1"],
+    cu_seqlens: Int[Tensor, " bounds"],
     max_seqlen: int,
     scale: float | None = None,
 ) -> Float[Tensor, "T H E"]:

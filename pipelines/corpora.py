@@ -63,9 +63,10 @@ class Pairs:
             for member in _members(archive):
                 if member.isfile():
                     body = archive.extractfile(member)
-                    content = body.read() if body else b""
-                    if len(content) < member.size:
-                        raise SkipSample(Reason.TRUNCATED_SHARD, member.name)
+                    try:
+                        content = body.read() if body else b""
+                    except tarfile.ReadError as error:
+                        raise SkipSample(Reason.TRUNCATED_SHARD, member.name) from error
                     files[_split_name(member.name)[1]] = content
         image = next((files[suffix] for suffix in IMAGE_SUFFIXES if suffix in files), None)
         if image is None:

@@ -25,7 +25,7 @@ def assign(costs: list[tuple[int, int]], budget: Budget) -> list[list[int]]:
     if len(sizes) and (sizes > limits).any():
         worst = int(np.argmax((sizes / limits).max(axis=1)))
         raise ValueError(
-            f"sample {worst} costs {costs[worst]} (tokens, tiles) and a pack holds {tuple(limits.astype(int))}"
+            f"sample {worst} costs {costs[worst]} (tokens, tiles) and a pack holds {(budget.tokens, budget.tiles)}"
         )
     sizes /= limits
     waiting = np.ones(len(sizes), bool)

@@ -1,0 +1,81 @@
+"""Shared real parts: the example corpus, its tokenizer, a tiny model, one Ray for the whole session."""
+
+from __future__ import annotations
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+os.environ["TRANSFORMERS_VERBOSITY"] = "error"
+
+from jaxtyping import install_import_hook
+
+install_import_hook("ops", "beartype.beartype")  # the shapes written in signatures hold while tests run
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from cluster.site import Site, load_site
+from mllm.recipe import Recipe, Steps
+from mllm.recipes import by_name
+from pipelines.types import Budget, VisionLayout
+from pipelines.windows import PackWindows, Stream
+
+ROOT = Path(__file__).resolve().parent.parent
+CORPUS = ROOT / "examples" / "corpus"
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Site:
+    """The example site, with runs of this test's own."""
+    return replace(load_site(str(ROOT / "examples" / "site.toml")), runs=str(tmp_path / "runs"))
+
+
+@pytest.fixture(scope="session")
+def recipe() -> Recipe:
+    """The smoke recipe's three stages over the same corpora, shrunk to a few steps of a few packs."""
+    return tiny(by_name("vila_smoke"))
+
+
+def tiny(recipe: Recipe, steps: int = 4) -> Recipe:
+    """A recipe whose stages take a few small steps."""
+    stages = tuple(
+        replace(
+            stage, context=256, tokens_per_step=1024, max_tiles=6, window=24, duration=Steps(count=steps), save_every=2
+        )
+        for stage in recipe.stages
+    )
+    return replace(recipe, stages=stages)
+
+
+@pytest.fixture
+def stream(site: Site, recipe: Recipe) -> Stream:
+    """The pretrain stage's packs: pages and pairs."""
+    return site.stream(recipe, recipe.stage("pretrain"))
+
+
+@pytest.fixture
+def packs(stream: Stream) -> PackWindows:
+    return PackWindows(stream)
+
+
+@pytest.fixture
+def layout() -> VisionLayout:
+    return VisionLayout(tile=96, tokens_per_tile=36)
+
+
+@pytest.fixture
+def budget() -> Budget:
+    return Budget(tokens=256, tiles=6)
+
+
+@pytest.fixture(scope="session")
+def ray_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """One local Ray for every test that needs it: starting one costs seconds, a worker's imports more."""
+    from cluster.local import ray_running
+
+    with ray_running(None, 6, tmp_path_factory.mktemp("logs")):
+        yield

@@ -1,0 +1,80 @@
+"""The exported folder is the same model to transformers: same logits, same pixels, same tokens."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from mllm.export import export
+from mllm.recipe import Recipe
+from mllm.recipes import by_name
+from mllm.vlm import VisionLanguageModel
+from ops.images import normalize
+from pipelines.types import IMAGE_TOKEN, Batch, Pack, Position
+from pipelines.windows import PackWindows
+from tests.conftest import CORPUS, ROOT
+
+TOKENIZER = str(ROOT / "examples" / "tokenizer")
+
+
+@pytest.fixture(scope="module")
+def exported(recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> tuple[VisionLanguageModel, Path]:
+    torch.manual_seed(0)
+    model = recipe.model.build().eval()
+    return model, export(recipe, model, TOKENIZER, tmp_path_factory.mktemp("run") / "export")
+
+
+@torch.no_grad()
+def test_llava_gives_the_same_logits(exported: tuple[VisionLanguageModel, Path], packs: PackWindows, recipe: Recipe) -> None:
+    from transformers import LlavaForConditionalGeneration
+
+    model, folder = exported
+    llava = LlavaForConditionalGeneration.from_pretrained(folder)
+    samples, _ = packs.samples(packs.stream.order.window(0))
+    sample = next(s for s in samples if len(s.tiles) == 2)
+    batch = Batch.of(Pack.of_samples([sample], Position(), 1, 96))
+    ours = model(batch) @ model.lm.head.T
+    ids = torch.where(batch.input_ids == IMAGE_TOKEN, llava.config.image_token_id, batch.input_ids)
+    pixels = normalize(batch.tiles, model.encoder.mean, model.encoder.std)
+    theirs = llava(input_ids=ids[None], pixel_values=pixels).logits[0]
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_its_processor_sees_and_writes_as_training_did(exported: tuple[VisionLanguageModel, Path], recipe: Recipe) -> None:
+    from transformers import LlavaProcessor
+
+    from ops.images import decode
+    from pipelines.tiling import Pad
+
+    model, folder = exported
+    processor = LlavaProcessor.from_pretrained(folder)
+    file = CORPUS / "instruct/images/000000017.jpg"
+    talk = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "\nWhat is it?"}]}]
+    text = processor.apply_chat_template(talk, add_generation_prompt=True)
+    assert text == "<|im_start|>user\n<image>\nWhat is it?<|im_end|>\n<|im_start|>assistant\n"
+    inputs = processor(images=Image.open(file), text=text, return_tensors="pt")
+    assert int((inputs["input_ids"] == processor.image_token_id).sum()) == 36
+    assert isinstance(recipe.tiling, Pad)
+    ours = normalize(recipe.tiling.cut(decode(file.read_bytes())), model.encoder.mean, model.encoder.std)
+    # Pillow pads and then resizes where we resize and then pad: a row of pixels at the picture's edge may differ.
+    assert np.abs(ours.numpy() - np.asarray(inputs["pixel_values"])).mean() < 0.05
+
+
+def test_a_model_that_is_no_llava_is_exported_in_parts(tmp_path: Path) -> None:
+    from dataclasses import replace
+
+    from safetensors.torch import load_file
+    from transformers import AutoModelForCausalLM
+
+    real, small = by_name("vila_real"), by_name("vila_smoke")
+    spec = replace(
+        real, model=replace(small.model, encoder=replace(real.model.encoder, weights=None)), tiling=real.tiling
+    )
+    model = spec.model.build().eval()
+    folder = export(spec, model, TOKENIZER, tmp_path / "export")
+    lm = AutoModelForCausalLM.from_pretrained(folder / "lm")
+    assert torch.equal(lm.lm_head.weight, model.lm.head)
+    assert load_file(folder / "connector.safetensors").keys() == model.connector.state_dict().keys()
+    assert (folder / "encoder" / "model.safetensors").is_file()

@@ -1,0 +1,96 @@
+"""Every shipped recipe is a whole value; overrides are checked and their faults explained."""
+
+import pytest
+
+from cluster.plan import meta_model, plan
+from cluster.site import load_site
+from mllm.recipe import Recipe, RecipeError, Steps, dump, fingerprint, load, override
+from mllm.recipes import RECIPES, by_name
+from tests.conftest import ROOT
+
+SITE = load_site(str(ROOT / "examples" / "site.toml"))
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_it_builds_round_trips_and_is_planned(name: str) -> None:
+    recipe = by_name(name)
+    assert recipe.name == name
+    assert load(dump(recipe)) == recipe
+    planned = plan(recipe, SITE)
+    assert [stage.name for stage in planned.stages] == ["align", "pretrain", "sft"]
+    for stage in planned.stages:
+        assert any(part.trained for part in stage.parts)
+        memory = list(stage.memory.values())
+        assert memory == sorted(memory, reverse=True)
+
+
+@pytest.mark.parametrize(("name", "language", "steps"), [("vila_7b", 6_738_415_616, 256), ("vila_13b", 13_015_864_320, 256)])
+def test_vila_is_the_papers(name: str, language: int, steps: int) -> None:
+    recipe = by_name(name)
+    model = meta_model(recipe.model)
+    assert sum(p.numel() for p in model.lm.parameters()) == language
+    assert recipe.model.layout(recipe.tiling).tokens_per_tile == 576
+    rates = [(s.name, sorted(s.tune), s.tune["connector"].lr, s.context) for s in recipe.stages]
+    assert rates == [
+        ("align", ["connector"], 1e-3, 2048),
+        ("pretrain", ["connector", "lm"], 5e-5, 4096),
+        ("sft", ["connector", "lm"], 2e-5, 4096),
+    ]
+    assert recipe.stages[0].tokens_per_step // (576 + 50) == pytest.approx(steps, rel=0.01)
+    assert {s.schedule.warmup for s in recipe.stages} == {0.03}
+    assert all(how.weight_decay == 0 for s in recipe.stages for how in s.tune.values())
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ("stages.pretrian.tune.lm.lr=3e-5", "no stage 'pretrian'; stages are ['align', 'pretrain', 'sft']"),
+        ("stages.align.tune.connector.lrr=1", "stages.align.tune.connector has no field 'lrr'; did you mean 'lr'?"),
+        ('model.connector={"kind":"qformerr"}', "'qformerr'"),
+        ("stages.align.tune.connector.lr=-1", "greater than 0"),
+        ("stages.align.context=20", "one tile is 36 tokens and a pack holds 20"),
+        ("stages.align.tokens_per_step=100", "less than one pack of context=512"),
+        ("tiling.size=64", "tiles of 64 pixels and the encoder takes 96"),
+        ("model.lm.arch.context=300", "context=512 exceeds the language model's 300"),
+        ("sed=1", "did you mean 'seed'?"),
+        ("nonsense", "write key=value"),
+    ],
+)
+def test_a_wrong_override_is_refused_with_what_was_expected(change: str, words: str) -> None:
+    with pytest.raises(RecipeError) as error:
+        override(by_name("vila_smoke"), [change])
+    assert words in str(error.value)
+
+
+def test_an_override_changes_one_thing() -> None:
+    recipe = by_name("vila_smoke")
+    changed = override(recipe, ["stages.pretrain.tune.lm.lr=3e-5", "stages.sft.duration.count=7", "stages.align.tune.lm.head={\"lr\":1}"])
+    assert changed.stage("pretrain").tune["lm"].lr == 3e-5
+    assert changed.stage("sft").duration == Steps(count=7)
+    assert sorted(changed.stage("align").tune) == ["connector", "lm.head"]
+    assert override(recipe, ["stages.pretrain.tune.lm=null"]).stage("pretrain").tune.keys() == {"connector"}
+    assert override(recipe, []) is recipe
+
+
+def test_a_stage_is_named_by_all_that_decides_it() -> None:
+    recipe = by_name("vila_smoke")
+
+    def prints(changed: Recipe) -> list[str]:
+        before, found = "", []
+        for stage in changed.stages:
+            before = fingerprint(changed, stage, before)
+            found.append(before)
+        return found
+
+    base = prints(recipe)
+    later = prints(override(recipe, ["stages.pretrain.tune.lm.lr=3e-5"]))
+    assert base[0] == later[0]
+    assert base[1] != later[1]
+    assert base[2] != later[2]
+    assert prints(override(recipe, ["stages.align.save_every=3"])) == base
+    assert not set(prints(override(recipe, ["seed=1"]))) & set(base)
+
+
+def test_an_unknown_recipe_names_the_nearest() -> None:
+    with pytest.raises(RecipeError, match="did you mean vila_smoke"):
+        by_name("vila_smok")

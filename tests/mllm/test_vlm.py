@@ -1,0 +1,123 @@
+"""The model over packs: documents are alone in company, gradients are where the stage says, counts are the layout's."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from cluster.site import Site
+from mllm.objectives import NextToken
+from mllm.recipe import Full, Recipe
+from mllm.tune import apply_tuning, describe
+from mllm.vlm import VisionLanguageModel
+from pipelines.types import IMAGE_TOKEN, Batch, Pack, Position, Sample
+from pipelines.windows import PackWindows
+
+
+@pytest.fixture(scope="module")
+def model(recipe: Recipe) -> VisionLanguageModel:
+    torch.manual_seed(0)
+    return recipe.model.build()
+
+
+def samples_of(packs: PackWindows) -> list[Sample]:
+    samples, dropped = packs.samples(packs.stream.order.window(0))
+    assert not dropped
+    return [s for s in samples if len(s.tiles) and len(s.input_ids) < 120][:3] + [s for s in samples if not len(s.tiles)][:2]
+
+
+def together(samples: list[Sample]) -> Pack:
+    return Pack.of_samples(samples, Position(), 1, 96)
+
+
+def test_a_documents_loss_in_a_pack_is_its_loss_alone(model: VisionLanguageModel, packs: PackWindows) -> None:
+    samples = samples_of(packs)
+    assert len(samples) == 5
+    packed = NextToken()(model, Batch.of(together(samples)))
+    for place, sample in enumerate(samples):
+        alone = NextToken()(model, Batch.of(together([sample])))
+        torch.testing.assert_close(packed.documents[place], alone.documents[0], rtol=1e-5, atol=1e-5)
+    assert packed.sum.item() == pytest.approx(float(packed.documents[:, 0].sum()), rel=1e-5)
+
+
+def test_packs_hold_the_visual_tokens_that_the_layout_counts(recipe: Recipe, packs: PackWindows) -> None:
+    layout = recipe.model.layout(recipe.tiling)
+    tower = recipe.model.build().encoder
+    for pack in packs.packs(1)[:4]:
+        batch = Batch.of(pack)
+        assert int((batch.input_ids == IMAGE_TOKEN).sum()) == batch.visual_count == layout.tokens(len(pack.tiles))
+        if len(pack.tiles):
+            assert tower(batch.tiles).shape[:2] == (len(pack.tiles), layout.tokens_per_tile)
+
+
+@pytest.mark.parametrize("kind", ["mixed", "text", "empty"])
+@pytest.mark.parametrize("stage", ["align", "pretrain", "sft"])
+def test_gradients_exist_exactly_where_the_stage_says(recipe: Recipe, packs: PackWindows, stage: str, kind: str) -> None:
+    model = recipe.model.build()
+    apply_tuning(model, recipe.stage(stage).tune)
+    samples = samples_of(packs)
+    chosen = {"mixed": samples, "text": [s for s in samples if not len(s.tiles)], "empty": []}[kind]
+    NextToken()(model, Batch.of(together(chosen))).sum.backward()
+    tuned = {id(p) for part in recipe.stage(stage).tune for p in model.parts()[part]}
+    for name, parameter in model.named_parameters():
+        assert (parameter.grad is not None) == (id(parameter) in tuned), name
+    moved = float(sum(p.grad.abs().sum() for p in model.connector.parameters() if p.grad is not None))
+    assert (moved > 0) == (kind == "mixed")
+
+
+def test_the_image_reaches_the_loss(model: VisionLanguageModel, packs: PackWindows) -> None:
+    pack = together([s for s in samples_of(packs) if len(s.tiles)][:1])
+    black = replace(pack, tiles=pack.tiles * 0)
+    losses = [NextToken()(model, Batch.of(p)).sum.item() for p in (pack, black)]
+    assert abs(losses[0] - losses[1]) > 1e-4
+
+
+def test_a_pipeline_of_another_model_is_refused(model: VisionLanguageModel, packs: PackWindows) -> None:
+    batch = Batch.of(together([s for s in samples_of(packs) if len(s.tiles)][:1]))
+    batch.tiles = torch.cat([batch.tiles, batch.tiles])
+    with pytest.raises(ValueError, match="36 image positions and the encoder gave 72 visual tokens"):
+        model(batch)
+
+
+def test_a_part_that_the_model_lacks_is_refused_with_those_it_has(model: VisionLanguageModel) -> None:
+    with pytest.raises(ValueError, match="no part 'conector'; did you mean 'connector'"):
+        apply_tuning(model, {"conector": Full(lr=1)})
+
+
+def test_the_most_exact_name_decides_a_learning_rate(recipe: Recipe) -> None:
+    model = recipe.model.build()
+    groups = apply_tuning(model, {"lm": Full(lr=1e-3), "lm.head": Full(lr=1e-2)})
+    assert {g.part: g.how.lr for g in groups} == {"lm": 1e-3, "lm.head": 1e-2}
+    assert sum(len(g.parameters) for g in groups) == len(list(model.lm.parameters()))
+    assert [(r.part, r.frozen == 0) for r in describe(model, {"lm": Full(lr=1e-3)})] == [
+        ("encoder", False),
+        ("connector", False),
+        ("lm", True),
+    ]
+
+
+def test_over_fitting_two_documents_learns_them(recipe: Recipe, packs: PackWindows) -> None:
+    torch.manual_seed(0)
+    model = recipe.model.build()
+    groups = apply_tuning(model, recipe.stage("sft").tune)
+    optimizer = torch.optim.AdamW([p for g in groups for p in g.parameters], lr=3e-3)
+    batch = Batch.of(together(samples_of(packs)[:2]))
+    losses = []
+    for _ in range(25):
+        output = NextToken()(model, batch)
+        loss = output.sum / output.weight
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.2 * losses[0]
+
+
+def test_weights_of_another_shape_are_refused(recipe: Recipe, site: Site, tmp_path) -> None:
+    model = recipe.model.build()
+    model.lm.model.save_pretrained(tmp_path)
+    wider = replace(recipe.model.lm, weights="mine", arch=replace(recipe.model.lm.arch, layers=5))
+    with pytest.raises(ValueError, match=r"num_hidden_layers=4 and the recipe's arch says 5"):
+        wider.build(lambda _: str(tmp_path))
+    same = replace(recipe.model.lm, weights="mine").build(lambda _: str(tmp_path))
+    assert torch.equal(same.head, model.lm.head)
