@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Literal, Self
 
@@ -252,25 +253,27 @@ class Live:
             view.before, view.after = before, after
             self.view = self.tail = None
         loss = f", loss {view.steps[0].loss:.4f} {self.arrow} {view.steps[-1].loss:.4f}" if view.steps else ""
-        self._line("done", f"{len(view.steps):,} steps, {quantity(view.tokens)} tokens in {duration(view.seconds)}{loss}", stage=view.name)
+        came_to = f"{len(view.steps):,} steps, {quantity(view.tokens)} tokens in {duration(view.seconds)}{loss}"
+        self._line("done", came_to, stage=view.name)
         scores = paired_scores(before, after)
         names = max((len(source) for source, _, _ in scores), default=0)
         for source, old, new in scores:
             if new is None:
                 continue
-            words = f"{source:<{names}}  loss " + self._change(old and old.loss, new.loss, "7.4f")
-            accuracy = self._change(old and 100 * old.accuracy, 100 * new.accuracy, "5.1f", "%")
-            better = old is not None and new.loss < old.loss
-            self._line("held-out", f"{words}  accuracy {accuracy}", "green" if better else "yellow" if old else "", view.name)
+            loss = self._change(old and old.loss, new.loss, 4)
+            accuracy = self._change(old and 100 * old.accuracy, 100 * new.accuracy, 1, "%")
+            style = "" if old is None else "green" if new.loss < old.loss else "yellow"
+            self._line("held-out", f"{source:<{names}}  loss {loss}  accuracy {accuracy}", style, view.name)
         for shots, old, new in paired_probes(before, after):
             if new is not None:
-                right = self._change(old and 100 * old.accuracy, 100 * new.accuracy, "5.1f", "%")
-                self._line("probe", f"{shots}-shot  right {right}  chance {100 / new.choices:.0f}%", stage=view.name)
+                right = self._change(old and 100 * old.accuracy, 100 * new.accuracy, 1, "%")
+                chance = f"chance {100 / new.choices:.0f}% of {new.questions:,}"
+                self._line("probe", f"{shots}-shot  right {right}  {chance}", stage=view.name)
 
-    def _change(self, before: float | None, after: float, form: str, unit: str = "") -> str:
+    def _change(self, before: float | None, after: float, digits: int, unit: str = "") -> str:
         if before is None:
-            return f"{after:{form}}{unit}"
-        return f"{before:{form}}{unit} {self.arrow} {after:{form}}{unit} ({after - before:+{form.split('.')[0]}.{form.split('.')[1]}})"
+            return f"{after:.{digits}f}{unit}"
+        return f"{before:.{digits}f}{unit} {self.arrow} {after:.{digits}f}{unit} ({after - before:+.{digits}f})"
 
     def _line(self, what: str, words: str, style: str = "", stage: str | None = None) -> None:
         name = stage or (self.view.name if self.view else "")
@@ -314,9 +317,8 @@ class Live:
         )
 
     def _display(self) -> RenderableType:
-        with suppress(Exception):  # rich would raise it where the trainer prints its next line
-            with self.lock:
-                return self._picture()
+        with suppress(Exception), self.lock:  # rich would raise it where the trainer prints its next line
+            return self._picture()
         return Text("")
 
     def _picture(self) -> RenderableType:
@@ -337,9 +339,10 @@ class Live:
             Text(f"{last.progress:.0%}", style="bold"),
             Text(self._expectation(view), style="dim"),
         )
+        losses = sparkline([step.loss for step in view.steps])
         figures = Text("   ").join(
             [
-                Text.assemble(("loss ", "dim"), (f"{last.loss:.4f} ", "bold"), (sparkline([s.loss for s in view.steps]), "cyan")),
+                Text.assemble(("loss ", "dim"), (f"{last.loss:.4f} ", "bold"), (losses, "cyan")),
                 Text.assemble((quantity(view.rate("tokens", RECENT)), "bold"), (" tokens/s", "dim")),
                 Text.assemble((quantity(view.rate("images", RECENT)), "bold"), (" images/s", "dim")),
                 Text.assemble(("wait ", "dim"), (f"{view.wait(RECENT):.0%}", "bold")),
@@ -384,18 +387,23 @@ def _adapter() -> TypeAdapter[StepRecord]:
     return TypeAdapter(StepRecord)
 
 
-def summary(run: RunFolder, recipe: Recipe, state: RunState) -> RenderableType:
-    """A run in a few lines: its stages, held-out losses through the curriculum, and the rows that were dropped."""
+def summary(run: RunFolder, recipe: Recipe, state: RunState, now: float | None = None) -> RenderableType:
+    """A run in a few lines: its stages, held-out losses through the curriculum, and the rows that were dropped.
+
+    A run that was killed cannot say so; of one that is not over, the time since its last step (until `now`) is told.
+    """
     views = stage_views(run, recipe, state)
-    parts: list[RenderableType] = [_heading(run, state), _stage_table(views)]
+    latest = max((view.last.time for view in views if view.last), default=None)
+    silence = None if latest is None else (time.time() if now is None else now) - latest
+    parts: list[RenderableType] = [_heading(run, state, silence), Text(""), _stage_table(views)]
     evaluations = borders(views)
     if evaluations:
-        parts.append(_held_out_table(evaluations))
-    dropped = sum((view.dropped for view in views), Counter())
+        parts += [Text(""), _held_out_table(evaluations)]
+    dropped = sum((view.dropped for view in views), Counter[str]())
     if dropped:
-        parts.append(Text(f"{dropped.total():,} rows dropped", style="bold"))
-        parts += [Text(f"  {count:>8,}  {reason}") for reason, count in dropped.most_common()]
-    return Group(*parts)
+        parts += [Text(""), Text(f"{dropped.total():,} rows dropped", style="dim")]
+        parts += [Text(f"{count:>8,}  {reason}") for reason, count in dropped.most_common()]
+    return Group(*parts, Text(""))
 
 
 def run_standing(state: RunState) -> str:
@@ -407,11 +415,13 @@ def run_standing(state: RunState) -> str:
     return "running" if state.starts else "not started"
 
 
-def _heading(run: RunFolder, state: RunState) -> Text:
+def _heading(run: RunFolder, state: RunState, silence: float | None) -> Text:
     word = run_standing(state)
     style = {"finished": "bold green", "failed": "bold red", "stopped": "bold yellow"}.get(word, "bold cyan")
-    why = f": {state.failure}" if word == "failed" else ""
-    return Text.assemble((run.root.name, "bold"), "  ", (word, style), why)
+    more = f": {state.failure}" if word == "failed" else ""
+    if word == "running" and silence is not None:
+        more = f", last step {duration(silence)} ago"
+    return Text.assemble((run.root.name, "bold"), "  ", (word, style), more)
 
 
 def _stage_table(views: Iterable[StageView]) -> Table:
@@ -452,7 +462,7 @@ def sparkline(values: Sequence[float], width: int = 24) -> str:
     """`values` as a row of at most `width` blocks, each the mean of its share of them."""
     count = min(width, len(values))
     edges = [len(values) * i // count for i in range(count + 1)] if count else []
-    means = [sum(values[a:b]) / (b - a) for a, b in zip(edges, edges[1:], strict=False)]
+    means = [sum(values[a:b]) / (b - a) for a, b in pairwise(edges)]
     low, high = min(means, default=0.0), max(means, default=0.0)
     span = (high - low) or 1.0
     return "".join("▁▂▃▄▅▆▇█"[round(7 * (mean - low) / span)] for mean in means)

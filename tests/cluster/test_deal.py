@@ -1,0 +1,63 @@
+"""Whatever the number of ranks, step s is the packs [s * B, (s + 1) * B); anything else stops the run."""
+
+import dataclasses
+
+import pytest
+import torch.distributed as dist
+
+from cluster.deal import Deal, OrderError
+from pipelines.types import Pack, Position
+from pipelines.windows import PackWindows, Stream
+from tests.cluster.processes import on_ranks
+
+
+def steps(stream: Stream, per_step: int, start: Position) -> list[tuple[list[int], int, Position]]:
+    windows = PackWindows(stream)
+    packs = [p for k in range(3) for p in windows.packs(k) if (k, p.at.pack) >= (start.window, start.pack)]
+    rank, world = dist.get_rank(), dist.get_world_size()
+    deal = Deal(packs[rank::world], start, per_step, rank, world, 96, None)
+    return [([held.digest for held in step.all], len(step.mine), step.following) for step in deal]
+
+
+@pytest.mark.parametrize("start", [Position(), Position(window=1, pack=2)])
+def test_steps_are_the_same_for_any_number_of_ranks(stream: Stream, start: Position) -> None:
+    windows = PackWindows(stream)
+    order = [p.digest for k in range(3) for p in windows.packs(k) if (k, p.at.pack) >= (start.window, start.pack)]
+    expected = [order[i : i + 4] for i in range(0, len(order), 4)]
+    for world in (1, 2, 3):
+        for rank in on_ranks(world, steps, stream, 4, start):
+            assert [digests for digests, _, _ in rank] == expected
+            assert {taken for _, taken, _ in rank} == {-(-4 // world)}
+            assert rank[-1][2] == Position(window=3)
+
+
+@dataclasses.dataclass
+class Alone:
+    """A process group of one, for the length of a test."""
+
+    def __enter__(self) -> None:
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+
+    def __exit__(self, *_: object) -> None:
+        dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("fault", ["gap", "repeat", "swap"])
+def test_a_gap_a_repeat_and_a_swap_are_found_and_named(packs: PackWindows, fault: str) -> None:
+    order = packs.packs(0)[:6]
+    broken: dict[str, list[Pack]] = {
+        "gap": [*order[:2], *order[3:]],
+        "repeat": [*order[:3], *order[2:]],
+        "swap": [*order[:2], order[3], order[2], *order[4:]],
+    }
+    with Alone(), pytest.raises(OrderError, match=r"should be Position\(window=0, pack=\d\) .* and is Position"):
+        list(Deal(broken[fault], Position(), 4, 0, 1, 96, None))
+
+
+def test_what_the_stream_raises_reaches_the_loop(packs: PackWindows) -> None:
+    def failing():
+        yield packs.packs(0)[0]
+        raise OSError("the disk is gone")
+
+    with Alone(), pytest.raises(OSError, match="the disk is gone"):
+        list(Deal(failing(), Position(), 2, 0, 1, 96, None))

@@ -1,0 +1,110 @@
+"""The engine over 1, 2 and 3 ranks: the same packs give the same weights; checkpoints move between world sizes."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from cluster import checkpoint
+from cluster.checkpoint import Manifest, TrainState
+from cluster.engines import Engine, build_engine
+from mllm.recipe import FSDP, Recipe, Stage
+from pipelines.types import Pack, Position
+from pipelines.windows import PackWindows, Stream
+from tests.cluster.processes import on_ranks
+
+CPU = torch.device("cpu")
+
+
+def engine_of(recipe: Recipe, stage: Stage) -> Engine:
+    torch.manual_seed(0)
+    return build_engine(recipe.model.build(), stage, len(stage.mixture), CPU)
+
+
+def share(packs: list[Pack], per_step: int, step: int) -> list[Pack]:
+    """This rank's packs of a step, filled up with empty ones."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    mine = packs[step * per_step : (step + 1) * per_step][rank::world]
+    return mine + [Pack.empty(96)] * (-(-per_step // world) - len(mine))
+
+
+def train(recipe: Recipe, stage: Stage, stream: Stream, steps: int, folder: str, resume: bool) -> list[tuple[float, float]]:
+    """Loss and gradient norm of each step; begins from `folder`'s checkpoint with `resume`, and leaves one there."""
+    windows = PackWindows(stream)
+    packs = windows.packs(0) + windows.packs(1)
+    engine = engine_of(recipe, stage)
+    at = TrainState()
+    if resume:
+        last = checkpoint.latest(Path(folder), "f", "o")
+        assert last is not None
+        at = checkpoint.read_state(last)
+        state = engine.state()
+        checkpoint.load(last, state)
+        engine.load_state(state)
+    reports = []
+    for step in range(at.step, at.step + steps):
+        report = engine.train_step(share(packs, 4, step), 1.0)
+        reports.append((report.loss, report.grad_norm))
+        at = at.advanced(1, 0.0, Position(window=step), {})
+    manifest = Manifest(
+        run="r", stage=stage.name, fingerprint="f", order="o", step=at.step, world=1, final=False, versions={}
+    )
+    checkpoint.save(Path(folder), engine.state(), at, manifest)
+    return reports
+
+
+def test_the_loss_curve_does_not_know_how_many_ranks_there_are(recipe: Recipe, stream: Stream, tmp_path: Path) -> None:
+    stage = recipe.stage("pretrain")
+    one = on_ranks(1, train, recipe, stage, stream, 3, str(tmp_path / "one"), False)[0]
+    for world in (2, 3):
+        many = on_ranks(world, train, recipe, stage, stream, 3, str(tmp_path / str(world)), False)
+        for reports in many:
+            assert reports == [pytest.approx(pair, rel=1e-4) for pair in one]
+
+
+def test_a_checkpoint_of_two_ranks_goes_on_with_one_and_three(recipe: Recipe, stream: Stream, tmp_path: Path) -> None:
+    stage = recipe.stage("pretrain")
+    whole = on_ranks(1, train, recipe, stage, stream, 4, str(tmp_path / "whole"), False)[0]
+    on_ranks(2, train, recipe, stage, stream, 2, str(tmp_path / "a"), False)
+    then = on_ranks(1, train, recipe, stage, stream, 1, str(tmp_path / "a"), True)[0]
+    last = on_ranks(3, train, recipe, stage, stream, 1, str(tmp_path / "a"), True)[0]
+    assert then + last == [pytest.approx(pair, rel=1e-4) for pair in whole[2:]]
+
+
+def steps_of_kinds(recipe: Recipe, stage: Stage, stream: Stream) -> list[float]:
+    """Steps in which ranks hold packs of different kinds: pictures here, text there, nothing on a third."""
+    packs = PackWindows(stream).packs(0)
+    pictures = next(p for p in packs if len(p.tiles))
+    text = next(p for p in packs if not len(p.tiles))
+    kinds = [pictures, text, Pack.empty(96)]
+    engine = engine_of(recipe, stage)
+    return [engine.train_step([kinds[(dist.get_rank() + step) % 3]], 1.0).loss for step in range(3)]
+
+
+@pytest.mark.parametrize("stage", ["align", "pretrain"])
+def test_ranks_with_different_kinds_of_packs_never_wait_for_each_other(recipe: Recipe, stream: Stream, stage: str) -> None:
+    losses = on_ranks(3, steps_of_kinds, recipe, recipe.stage(stage), stream)
+    assert losses[0] == losses[1] == losses[2]
+    assert all(4 < loss < 9 for loss in losses[0])
+
+
+def test_recomputing_activations_changes_nothing(recipe: Recipe, stream: Stream, tmp_path: Path) -> None:
+    stage = recipe.stage("sft")
+    kept = on_ranks(1, train, recipe, stage, stream, 2, str(tmp_path / "kept"), False)
+    again = replace(stage, parallel=FSDP(dtype="float32", recompute=True))
+    assert on_ranks(1, train, recipe, again, stream, 2, str(tmp_path / "again"), False) == kept
+
+
+def test_a_half_written_checkpoint_is_never_read(tmp_path: Path, recipe: Recipe, stream: Stream) -> None:
+    on_ranks(1, train, recipe, recipe.stage("align"), stream, 1, str(tmp_path), False)
+    (tmp_path / "step-000009").mkdir()
+    (tmp_path / "step-000009" / "state.json").write_text("{}")
+    found = checkpoint.latest(tmp_path, "f", "o")
+    assert found is not None
+    assert found.name == "step-000001"
+    with pytest.raises(ValueError, match="the recipe was changed"):
+        checkpoint.latest(tmp_path, "another", "o")
+    with pytest.raises(ValueError, match="a shard was changed"):
+        checkpoint.latest(tmp_path, "f", "another")
