@@ -9,6 +9,7 @@ runs/NAME/checkpoints/STAGE/step-000040/
 from __future__ import annotations
 
 import shutil
+import warnings
 from dataclasses import field, replace
 from functools import cache
 from pathlib import Path
@@ -131,4 +132,7 @@ def read_state(folder: Path) -> TrainState:
 
 def load(folder: Path, state: dict[str, Any]) -> None:
     """Fill the tensors of `state` from a checkpoint, resharded to whoever asks; works without a process group too."""
-    dcp_load(state, checkpoint_id=str(folder), no_dist=not dist.is_initialized())
+    alone = not dist.is_initialized()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")  # it is meant to be, where one process loads
+        dcp_load(state, checkpoint_id=str(folder), no_dist=alone)

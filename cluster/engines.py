@@ -163,17 +163,17 @@ class FSDPEngine:
 
     def state(self) -> dict[str, Any]:
         """Model and optimiser as DCP saves them: names as in the model, sharded tensors, loadable by any world size."""
-        return {"model": self.model_state(), "optimizer": get_optimizer_state_dict(self.module, self.optimizer)}
+        return {"model": self.model_state(), "optimizer": get_optimizer_state_dict(self.module.model, self.optimizer)}
 
     def load_state(self, state: dict[str, Any]) -> None:
         self.load_model_state(state["model"])
-        set_optimizer_state_dict(self.module, self.optimizer, state["optimizer"])
+        set_optimizer_state_dict(self.module.model, self.optimizer, state["optimizer"])
 
     def model_state(self) -> dict[str, Any]:
-        return get_model_state_dict(self.module)
+        return get_model_state_dict(self.module.model)
 
     def load_model_state(self, state: dict[str, Any]) -> None:
-        set_model_state_dict(self.module, state, options=StateDictOptions(strict=True))
+        set_model_state_dict(self.module.model, state, options=StateDictOptions(strict=True))
 
 
 def _recompute(model: nn.Module, unit: nn.Module) -> None:

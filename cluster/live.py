@@ -32,10 +32,16 @@ from cluster.metrics import Evaluation, RunFolder, StepRecord
 from mllm.evaluate import ProbeScore, SourceScore
 from mllm.recipe import Recipe
 
-Standing = Literal["done", "running", "failed", "waiting"]
+Standing = Literal["done", "running", "stopped", "failed", "waiting"]
 
-MARKS: dict[Standing, str] = {"done": "✓", "running": "●", "failed": "✗", "waiting": "○"}
-COLOURS: dict[Standing, str] = {"done": "green", "running": "bold cyan", "failed": "bold red", "waiting": "dim"}
+MARKS: dict[Standing, str] = {"done": "✓", "running": "●", "stopped": "■", "failed": "✗", "waiting": "○"}
+COLOURS: dict[Standing, str] = {
+    "done": "green",
+    "running": "bold cyan",
+    "stopped": "bold yellow",
+    "failed": "bold red",
+    "waiting": "dim",
+}
 
 RECENT = 10
 """Steps over which rates are averaged."""
@@ -129,13 +135,11 @@ def stage_views(run: RunFolder, recipe: Recipe, state: RunState) -> list[StageVi
     """The recipe's stages, in order, as far as the run has got with them."""
     started = {event.stage: event for event in state.started_stages}
     finished = {event.stage: event for event in state.finished_stages}
+    word = run_standing(state)
+    current: Standing = word if word in ("failed", "stopped") else "running"
     views = []
     for name in (stage.name for stage in recipe.stages):
-        standing: Standing = "waiting"
-        if name in finished:
-            standing = "done"
-        elif name == state.stage:
-            standing = "failed" if state.failure else "running"
+        standing: Standing = "done" if name in finished else current if name == state.stage else "waiting"
         views.append(
             StageView(
                 name=name,
@@ -206,7 +210,7 @@ class Live:
         self.over = threading.Event()
         self.follower = threading.Thread(target=self._follow, name="live view", daemon=True)
         self.display = rich.live.Live(
-            console=console, get_renderable=self._display, refresh_per_second=4, transient=True, redirect_stdout=False
+            console=console, get_renderable=self._display, refresh_per_second=4, transient=True
         )
 
     def __enter__(self) -> Self:
@@ -237,7 +241,8 @@ class Live:
             self.view, self.tail = view, Tail(self.run.root / "steps" / f"{event.stage}.jsonl")
             view.started, view.standing, view.steps = event, "running", []
             self._read()
-            self.told, self.told_progress = self.clock(), view.last.progress if view.last else 0.0
+            self.heard = self.told = self.clock()
+            self.told_progress = view.last.progress if view.last else 0.0
         planned = f"{event.steps:,} steps" if event.steps else "to the end of its data"
         resumed = f", from a checkpoint near step {view.last.step:,}" if view.last else ""
         self._line("start", f"{planned}{resumed}")
@@ -292,7 +297,10 @@ class Live:
 
     def _read(self) -> bool:
         """Take in the steps written since the last look; whether there were any."""
-        records = self.tail.read() if self.tail else []
+        try:
+            records = self.tail.read() if self.tail else []
+        except Exception as error:
+            self.fault, self.tail, records = error, None, []
         for record in records:
             if self.view:
                 self.view.add(record)
@@ -334,7 +342,13 @@ class Live:
         last = view.last
         bar = Table.grid(padding=(0, 2, 0, 0), expand=False)
         bar.add_row(
-            ProgressBar(total=1.0, completed=last.progress, width=min(40, self.console.width // 3)),
+            ProgressBar(
+                total=1.0,
+                completed=last.progress,
+                width=min(40, self.console.width // 3),
+                complete_style="cyan",
+                finished_style="green",
+            ),
             Text(f"step {last.step:,} of {view.total_words}"),
             Text(f"{last.progress:.0%}", style="bold"),
             Text(self._expectation(view), style="dim"),
@@ -406,8 +420,8 @@ def summary(run: RunFolder, recipe: Recipe, state: RunState, now: float | None =
     return Group(*parts, Text(""))
 
 
-def run_standing(state: RunState) -> str:
-    """The run in one word."""
+def run_standing(state: RunState) -> Literal["finished", "stopped", "failed", "running", "not started"]:
+    """The run in a word. `stopped` is by a person's hand; one that was killed still says `running`."""
     if state.finished:
         return "finished"
     if state.failure:

@@ -12,7 +12,7 @@ import base64
 import io
 import time
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime
 from functools import cache
 from pathlib import Path
@@ -21,7 +21,6 @@ from typing import Any
 import altair as alt
 import vl_convert
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup
 from PIL import Image
 
 from cluster.journal import RunState, write_atomically
@@ -51,7 +50,7 @@ Rows = dict[str, list[Any]]
 
 @spec
 class Picture:
-    """A held-out picture and what the model wrote about it at each border of the curriculum."""
+    """A held-out picture and what the model wrote about it at each border of the curriculum, the latest first."""
 
     source: str
     row: str
@@ -76,6 +75,7 @@ def write_report(run: RunFolder, recipe: Recipe, state: RunState) -> Path:
     evaluations = borders(views)
     sources = list(dict.fromkeys(source.corpus.name for stage in recipe.stages for source in stage.mixture))
     held_out = list(dict.fromkeys(score.source for _, evaluation in evaluations for score in evaluation.scores))
+    charts = _charts(views, sources, held_out, evaluations)
     tables = {name: rows for view in views for name, rows in _stage_tables(view, sources).items()}
     tables |= {"held-out": _held_out_rows(evaluations), "probe": _probe_rows(evaluations)}
     page = render_page(
@@ -86,21 +86,21 @@ def write_report(run: RunFolder, recipe: Recipe, state: RunState) -> Path:
         state=state,
         standing=run_standing(state),
         views=views,
-        started=state.starts[0].time if state.starts else None,
-        ended=_ended(views, state),
+        total=_totals(views, state),
         written=time.time(),
         sources=sources,
+        sources_of={view.name: list(dict.fromkeys(tables[f"{view.name}/sources"]["source"])) for view in views},
         held_out=held_out,
         grouped={view.name: -(-len(view.steps) // POINTS) for view in views},
+        gauges={view.name: [(gauge, gauge.value(view)) for gauge in GAUGES] for view in views},
         scores={view.name: paired_scores(view.before, view.after) for view in views},
         probes={view.name: paired_probes(view.before, view.after) for view in views},
-        chance=_chance(evaluations),
         drops=_drops(views),
         pictures=_pictures(evaluations),
-        evaluations=evaluations,
+        shots=list(dict.fromkeys(tables["probe"]["shots"])),
         tables=tables,
-        charts=_charts(views, sources, held_out, evaluations),
-        scripts=_scripts(),
+        charts=charts,
+        scripts=_scripts() if charts else "",
     )
     write_atomically(run.report, page.encode())
     return run.report
@@ -125,19 +125,30 @@ def _environment() -> Environment:
 
 
 @cache
-def _scripts() -> Markup:
+def _scripts() -> str:
     """Vega, Vega-Lite and Vega-Embed in one piece, as text that a script element can hold."""
-    return Markup(vl_convert.javascript_bundle().replace("</script", "<\\/script"))
+    return vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed").replace("</script", "<\\/script")
 
 
 def _moment(seconds: float) -> str:
     return datetime.fromtimestamp(seconds).astimezone().strftime("%Y-%m-%d %H:%M %Z")
 
 
-def _ended(views: Sequence[StageView], state: RunState) -> float | None:
-    """The last moment that the run's files tell of."""
-    moments = [event.time for event in (*state.starts, *state.started_stages, *state.finished_stages)]
-    return max(moments + [view.last.time for view in views if view.last], default=None)
+def _totals(views: Sequence[StageView], state: RunState) -> dict[str, float | None]:
+    """The run in numbers. Wall time goes from its first start to the last moment that its files tell of."""
+    steps = [step for view in views for step in view.steps]
+    events = (*state.starts, *state.started_stages, *state.finished_stages)
+    moments = [event.time for event in events] + [step.time for step in steps]
+    return {
+        "tokens": sum(step.tokens for step in steps),
+        "images": sum(step.images for step in steps),
+        "rows": sum(step.rows for step in steps),
+        "dropped": sum(view.dropped.total() for view in views),
+        "steps": len(steps),
+        "seconds": sum(step.seconds for step in steps),
+        "started": state.starts[0].time if state.starts else None,
+        "wall": max(moments) - state.starts[0].time if state.starts else None,
+    }
 
 
 # -- what the charts show ----------------------------------------------------------------------------------------------
@@ -162,6 +173,7 @@ def _step_rows(steps: Sequence[StepRecord]) -> Rows:
             "tokens": sum(step.tokens for step in group) / seconds,
             "images": sum(step.images for step in group) / seconds,
             "wait": sum(step.data_wait for step in group) / seconds,
+            "learned": learned / (sum(step.tokens for step in group) or 1),
             "fill": sum(step.fill for step in group) / len(group),
             "imbalance": sum(step.imbalance for step in group) / len(group),
             "lr": last.lr,
@@ -195,8 +207,8 @@ def _groups(steps: Sequence[StepRecord]) -> list[Sequence[StepRecord]]:
 
 
 def smoothed(values: Sequence[float], span: float) -> list[float]:
-    """Exponential moving average over about `span` values, its start not pulled towards zero (as Adam corrects it)."""
-    keep = 1 - 2 / (max(span, 3.0) + 1)
+    """Exponential moving average over about `span` values, at least 7, its start corrected as Adam corrects its moments."""
+    keep = 1 - 2 / (max(span, 7.0) + 1)
     out: list[float] = []
     mean = weight = 0.0
     for value in values:
@@ -234,29 +246,56 @@ def _chance(evaluations: Sequence[tuple[str, Evaluation]]) -> float | None:
 
 # -- the charts --------------------------------------------------------------------------------------------------------
 
-SMALL = (
-    ("tokens", "tokens/s", "~s"),
-    ("images", "images/s", "~s"),
-    ("wait", "waiting for data, share of time", ".1%"),
-    ("fill", "pack fill", ".1%"),
-    ("imbalance", "imbalance, worst rank by mean", ".3f"),
-    ("lr", "learning rate", ".1e"),
-    ("grad_norm", "gradient norm", ".3~g"),
+
+@spec
+class Gauge:
+    """A small chart of a stage: a column of its table, and its mean over the stage (or where it ended) in words."""
+
+    column: str
+    title: str
+    form: str
+    words: Callable[[float], str]
+    mean: bool = True
+
+    def value(self, view: StageView) -> str:
+        if not view.steps:
+            return ""
+        match self.column:
+            case "tokens" | "images":
+                value = view.rate(self.column)
+            case "wait":
+                value = view.wait()
+            case "learned":
+                value = sum(step.learned for step in view.steps) / max(1, view.tokens)
+            case column:
+                values = [getattr(step, column) for step in (view.steps if self.mean else view.steps[-1:])]
+                value = sum(values) / len(values)
+        return f"{'mean' if self.mean else 'last'} {self.words(value)}"
+
+
+GAUGES = (
+    Gauge(column="tokens", title="tokens a second", form=".3~s", words=quantity),
+    Gauge(column="images", title="images a second", form=".3~s", words=quantity),
+    Gauge(column="wait", title="time waiting for data", form=".1~%", words="{:.1%}".format),
+    Gauge(column="fill", title="pack fill", form=".1~%", words="{:.1%}".format),
+    Gauge(column="learned", title="tokens with loss", form=".1~%", words="{:.1%}".format),
+    Gauge(column="imbalance", title="worst rank by mean", form=".2f", words="{:.3f}".format),
+    Gauge(column="lr", title="learning rate", form=".1~e", words="{:.2e}".format, mean=False),
+    Gauge(column="grad_norm", title="gradient norm", form=".2~g", words="{:.3g}".format, mean=False),
 )
-"""The small charts of a stage: column, title and the form of its numbers."""
 
 
 def _charts(
     views: Sequence[StageView], sources: list[str], held_out: list[str], evaluations: list[tuple[str, Evaluation]]
 ) -> dict[str, Any]:
     """Vega-Lite specifications by the id of the element they are drawn in. Their data stands in `tables`, by name."""
-    charts: dict[str, alt.LayerChart | alt.Chart] = {}
+    charts: dict[str, alt.LayerChart] = {}
     for view in views:
         if view.steps:
             charts[f"{view.name}-loss"] = _loss_chart(view.name)
             charts[f"{view.name}-sources"] = _source_chart(view.name, sources)
-            for column, title, form in SMALL:
-                charts[f"{view.name}-{column}"] = _small_chart(view.name, column, title, form)
+            for gauge in GAUGES:
+                charts[f"{view.name}-{gauge.column}"] = _gauge_chart(view.name, gauge)
     order = [border for border, _ in evaluations]
     if len(order) > 1 and held_out:
         charts["curriculum-loss"] = _held_out_chart(order, held_out)
@@ -267,46 +306,45 @@ def _charts(
 
 
 def _loss_chart(stage: str) -> alt.LayerChart:
-    base = alt.Chart(alt.NamedData(stage)).encode(x=_step_axis())
-    faint = base.mark_line(strokeWidth=1, opacity=0.35).encode(y=_loss_axis("loss"))
+    base = alt.Chart().encode(x=_step_axis())
+    faint = base.mark_line(strokeWidth=1, opacity=0.45).encode(y=_loss_axis("loss"))
     strong = base.mark_line(strokeWidth=2.25).encode(y="smooth:Q")
     tips = [_tip("step", ",d"), _tip("loss", ".4f"), _tip("smooth", ".4f", "smoothed")]
-    return _sized(alt.layer(faint, strong, _hover(base, tips)), 250, f"Training loss of {stage}")
+    return _layered(stage, [faint, strong, _hover(base, tips)], 250, f"Training loss of {stage}")
 
 
 def _source_chart(stage: str, sources: list[str]) -> alt.LayerChart:
-    base = alt.Chart(alt.NamedData(f"{stage}/sources")).encode(x=_step_axis(), color=_colour("source", sources))
+    base = alt.Chart().encode(x=_step_axis(), color=_colour("source", sources))
     tips = [_tip("source"), _tip("step", ",d"), _tip("loss", ".4f", "loss, smoothed")]
     lines = base.mark_line(strokeWidth=2).encode(y=_loss_axis("loss"))
     points = base.mark_circle(size=140, opacity=0).encode(y="loss:Q", tooltip=tips)
-    return _sized(alt.layer(lines, points), 250, f"Training loss of {stage} by source")
+    return _layered(f"{stage}/sources", [lines, points], 250, f"Training loss of {stage} by source")
 
 
-def _small_chart(stage: str, column: str, title: str, form: str) -> alt.LayerChart:
-    base = alt.Chart(alt.NamedData(stage)).encode(x=_step_axis(ticks=3))
-    axis = alt.Axis(title=None, format=form, tickCount=3)
-    line = base.mark_line(strokeWidth=1.5).encode(y=alt.Y(f"{column}:Q", axis=axis, scale=alt.Scale(zero=False)))
-    return _sized(
-        alt.layer(line, _hover(base, [_tip("step", ",d"), _tip(column, form, title)])), 92, f"{title}, {stage}"
-    )
+def _gauge_chart(stage: str, gauge: Gauge) -> alt.LayerChart:
+    base = alt.Chart().encode(x=_step_axis(ticks=3))
+    axis = alt.Axis(title=None, format=gauge.form, tickCount=3)
+    line = base.mark_line(strokeWidth=1.5).encode(y=alt.Y(f"{gauge.column}:Q", axis=axis, scale=alt.Scale(zero=False)))
+    tips = [_tip("step", ",d"), _tip(gauge.column, gauge.form, gauge.title)]
+    return _layered(stage, [line, _hover(base, tips)], 92, f"{gauge.title}, {stage}")
 
 
 def _held_out_chart(order: list[str], held_out: list[str]) -> alt.LayerChart:
-    base = alt.Chart(alt.NamedData("held-out")).encode(x=_border_axis(order), color=_colour("source", held_out))
+    base = alt.Chart().encode(x=_border_axis(order), color=_colour("source", held_out))
     line = base.mark_line(strokeWidth=2).encode(y=_loss_axis("loss"))
     tips = [_tip("source"), _tip("border", None, "when"), _tip("loss", ".4f"), _tip("accuracy", ".1%")]
     points = base.mark_circle(size=60, opacity=1).encode(y="loss:Q", tooltip=tips)
-    return _sized(alt.layer(line, points), 220, "Held-out loss through the curriculum")
+    return _layered("held-out", [line, points], 220, "Held-out loss through the curriculum")
 
 
 def _probe_chart(order: list[str], chance: float) -> alt.LayerChart:
-    base = alt.Chart(alt.NamedData("probe")).encode(x=_border_axis(order), color=_colour("shots", None))
+    base = alt.Chart().encode(x=_border_axis(order), color=_colour("shots", None))
     axis = alt.Axis(title="answered right", format=".0%", tickCount=5)
     line = base.mark_line(strokeWidth=2).encode(y=alt.Y("accuracy:Q", axis=axis, scale=alt.Scale(domain=[0, 1])))
     tips = [_tip("shots"), _tip("border", None, "when"), _tip("accuracy", ".1%")]
     points = base.mark_circle(size=60, opacity=1).encode(y="accuracy:Q", tooltip=tips)
-    rule = alt.Chart(alt.InlineData([{}])).mark_rule(strokeDash=[4, 4]).encode(y=alt.datum(chance))
-    return _sized(alt.layer(rule, line, points), 220, "Few-shot probe through the curriculum")
+    rule = alt.Chart().mark_rule(strokeDash=[4, 4]).encode(y=alt.datum(chance))
+    return _layered("probe", [rule, line, points], 220, "Few-shot probe through the curriculum")
 
 
 def _step_axis(ticks: int = 6) -> alt.X:
@@ -315,7 +353,9 @@ def _step_axis(ticks: int = 6) -> alt.X:
 
 
 def _border_axis(order: list[str]) -> alt.X:
-    return alt.X("border:N", sort=order, scale=alt.Scale(domain=order, padding=0.15), axis=alt.Axis(title=None, labelAngle=0))
+    return alt.X(
+        "border:N", sort=order, scale=alt.Scale(domain=order, padding=0.15), axis=alt.Axis(title=None, labelAngle=0)
+    )
 
 
 def _loss_axis(column: str) -> alt.Y:
@@ -340,8 +380,10 @@ def _hover(base: alt.Chart, tips: list[alt.Tooltip]) -> alt.Chart:
     return base.mark_rule(strokeWidth=1).encode(opacity=opacity, tooltip=tips).add_params(nearest)
 
 
-def _sized(chart: alt.LayerChart, height: int, description: str) -> alt.LayerChart:
-    return chart.properties(width="container", height=height, description=description)
+def _layered(table: str, layers: list[alt.Chart], height: int, description: str) -> alt.LayerChart:
+    """Layers over one table of the page, as wide as their place on it."""
+    data = alt.NamedData(table)
+    return alt.LayerChart(data=data, layer=layers, width="container", height=height, description=description)
 
 
 # -- rows and pictures -------------------------------------------------------------------------------------------------
@@ -384,7 +426,7 @@ def _pictures(evaluations: Sequence[tuple[str, Evaluation]]) -> list[Picture]:
             image=_thumbnail(answer.image),
             prompt=answer.prompt,
             expected=answer.expected,
-            written=tuple(written[key]),
+            written=tuple(reversed(written[key])),
         )
         for key, answer in answers.items()
     ]

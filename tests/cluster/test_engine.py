@@ -30,7 +30,9 @@ def share(packs: list[Pack], per_step: int, step: int) -> list[Pack]:
     return mine + [Pack.empty(96)] * (-(-per_step // world) - len(mine))
 
 
-def train(recipe: Recipe, stage: Stage, stream: Stream, steps: int, folder: str, resume: bool) -> list[tuple[float, float]]:
+def train(
+    recipe: Recipe, stage: Stage, stream: Stream, steps: int, folder: str, resume: bool
+) -> list[tuple[float, float]]:
     """Loss and gradient norm of each step; begins from `folder`'s checkpoint with `resume`, and leaves one there."""
     windows = PackWindows(stream)
     packs = windows.packs(0) + windows.packs(1)
@@ -84,7 +86,9 @@ def steps_of_kinds(recipe: Recipe, stage: Stage, stream: Stream) -> list[float]:
 
 
 @pytest.mark.parametrize("stage", ["align", "pretrain"])
-def test_ranks_with_different_kinds_of_packs_never_wait_for_each_other(recipe: Recipe, stream: Stream, stage: str) -> None:
+def test_ranks_with_different_kinds_of_packs_never_wait_for_each_other(
+    recipe: Recipe, stream: Stream, stage: str
+) -> None:
     losses = on_ranks(3, steps_of_kinds, recipe, recipe.stage(stage), stream)
     assert losses[0] == losses[1] == losses[2]
     assert all(4 < loss < 9 for loss in losses[0])

@@ -27,7 +27,9 @@ def exported(recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> tuple[
 
 
 @torch.no_grad()
-def test_llava_gives_the_same_logits(exported: tuple[VisionLanguageModel, Path], packs: PackWindows, recipe: Recipe) -> None:
+def test_llava_gives_the_same_logits(
+    exported: tuple[VisionLanguageModel, Path], packs: PackWindows, recipe: Recipe
+) -> None:
     from transformers import LlavaForConditionalGeneration
 
     model, folder = exported
@@ -42,7 +44,9 @@ def test_llava_gives_the_same_logits(exported: tuple[VisionLanguageModel, Path],
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
-def test_its_processor_sees_and_writes_as_training_did(exported: tuple[VisionLanguageModel, Path], recipe: Recipe) -> None:
+def test_its_processor_sees_and_writes_as_training_did(
+    exported: tuple[VisionLanguageModel, Path], recipe: Recipe
+) -> None:
     from transformers import LlavaProcessor
 
     from ops.images import decode

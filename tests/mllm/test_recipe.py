@@ -24,7 +24,9 @@ def test_it_builds_round_trips_and_is_planned(name: str) -> None:
         assert memory == sorted(memory, reverse=True)
 
 
-@pytest.mark.parametrize(("name", "language", "steps"), [("vila_7b", 6_738_415_616, 256), ("vila_13b", 13_015_864_320, 256)])
+@pytest.mark.parametrize(
+    ("name", "language", "steps"), [("vila_7b", 6_738_415_616, 256), ("vila_13b", 13_015_864_320, 256)]
+)
 def test_vila_is_the_papers(name: str, language: int, steps: int) -> None:
     recipe = by_name(name)
     model = meta_model(recipe.model)
@@ -64,7 +66,9 @@ def test_a_wrong_override_is_refused_with_what_was_expected(change: str, words: 
 
 def test_an_override_changes_one_thing() -> None:
     recipe = by_name("vila_smoke")
-    changed = override(recipe, ["stages.pretrain.tune.lm.lr=3e-5", "stages.sft.duration.count=7", "stages.align.tune.lm.head={\"lr\":1}"])
+    changed = override(
+        recipe, ["stages.pretrain.tune.lm.lr=3e-5", "stages.sft.duration.count=7", 'stages.align.tune.lm.head={"lr":1}']
+    )
     assert changed.stage("pretrain").tune["lm"].lr == 3e-5
     assert changed.stage("sft").duration == Steps(count=7)
     assert sorted(changed.stage("align").tune) == ["connector", "lm.head"]

@@ -23,7 +23,9 @@ def model(recipe: Recipe) -> VisionLanguageModel:
 def samples_of(packs: PackWindows) -> list[Sample]:
     samples, dropped = packs.samples(packs.stream.order.window(0))
     assert not dropped
-    return [s for s in samples if len(s.tiles) and len(s.input_ids) < 120][:3] + [s for s in samples if not len(s.tiles)][:2]
+    return [s for s in samples if len(s.tiles) and len(s.input_ids) < 120][:3] + [
+        s for s in samples if not len(s.tiles)
+    ][:2]
 
 
 def together(samples: list[Sample]) -> Pack:
@@ -52,7 +54,9 @@ def test_packs_hold_the_visual_tokens_that_the_layout_counts(recipe: Recipe, pac
 
 @pytest.mark.parametrize("kind", ["mixed", "text", "empty"])
 @pytest.mark.parametrize("stage", ["align", "pretrain", "sft"])
-def test_gradients_exist_exactly_where_the_stage_says(recipe: Recipe, packs: PackWindows, stage: str, kind: str) -> None:
+def test_gradients_exist_exactly_where_the_stage_says(
+    recipe: Recipe, packs: PackWindows, stage: str, kind: str
+) -> None:
     model = recipe.model.build()
     apply_tuning(model, recipe.stage(stage).tune)
     samples = samples_of(packs)

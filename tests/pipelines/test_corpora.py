@@ -47,7 +47,9 @@ def test_a_chunk_reads_its_own_rows_only(tmp_path: Path) -> None:
     manifest = indexed(corpus, str(CORPUS / "pairs/00000.tar"), tmp_path)
     whole = read(corpus, manifest)
     part = list(corpus.read(manifest.shards[0], Chunk(source=0, shard=0, epoch=3, start=10, stop=13)))
-    assert [p.segments for p in part if isinstance(p, Document)] == [w.segments for w in whole[10:13] if isinstance(w, Document)]
+    assert [p.segments for p in part if isinstance(p, Document)] == [
+        w.segments for w in whole[10:13] if isinstance(w, Document)
+    ]
     assert [p.id.row for p in part if isinstance(p, Document)] == [10, 11, 12]
     assert part[0].id.epoch == 3  # type: ignore[union-attr]
 
@@ -65,7 +67,9 @@ def test_pages_show_each_image_before_its_sentence(tmp_path: Path) -> None:
         for before, after in zip(row.segments, row.segments[1:], strict=False):
             if isinstance(before, Image) and isinstance(after, Text):
                 sentence = after.text.strip()
-                assert any(sentence.startswith(line["text_list"][i["matched_text_index"]].strip()) for i in line["image_info"])
+                assert any(
+                    sentence.startswith(line["text_list"][i["matched_text_index"]].strip()) for i in line["image_info"]
+                )
 
 
 def test_images_below_the_similarity_are_left_out_and_the_page_stays(tmp_path: Path) -> None:
@@ -134,8 +138,14 @@ FIRST = "000040009"
         (lambda name, data: b"\xff\xfe caption \xc3\x28" if name == f"{FIRST}.txt" else data, Reason.BAD_UTF8),
         (lambda name, data: b"  \n" if name == f"{FIRST}.txt" else data, Reason.EMPTY),
         (lambda name, data: b"see <image> here" if name == f"{FIRST}.txt" else data, Reason.LITERAL_IMAGE),
-        (lambda name, data: None if name == f"{FIRST}.txt" else (b"{}" if name == f"{FIRST}.json" else data), Reason.MISSING_FIELD),
-        (lambda name, data: None if name == f"{FIRST}.txt" else (b"{nope" if name == f"{FIRST}.json" else data), Reason.BAD_JSON),
+        (
+            lambda name, data: None if name == f"{FIRST}.txt" else (b"{}" if name == f"{FIRST}.json" else data),
+            Reason.MISSING_FIELD,
+        ),
+        (
+            lambda name, data: None if name == f"{FIRST}.txt" else (b"{nope" if name == f"{FIRST}.json" else data),
+            Reason.BAD_JSON,
+        ),
     ],
 )
 def test_a_bad_pair_is_dropped_alone_and_named(
@@ -153,7 +163,7 @@ def test_a_bad_pair_is_dropped_alone_and_named(
 def test_a_tar_that_breaks_off_keeps_its_whole_rows(tmp_path: Path) -> None:
     whole = (CORPUS / "pairs/00000.tar").read_bytes()
     cut = tmp_path / "00000.tar"
-    cut.write_bytes(whole[: 60_000])
+    cut.write_bytes(whole[:60_000])
     corpus = Pairs(name="pairs")
     *good, last = read(corpus, indexed(corpus, str(cut), tmp_path))
     assert len(good) > 2

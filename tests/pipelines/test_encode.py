@@ -61,7 +61,11 @@ def test_a_caption_is_learned_and_its_picture_takes_what_the_layout_says() -> No
 def test_only_answers_are_learned_in_a_real_conversation() -> None:
     item = json.loads((CORPUS / "instruct/llava_instruct.json").read_text())[0]
     turns = [
-        Text(text=t["value"].replace("<image>", ""), role="user" if t["from"] == "human" else "assistant", learn=t["from"] == "gpt")
+        Text(
+            text=t["value"].replace("<image>", ""),
+            role="user" if t["from"] == "human" else "assistant",
+            learn=t["from"] == "gpt",
+        )
         for t in item["conversations"]
     ]
     e = encoder(256)

@@ -56,7 +56,9 @@ def test_an_epoch_by_size_holds_every_row_exactly_once(
 def test_weights_hold_in_every_window_and_no_row_repeats_within_an_epoch(
     sources: list[tuple[int, float]], window: int, chunk: int, windows: int
 ) -> None:
-    order = Order.of([manifest(f"c{i}", [n]) for i, (n, _) in enumerate(sources)], [w for _, w in sources], 1, window, chunk)
+    order = Order.of(
+        [manifest(f"c{i}", [n]) for i, (n, _) in enumerate(sources)], [w for _, w in sources], 1, window, chunk
+    )
     seen: Counter[tuple[int, int, int, int]] = Counter()
     for k in range(windows):
         drawn = rows(order.window(k))
@@ -99,4 +101,7 @@ def test_a_weight_for_some_sources_only_is_refused() -> None:
         Order.of([manifest("a", [3]), manifest("b", [3])], [0.5, None], 0, 8, 2)
     with pytest.raises(ValueError, match="'b' holds no rows"):
         Order.of([manifest("a", [3]), manifest("b", [0])], [None, None], 0, 8, 2)
-    assert Order.of([manifest("a", [3]), manifest("b", [9])], [1, 3], 0, 8, 2).weights == (Fraction(1, 4), Fraction(3, 4))
+    assert Order.of([manifest("a", [3]), manifest("b", [9])], [1, 3], 0, 8, 2).weights == (
+        Fraction(1, 4),
+        Fraction(3, 4),
+    )

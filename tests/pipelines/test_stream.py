@@ -55,5 +55,7 @@ def test_an_epoch_trains_every_row_once(packs: PackWindows, stream: Stream) -> N
     one = PackWindows(replace(stream, epochs=1.0))
     windows = one.stream.windows
     assert windows
-    rows = [r for k in range(windows) for p in one.packs(k) for r in p.rows if r.piece == 0 and r.corpus == "example-pairs"]
+    rows = [
+        r for k in range(windows) for p in one.packs(k) for r in p.rows if r.piece == 0 and r.corpus == "example-pairs"
+    ]
     assert len({(r.shard, r.row) for r in rows if r.epoch == 0}) == len([r for r in rows if r.epoch == 0])

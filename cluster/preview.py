@@ -1,0 +1,164 @@
+"""A page that shows packs as a person would read them: every document's words and tiles, and which tokens are learned.
+
+    stream  ->  PackWindows(stream).packs(0), packs(1), ...  ->  preview.html
+
+Made from the packs themselves, after tiling, encoding and packing: what the page shows is what the model gets.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import chain, groupby, islice, pairwise
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from cluster.journal import write_atomically
+from cluster.report import render_page
+from pipelines.encode import TextCodec
+from pipelines.types import IMAGE_TOKEN, NOT_LEARNED, Pack, Rejected, RowId, spec
+from pipelines.windows import PackWindows, Stream
+
+
+@spec
+class Words:
+    """A run of text whose tokens are all learned, or all not. A `special` run is a token by its name."""
+
+    text: str
+    learned: bool
+    special: bool = False
+
+
+@spec
+class Picture:
+    """One tile, as a data URI, and the positions that it takes."""
+
+    image: str
+    tokens: int
+
+
+@spec
+class DocumentPage:
+    """One document of a pack, ready to be read."""
+
+    row: RowId
+    source: int
+    tokens: int
+    learned: int
+    runs: tuple[Words | Picture, ...]
+
+
+@spec
+class PackPage:
+    """A pack, ready to be read."""
+
+    window: int
+    number: int
+    of: int
+    tokens: int
+    tiles: int
+    learned: int
+    documents: tuple[DocumentPage, ...]
+    dropped: tuple[Rejected, ...]
+
+
+def write_preview(stream: Stream, count: int, out: Path) -> Path:
+    """Write the first `count` packs of `stream` (fewer, where it ends before) to the page `out`, and return `out`."""
+    windows = PackWindows(stream)
+    numbers = itertools.count() if stream.windows is None else range(stream.windows)
+    reader = Reader(windows.encoder.codec, stream.layout.tokens_per_tile)
+    packs = islice(chain.from_iterable(windows.packs(k) for k in numbers), count)
+    pages = [reader.pack(pack) for pack in packs]
+    page = render_page("preview.html.j2", stream=stream, packs=pages)
+    write_atomically(out, page.encode())
+    return out
+
+
+@dataclass(frozen=True)
+class Reader:
+    """Turns packs back into words and pictures."""
+
+    codec: TextCodec
+    tokens_per_tile: int
+
+    @cached_property
+    def special(self) -> dict[int, str]:
+        """Tokens that no plain text spells, by their names."""
+        return {
+            i: token.content for i, token in self.codec.tokenizer.get_added_tokens_decoder().items() if token.special
+        }
+
+    def pack(self, pack: Pack) -> PackPage:
+        tiles = iter(pack.tiles)
+        documents = [
+            self.document(row, int(source), pack.input_ids[start:stop], learned_tokens(pack.labels[start:stop]), tiles)
+            for row, source, (start, stop) in zip(pack.rows, pack.sources, pairwise(pack.cu_seqlens), strict=True)
+        ]
+        return PackPage(
+            window=pack.at.window,
+            number=pack.at.pack,
+            of=pack.of,
+            tokens=len(pack.input_ids),
+            tiles=len(pack.tiles),
+            learned=pack.learned,
+            documents=tuple(documents),
+            dropped=pack.dropped,
+        )
+
+    def document(
+        self,
+        row: RowId,
+        source: int,
+        ids: NDArray[np.int32],
+        learned: NDArray[np.bool_],
+        tiles: Iterator[NDArray[np.uint8]],
+    ) -> DocumentPage:
+        """One document; takes its tiles from the pack's, which come in the same order as their positions."""
+        runs: list[Words | Picture] = []
+        tokens = list(zip(ids.tolist(), learned.tolist(), strict=True))
+        for kind, run in groupby(tokens, key=lambda token: self._kind(token[0])):
+            run = list(run)
+            if kind == "visual":
+                shown = islice(tiles, len(run) // self.tokens_per_tile)
+                runs += [Picture(image=_png(tile), tokens=self.tokens_per_tile) for tile in shown]
+            elif kind == "special":
+                runs += [Words(text=self.special[token], learned=learn, special=True) for token, learn in run]
+            else:
+                runs += self._words(run)
+        return DocumentPage(row=row, source=source, tokens=len(ids), learned=int(learned.sum()), runs=tuple(runs))
+
+    def _kind(self, token: int) -> str:
+        return "visual" if token == IMAGE_TOKEN else "special" if token in self.special else "text"
+
+    def _words(self, run: Sequence[tuple[int, bool]]) -> Iterator[Words]:
+        """Text of plain tokens, split where learning begins or ends.
+
+        Each part is what the text grows by, since a token alone may be half a character, or lose the space before it.
+        """
+        ids: list[int] = []
+        before = ""
+        for learn, tokens in groupby(run, key=lambda token: token[1]):
+            ids += [token for token, _ in tokens]
+            text = self.codec.decode(ids)
+            if len(ids) < len(run):
+                text = text.rstrip("\N{REPLACEMENT CHARACTER}")  # the rest of the character belongs to the next part
+            yield Words(text=text[len(before) :], learned=learn)
+            before = text
+
+
+def learned_tokens(labels: NDArray[np.int32]) -> NDArray[np.bool_]:
+    """Which tokens of a document are learned: `labels[i]` is the token predicted at i, so it speaks of token i + 1."""
+    return np.concatenate([[False], labels[:-1] != NOT_LEARNED])
+
+
+def _png(tile: NDArray[np.uint8]) -> str:
+    buffer = io.BytesIO()
+    Image.fromarray(np.ascontiguousarray(tile.transpose(1, 2, 0))).save(buffer, "PNG")
+    return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"

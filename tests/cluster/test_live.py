@@ -1,0 +1,186 @@
+"""The live view and the summary, as they come out of a console."""
+
+from __future__ import annotations
+
+import io
+import re
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from invented import NOON, evaluation, invented_run, stage_finished, stage_started, step
+from rich.console import Console
+
+from cluster.live import Live, Tail, duration, quantity, sparkline, summary
+from cluster.metrics import RunFolder, StepRecord
+from mllm.recipe import Recipe
+
+
+class Screen(Console):
+    """A console whose output can be read again."""
+
+    def __init__(self, terminal: bool) -> None:
+        self.paper = io.StringIO()
+        super().__init__(
+            file=self.paper, force_terminal=terminal, width=100, color_system="standard" if terminal else None
+        )
+
+    @property
+    def text(self) -> str:
+        return self.paper.getvalue()
+
+    def wait_for(self, words: str) -> None:
+        patience = time.monotonic() + 5
+        while words not in self.text:
+            assert time.monotonic() < patience, f"{words!r} never came; the screen shows\n{self.text}"
+            time.sleep(0.01)
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunFolder:
+    return RunFolder(tmp_path)
+
+
+@pytest.fixture
+def plain() -> Screen:
+    return Screen(terminal=False)
+
+
+def test_plain_lines_can_be_grepped(run: RunFolder, recipe: Recipe, plain: Screen) -> None:
+    with Live(run, recipe, plain, poll=0.01) as live:
+        live.stage_started(stage_started("align", 20))
+        for number in (4, 8):
+            run.write_step("align", step(number, 20))
+            plain.wait_for(f"{number} of")
+        live.say("[note] kept as it is")
+        live.stage_finished(stage_finished("align"), evaluation("align", "before", 7), evaluation("align", "after", 6))
+    lines = plain.text.splitlines()
+    assert "\x1b" not in plain.text
+    assert [line.split()[1] for line in lines if line.startswith("align")] == [
+        "start", "part", "part", "part", "step", "step", "done", "held-out", "held-out", "probe", "probe",
+    ]  # fmt: skip
+    steps = [line for line in lines if re.search(r"^align +step ", line)]
+    assert len({line.index("loss") for line in steps}) == 1, "columns are aligned"
+    assert re.search(r"4 of +20 +20%  loss +\d\.\d{4} +4k tokens/s +24 images/s  wait +4%", steps[0])
+    assert "[note] kept as it is" in lines
+    assert any("connector           61,824 parameters, trained at lr 0.005" in line for line in lines)
+    assert any("pairs-heldout  loss 7.0000 -> 6.0000 (-1.0000)" in line for line in lines)
+    assert any("4-shot  right 50.0% -> 50.0% (+0.0)  chance 25% of 24" in line for line in lines)
+
+
+def test_plain_lines_are_few(run: RunFolder, recipe: Recipe, plain: Screen) -> None:
+    """Neither five seconds nor a tenth of the stage: no line."""
+    now = [0.0]
+    with Live(run, recipe, plain, poll=0.01, clock=lambda: now[0]) as live:
+        live.stage_started(stage_started("align", 1000))
+        for number in range(1, 6):
+            run.write_step("align", step(number, 1000))
+            time.sleep(0.03)
+        assert "step" not in [line.split()[1] for line in plain.text.splitlines()]
+        now[0] = 6.0
+        run.write_step("align", step(6, 1000))
+        plain.wait_for("6 of  1,000")
+
+
+def test_resumed_stage_is_not_told_again(run: RunFolder, recipe: Recipe, plain: Screen) -> None:
+    for number in range(1, 11):
+        run.write_step("align", step(number, 20))
+    with Live(run, recipe, plain, poll=0.01) as live:
+        live.stage_started(stage_started("align", 20))
+        plain.wait_for("from a checkpoint near step 10")
+        run.write_step("align", step(9, 20))  # trained again: steps 9 and 10 were after the checkpoint
+        run.write_step("align", step(14, 20))
+        plain.wait_for("14 of")
+        live.stage_finished(stage_finished("align"), None, None)
+    assert "10 steps, 20k tokens in 0:05" in plain.text, "eight steps before, nine and fourteen after"
+
+
+def test_total_is_estimated_where_only_the_data_can_tell(run: RunFolder, recipe: Recipe, plain: Screen) -> None:
+    with Live(run, recipe, plain, poll=0.01) as live:
+        live.stage_started(stage_started("align", None))
+        run.write_step("align", step(10, 40))
+        plain.wait_for("10 of    ~40  25%")
+
+
+def test_terminal_shows_stages_bar_and_figures(run: RunFolder, recipe: Recipe) -> None:
+    screen = Screen(terminal=True)
+    with Live(run, recipe, screen, poll=0.01) as live:
+        live.stage_started(stage_started("align", 20))
+        screen.wait_for("starting workers")
+        for number in range(1, 11):
+            run.write_step("align", step(number, 20))
+        screen.wait_for("step 10 of 20")
+        for words in ("● align", "○ sft", "50%", "█", "tokens/s", "eta"):
+            assert words in screen.text
+        run.write_step("align", step(20, 20))
+        screen.wait_for("saving and evaluating")
+
+
+def test_fault_in_the_view_does_not_reach_the_run(
+    run: RunFolder, recipe: Recipe, plain: Screen, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(_: Tail) -> list[StepRecord]:
+        raise OSError("stale file handle")
+
+    monkeypatch.setattr(Tail, "read", broken)
+    with Live(run, recipe, plain, poll=0.01) as live:
+        live.stage_started(stage_started("align", 20))
+        live.stage_finished(stage_finished("align"), None, None)
+    assert "the live view stopped early (OSError: stale file handle); the run did not" in plain.text
+
+
+def test_tail_waits_for_the_end_of_a_line(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path)
+    run.write_step("align", step(1, 9))
+    run.write_step("align", step(2, 9))
+    file = tmp_path / "steps" / "align.jsonl"
+    data = file.read_bytes()
+    tail = Tail(file)
+    file.write_bytes(data[:-40])
+    assert [record.step for record in tail.read()] == [1]
+    file.write_bytes(data)
+    assert [record.step for record in tail.read()] == [2]
+    assert tail.read() == []
+
+
+def test_summary_tells_stages_losses_and_drops(tmp_path: Path, recipe: Recipe, plain: Screen) -> None:
+    run, state = invented_run(tmp_path / "night-shift", recipe, "failed")
+    plain.print(summary(run, recipe, state))
+    assert "night-shift  failed: stage 'pretrain': shard <a.tar> is gone" in plain.text
+    assert re.search(r"align +✓ done +40 +80k +6\.\d+ → 4\.\d+ +0:20 +4k", plain.text)
+    assert re.search(r"pretrain +✗ failed +20 of 40", plain.text)
+    assert re.search(r"sft +○ waiting", plain.text)
+    assert re.search(r"held-out loss +before training +after align\n *pairs-heldout +7\.000 +6\.000", plain.text)
+    assert re.search(r"6 rows dropped\n +6  image file is truncated", plain.text)
+
+
+def test_run_stopped_by_hand_is_not_called_failed(tmp_path: Path, recipe: Recipe, plain: Screen) -> None:
+    run, state = invented_run(tmp_path / "night-shift", recipe, "running")
+    plain.print(summary(run, recipe, replace(state, failure="KeyboardInterrupt: ")))
+    assert "night-shift  stopped" in plain.text
+    assert re.search(r"pretrain +■ stopped", plain.text)
+
+
+def test_summary_of_an_unfinished_run_tells_its_silence(tmp_path: Path, recipe: Recipe, plain: Screen) -> None:
+    run, state = invented_run(tmp_path / "night-shift", recipe, "running")
+    plain.print(summary(run, recipe, state, now=NOON + 120 + 75))
+    assert "running, last step 1:15 ago" in plain.text
+
+
+@pytest.mark.parametrize(
+    ("value", "words"), [(0, "0"), (998, "998"), (999.9, "1k"), (12_345, "12.3k"), (1.24e6, "1.24M")]
+)
+def test_quantities(value: float, words: str) -> None:
+    assert quantity(value) == words
+
+
+@pytest.mark.parametrize(("seconds", "words"), [(None, "-"), (42, "0:42"), (3800, "1:03:20"), (184_200, "2d 03:10")])
+def test_durations(seconds: float | None, words: str) -> None:
+    assert duration(seconds) == words
+
+
+def test_sparkline_falls_with_its_values() -> None:
+    assert sparkline([]) == ""
+    assert sparkline([8, 7, 6, 5, 4, 3, 2, 1]) == "█▇▆▅▄▃▂▁"
+    assert len(sparkline([1.0] * 1000)) == 24

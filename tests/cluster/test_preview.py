@@ -1,0 +1,138 @@
+"""The preview, read as a browser would read it, beside the rows that it was made from."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from cluster.preview import Reader, Words, write_preview
+from pipelines.chat import ChatML
+from pipelines.corpora import Conversations, Corpus, Interleaved, TextOnly
+from pipelines.encode import TextCodec
+from pipelines.manifest import expand, index
+from pipelines.order import Order
+from pipelines.tiling import Pad
+from pipelines.types import Budget, RowId, VisionLayout
+from pipelines.windows import PackWindows, Stream
+
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+CODEC = TextCodec(str(EXAMPLES / "tokenizer"), "<|endoftext|>", "<|im_end|>")
+
+
+class Page(HTMLParser):
+    """Documents of a preview by the label of their row: all text, the marked text, and the number of pictures."""
+
+    def __init__(self, file: Path) -> None:
+        super().__init__()
+        self.text: dict[str, str] = {}
+        self.marked: dict[str, str] = {}
+        self.pictures: dict[str, int] = {}
+        self.words = ""
+        self.label = ""
+        self.inside: list[tuple[str, str]] = []
+        self.feed(file.read_text())
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        if tag == "img":
+            assert dict(attrs)["src"].startswith("data:image/png;base64,")  # type: ignore[union-attr]
+            self.pictures[self.label] += 1
+        elif tag != "meta":
+            self.inside.append((tag, dict(attrs).get("class") or ""))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.inside.pop()[0] == tag
+
+    def handle_data(self, data: str) -> None:
+        tags = [tag for tag, _ in self.inside]
+        if "style" in tags:
+            return
+        self.words += data
+        if "article" in tags and "header" in tags and " row " in data:
+            self.label = data
+            self.text[data] = self.marked[data] = ""
+            self.pictures[data] = 0
+        if ("div", "text") in self.inside and "figcaption" not in tags:
+            self.text[self.label] += data
+            if "mark" in tags and "special" not in self.inside[-1][1]:
+                self.marked[self.label] += data
+
+
+def stream_of(corpus: Corpus, pattern: str, cache: Path) -> Stream:
+    manifest = index(corpus, expand(pattern), str(cache))
+    return Stream(
+        order=Order.of([manifest], [None], seed=0, window_rows=32, chunk_rows=8),
+        corpora=(corpus,),
+        tiling=Pad(size=96),
+        template=ChatML(),
+        layout=VisionLayout(tile=96, tokens_per_tile=36),
+        budget=Budget(tokens=512, tiles=14),
+        tokenizer=str(EXAMPLES / "tokenizer"),
+        bos="<|endoftext|>",
+        eos="<|im_end|>",
+        epochs=1.0,
+    )
+
+
+@pytest.fixture
+def instructions(tmp_path: Path) -> Stream:
+    file = EXAMPLES / "corpus" / "instruct" / "llava_instruct.json"
+    return stream_of(Conversations(name="instructions"), str(file), tmp_path)
+
+
+def test_marked_words_are_the_assistants(instructions: Stream, tmp_path: Path) -> None:
+    page = Page(write_preview(instructions, 3, tmp_path / "preview.html"))
+    rows = json.loads((EXAMPLES / "corpus" / "instruct" / "llava_instruct.json").read_text())
+    whole = [label for label in page.text if "piece" not in label]
+    assert len(whole) > 5
+    for label in whole:
+        turns = rows[int(label.rpartition(" row ")[2])]["conversations"]
+        said = [turn["value"] for turn in turns if turn["from"] == "gpt"]
+        asked = [turn["value"].replace("<image>", "").strip() for turn in turns if turn["from"] == "human"]
+        assert page.marked[label] == "".join(said)
+        assert all(question in page.text[label] for question in asked)
+
+
+def test_pictures_stand_in_their_documents(instructions: Stream, tmp_path: Path) -> None:
+    page = Page(write_preview(instructions, 3, tmp_path / "preview.html"))
+    packs = PackWindows(instructions).packs(0)[:3]
+    assert sum(page.pictures.values()) == sum(len(pack.tiles) for pack in packs)
+    assert "36 tokens" in page.words
+    assert f"{len(packs[0].input_ids)} of 512 tokens" in page.words
+    assert f"{len(packs[0].tiles)} of 14 tiles" in page.words
+
+
+def test_documents_split_over_packs_lose_no_words(tmp_path: Path) -> None:
+    pattern = str(EXAMPLES / "corpus" / "interleaved" / "docs_shard_0_v3.jsonl")
+    stream = replace(stream_of(Interleaved(name="pages"), pattern, tmp_path), budget=Budget(tokens=128, tiles=3))
+    packs = PackWindows(stream).packs(0)
+    reader = Reader(CODEC, 36)
+    for pack in packs:
+        for document, shown in zip(pack.rows, reader.pack(pack).documents, strict=True):
+            assert shown.row == document
+        assert sum(page.tokens for page in reader.pack(pack).documents) == len(pack.input_ids)
+        assert sum(page.learned for page in reader.pack(pack).documents) == pack.learned
+
+
+def test_dropped_rows_are_named(tmp_path: Path) -> None:
+    rows = ['{"text": "one"}', "{broken", '{"text": "two <b>bold</b> words"}']
+    (tmp_path / "rows.jsonl").write_text("\n".join(rows))
+    stream = stream_of(TextOnly(name="notes"), str(tmp_path / "rows.jsonl"), tmp_path)
+    page = Page(write_preview(stream, 10, tmp_path / "preview.html"))
+    assert "1 row of this window dropped" in page.words
+    assert "notes/rows.jsonl row 1: not valid JSON" in page.words
+    assert page.marked["notes/rows.jsonl row 2"] == "two <b>bold</b> words"
+
+
+def test_characters_of_many_tokens_are_whole() -> None:
+    """Bytes of one character are one character, even where learning begins inside it."""
+    reader = Reader(CODEC, 36)
+    row = RowId(corpus="notes", shard="rows.jsonl", epoch=0, row=0)
+    ids = np.array(CODEC.tokenizer.encode("fin 🦆 日本", add_special_tokens=False).ids, np.int32)
+    for border in range(len(ids) + 1):
+        shown = reader.document(row, 0, ids, np.arange(len(ids)) >= border, iter(()))
+        assert "".join(run.text for run in shown.runs if isinstance(run, Words)) == "fin 🦆 日本"

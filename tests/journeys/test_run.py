@@ -1,0 +1,211 @@
+"""A run from its command to its export, and the same run killed in every stage."""
+
+from __future__ import annotations
+
+import io
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from rich.console import Console
+
+from cluster.journal import Journal
+from cluster.metrics import RunFolder
+from cluster.run import evaluate_run, show_status, train, trained_model
+from cluster.site import Site, load_site
+from mllm.recipe import Recipe, dump
+from mllm.recipes import by_name
+from pipelines.corpora import Pairs
+from tests.conftest import ROOT, tiny
+
+STEPS = 10
+STAGES = ("align", "pretrain", "sft")
+
+
+@pytest.fixture(scope="module")
+def short() -> Recipe:
+    recipe = tiny(by_name("vila_smoke"), STEPS)
+    return replace(recipe, name="short", held_out=(Pairs(name="example-pairs-heldout"),))
+
+
+@pytest.fixture(scope="module")
+def here(tmp_path_factory: pytest.TempPathFactory) -> Site:
+    site = load_site(str(ROOT / "examples" / "site.toml"))
+    return replace(site, runs=str(tmp_path_factory.mktemp("runs")))
+
+
+@pytest.fixture(scope="module")
+def unbroken(short: Recipe, here: Site, ray_cluster: None) -> tuple[RunFolder, str]:
+    """The run on one worker, never disturbed, and what a person saw of it."""
+    seen = io.StringIO()
+    folder = train(short, here, "unbroken", Console(file=seen, width=140))
+    return folder, seen.getvalue()
+
+
+def test_all_stages_are_trained_evaluated_and_told(unbroken: tuple[RunFolder, str]) -> None:
+    folder, seen = unbroken
+    state = Journal(folder.root).state()
+    assert state.finished
+    assert [event.stage for event in state.finished_stages] == list(STAGES)
+    for stage in STAGES:
+        assert [record.step for record in folder.steps(stage)] == list(range(1, STEPS + 1))
+        before, after = (folder.evaluation(stage, when) for when in ("before", "after"))  # type: ignore[arg-type]
+        assert before is not None
+        assert after is not None
+        assert [probe.shots for probe in after.probe] == [0, 4]
+        assert f"{stage}" in seen
+    assert "encoder            896,768 parameters, frozen" in seen
+    assert "warning" not in seen.lower()
+    page = folder.report.read_text()
+    assert all(stage in page for stage in STAGES)
+
+
+def test_held_out_loss_falls(unbroken: tuple[RunFolder, str]) -> None:
+    folder, _ = unbroken
+    losses = []
+    for stage in STAGES[:2]:
+        for when in ("before", "after"):
+            evaluation = folder.evaluation(stage, when)  # type: ignore[arg-type]
+            assert evaluation is not None
+            losses.append(evaluation.scores[0].loss)
+    assert losses[0] > losses[1] + 0.2
+    assert losses[1] == losses[2]
+    assert losses[2] > losses[3] + 0.2
+
+
+def test_the_export_is_the_trained_model(unbroken: tuple[RunFolder, str], short: Recipe, here: Site) -> None:
+    from transformers import LlavaForConditionalGeneration
+
+    folder, _ = unbroken
+    llava = LlavaForConditionalGeneration.from_pretrained(folder.export)
+    ours = trained_model(here, short, folder)
+    torch.testing.assert_close(llava.lm_head.weight, ours.lm.head)
+    theirs = llava.model.language_model.layers[0].self_attn.q_proj.weight
+    torch.testing.assert_close(theirs, ours.lm.model.model.layers[0].self_attn.q_proj.weight)
+
+
+def test_frozen_parts_keep_their_first_weights(unbroken: tuple[RunFolder, str], short: Recipe, here: Site) -> None:
+    folder, _ = unbroken
+    torch.manual_seed(short.seed)
+    first = short.model.build()
+    last = trained_model(here, short, folder)
+    assert all(torch.equal(a, b) for a, b in zip(first.encoder.parameters(), last.encoder.parameters(), strict=True))
+    assert not torch.equal(first.lm.head, last.lm.head)
+
+
+def test_a_finished_run_says_so_and_does_nothing(unbroken: tuple[RunFolder, str], short: Recipe, here: Site) -> None:
+    folder, _ = unbroken
+    events = len(Journal(folder.root).events())
+    seen = io.StringIO()
+    train(short, here, "unbroken", Console(file=seen, width=140))
+    assert "is finished; nothing to do" in seen.getvalue()
+    assert len(Journal(folder.root).events()) == events
+
+
+def test_status_and_eval_tell_of_it_later(unbroken: tuple[RunFolder, str], here: Site) -> None:
+    folder, _ = unbroken
+    seen = io.StringIO()
+    show_status(here, None, Console(file=seen, width=140))
+    assert "unbroken" in seen.getvalue()
+    evaluate_run(here, "unbroken", Console(file=seen, width=140))
+    told = folder.evaluation("sft", "after")
+    assert told is not None
+    assert f"loss {told.scores[0].loss:7.4f}" in seen.getvalue()
+
+
+def test_another_recipe_under_the_same_name_is_refused(
+    unbroken: tuple[RunFolder, str], short: Recipe, here: Site
+) -> None:
+    from cluster.controller import RunError
+
+    assert unbroken
+    with pytest.raises(RunError, match=r'"seed": 0 and now "seed": 5.*--run'):
+        train(replace(short, seed=5), here, "unbroken", Console(file=io.StringIO()))
+
+
+def wait_for(what: Callable[[], bool], process: subprocess.Popen[bytes], log: Path, seconds: float = 150) -> None:
+    deadline = time.monotonic() + seconds
+    while not what():
+        if process.poll() is not None or time.monotonic() > deadline:
+            raise AssertionError(f"the run ended or stalled (exit {process.poll()}):\n{log.read_text()[-3000:]}")
+        time.sleep(0.02)
+
+
+def training_worker(driver: int) -> int:
+    """The process of one training worker under the driver."""
+    for child in psutil.Process(driver).children(recursive=True):
+        if "RayTrainWorker" in " ".join(child.cmdline()):
+            return child.pid
+    raise AssertionError("no training worker found")
+
+
+@pytest.mark.timeout(480)
+def test_killed_in_every_stage_and_on_two_workers_it_is_the_same_run(
+    unbroken: tuple[RunFolder, str], short: Recipe, here: Site, tmp_path: Path
+) -> None:
+    recipe, site = tmp_path / "recipe.json", tmp_path / "site.toml"
+    recipe.write_text(dump(short))
+    site.write_text(
+        f'runs = "{here.runs}"\ncache = "{here.cache}"\n[corpora]\n'
+        + toml(here.corpora)
+        + "[weights]\n"
+        + toml(here.weights)
+    )
+    command = [
+        sys.executable,
+        "-m",
+        "cluster.cli",
+        "train",
+        str(recipe),
+        "--workers",
+        "2",
+        "--run",
+        "broken",
+        "--site",
+        str(site),
+    ]
+    folder = RunFolder(Path(here.runs) / "broken")
+    log = tmp_path / "log"
+
+    def start() -> subprocess.Popen[bytes]:
+        return subprocess.Popen(command, stdout=log.open("ab"), stderr=subprocess.STDOUT, start_new_session=True)
+
+    def within(stage: str) -> Callable[[], bool]:
+        return lambda: len(folder.steps(stage)) >= 3
+
+    run = start()
+    wait_for(within("align"), run, log)
+    os.kill(run.pid, signal.SIGKILL)
+    run.wait()
+    assert len(folder.steps("align")) < STEPS
+
+    run = start()
+    wait_for(within("pretrain"), run, log)
+    os.kill(run.pid, signal.SIGINT)
+    assert run.wait(60) == 130
+    assert "goes on from the last checkpoint" in log.read_text()
+    assert len(folder.steps("pretrain")) < STEPS
+
+    run = start()
+    wait_for(within("sft"), run, log)
+    os.kill(training_worker(run.pid), signal.SIGKILL)
+    assert run.wait(150) == 0, log.read_text()[-3000:]
+
+    for stage in STAGES:
+        whole, broken = unbroken[0].steps(stage), folder.steps(stage)
+        assert [record.world for record in broken] == [2] * STEPS
+        assert [record.packs for record in broken] == [record.packs for record in whole]
+        assert [record.loss for record in broken] == [pytest.approx(record.loss, rel=1e-4) for record in whole]
+        assert [record.lr for record in broken] == [record.lr for record in whole]
+
+
+def toml(table: dict) -> str:
+    return "".join(f'"{key}" = {value!r}\n'.replace("'", '"') for key, value in table.items())
