@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import platform
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -204,11 +205,29 @@ class Controller:
         )
         divert_ray_logging()
         try:
-            trainer.fit()
+            _interruptibly(trainer.fit)
         except Exception as error:
             raise RunError(f"stage {job.stage.name!r} failed: {_root(error)}; see {self.folder.logs}") from error
         if failure_file(self.folder).is_file():
             raise RunError(f"stage {job.stage.name!r}: {failure_file(self.folder).read_text()}")
+
+
+def _interruptibly(call: Callable[[], object]) -> None:
+    """Make `call` in a thread, so that Ctrl-C reaches this one: Ray Train would take the signal and end the process."""
+    raised: list[BaseException] = []
+
+    def guarded() -> None:
+        try:
+            call()
+        except BaseException as error:
+            raised.append(error)
+
+    thread = threading.Thread(target=guarded, daemon=True, name="fit")
+    thread.start()
+    while thread.is_alive():
+        thread.join(0.2)
+    if raised:
+        raise raised[0]
 
 
 def packs_from_here(job: StageJob, actors: int) -> Callable[[], Any]:

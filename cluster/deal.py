@@ -31,7 +31,7 @@ class Held:
     of: int
     digest: int
     tokens: int
-    tiles: int
+    images: int
     rows: tuple[tuple[str, int], ...]
     dropped: tuple[Rejected, ...]
 
@@ -140,7 +140,7 @@ def describe(pack: Pack, index: int) -> Held:
         of=pack.of,
         digest=pack.digest,
         tokens=len(pack.input_ids),
-        tiles=len(pack.tiles),
+        images=len(pack.grids),
         rows=tuple((f"{row.corpus}/{row.shard}", row.row) for row in pack.rows),
         dropped=pack.dropped,
     )

@@ -15,20 +15,18 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Literal, Self
 
 import rich.live
-from pydantic import TypeAdapter, ValidationError
 from rich.console import Console, Group, RenderableType
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
 from cluster.journal import Journal, RunState, StageFinished, StageStarted
-from cluster.metrics import Evaluation, RunFolder, StepRecord
+from cluster.metrics import Evaluation, RunFolder, StepRecord, parse_step
 from mllm.evaluate import ProbeScore, SourceScore
 from mllm.recipe import Recipe
 
@@ -238,7 +236,7 @@ class Live:
         """Say what the stage trains, and follow its steps from here."""
         with self.lock:
             view = next(view for view in self.views if view.name == event.stage)
-            self.view, self.tail = view, Tail(self.run.root / "steps" / f"{event.stage}.jsonl")
+            self.view, self.tail = view, Tail(self.run.steps_file(event.stage))
             view.started, view.standing, view.steps = event, "running", []
             self._read()
             self.heard = self.told = self.clock()
@@ -389,16 +387,7 @@ class Tail:
             data = file.read()
         whole = data[: data.rfind(b"\n") + 1]
         self.at += len(whole)
-        records = []
-        for line in whole.splitlines():
-            with suppress(ValidationError):  # a line that a kill cut short
-                records.append(_adapter().validate_json(line))
-        return records
-
-
-@cache
-def _adapter() -> TypeAdapter[StepRecord]:
-    return TypeAdapter(StepRecord)
+        return [record for line in whole.splitlines() if (record := parse_step(line))]
 
 
 def summary(run: RunFolder, recipe: Recipe, state: RunState, now: float | None = None) -> RenderableType:

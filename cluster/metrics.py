@@ -13,7 +13,7 @@ from functools import cache
 from pathlib import Path
 from typing import Literal
 
-from pydantic import TypeAdapter
+from pydantic import TypeAdapter, ValidationError
 
 from cluster.journal import write_atomically
 from mllm.evaluate import Answer, ProbeScore, SourceScore
@@ -89,6 +89,14 @@ def _evaluation_adapter() -> TypeAdapter[Evaluation]:
     return TypeAdapter(Evaluation)
 
 
+def parse_step(line: bytes) -> StepRecord | None:
+    """A line of a steps file; None when it is not whole."""
+    try:
+        return _step_adapter().validate_json(line)
+    except ValidationError:
+        return None
+
+
 class RunFolder:
     """The files of a run, by name. `root` is the folder `runs/NAME`."""
 
@@ -114,21 +122,29 @@ class RunFolder:
     def checkpoints(self, stage: str) -> Path:
         return self.root / "checkpoints" / stage
 
+    def steps_file(self, stage: str) -> Path:
+        return self.root / "steps" / f"{stage}.jsonl"
+
+    def mend_steps(self, stage: str) -> None:
+        """End a line that a kill cut short, so that the next one stands alone. Call it before writing goes on."""
+        file = self.steps_file(stage)
+        if file.is_file() and not file.read_bytes().endswith(b"\n"):
+            with file.open("ab") as out:
+                out.write(b"\n")
+
     def write_step(self, stage: str, record: StepRecord) -> None:
-        file = self.root / "steps" / f"{stage}.jsonl"
+        file = self.steps_file(stage)
         file.parent.mkdir(parents=True, exist_ok=True)
         with file.open("ab") as out:
             out.write(_step_adapter().dump_json(record) + b"\n")
 
     def steps(self, stage: str) -> list[StepRecord]:
         """Steps of a stage, each once, in order. A line that a kill cut short is passed over."""
-        file = self.root / "steps" / f"{stage}.jsonl"
-        if not file.is_file():
-            return []
+        file = self.steps_file(stage)
         records: dict[int, StepRecord] = {}
-        for line in file.read_bytes().splitlines():
-            if line.endswith(b"}"):
-                record = _step_adapter().validate_json(line)
+        for line in file.read_bytes().splitlines() if file.is_file() else []:
+            record = parse_step(line)
+            if record:
                 records[record.step] = record
         return [records[step] for step in sorted(records)]
 

@@ -108,6 +108,8 @@ def _train(job: StageJob) -> None:
         control,
     )
 
+    if rank == 0:
+        job.folder.mend_steps(job.stage.name)
     engine = build_engine(_build_model(job), job.stage, len(job.stage.mixture), _device())
     _restore(engine, job, resumed)
     if job.held_out and job.folder.evaluation(job.stage.name, "before") is None:
@@ -224,7 +226,7 @@ def _record(job: StageJob, state: TrainState, step: Step, report: StepReport, fa
         lr=factor * max(how.lr for how in job.stage.tune.values()),
         tokens=total,
         learned=report.learned,
-        images=sum(held.tiles for held in step.all),
+        images=sum(held.images for held in step.all),
         rows=sum(len(held.rows) for held in step.all),
         fill=total / (len(step.all) * job.stage.context),
         imbalance=max(loads) * len(loads) / max(1, sum(loads)),

@@ -12,10 +12,18 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+PRELOAD = [
+    "cluster.engines",
+    "pipelines.windows",
+    "transformers.models.clip.modeling_clip",
+    "transformers.models.llama",
+]
+
 
 def on_ranks(world: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
     """`function(*arguments)` on each of `world` ranks of a process group; their results in rank order."""
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOAD)  # imports are most of a fresh process's first seconds
     results: Queue[tuple[int, Any, str]] = context.Queue()
     with tempfile.TemporaryDirectory() as folder:
         started = [

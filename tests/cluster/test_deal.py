@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 import torch.distributed as dist
+from torch._C._distributed_c10d import HashStore
 
 from cluster.deal import Deal, OrderError
 from pipelines.types import Pack, Position
@@ -36,7 +37,7 @@ class Alone:
     """A process group of one, for the length of a test."""
 
     def __enter__(self) -> None:
-        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        dist.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
 
     def __exit__(self, *_: object) -> None:
         dist.destroy_process_group()

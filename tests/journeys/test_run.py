@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import signal
 import subprocess
@@ -17,23 +18,43 @@ import pytest
 import torch
 from rich.console import Console
 
+from cluster.cli import main
 from cluster.journal import Journal
 from cluster.metrics import RunFolder
 from cluster.run import evaluate_run, show_status, train, trained_model
 from cluster.site import Site, load_site
-from mllm.recipe import Recipe, dump
+from mllm.recipe import Recipe, override
 from mllm.recipes import by_name
-from pipelines.corpora import Pairs
-from tests.conftest import ROOT, tiny
+from tests.conftest import ROOT
 
 STEPS = 10
 STAGES = ("align", "pretrain", "sft")
 
+COMMANDS = [
+    line.split("#")[0].split()[1:]
+    for line in (ROOT / "README.md").read_text().split("<!-- commands")[1].split("\n## ")[0].splitlines()
+    if line.startswith("    mllm ")
+]
+TRAIN = next(words for words in COMMANDS if words[0] == "train")
+SHORTER = [f"held_out={json.dumps([{'kind': 'pairs', 'name': 'example-pairs-heldout'}])}"] + [
+    f"stages.{stage}.{change}"
+    for stage in STAGES
+    for change in (
+        "context=256",
+        "tokens_per_step=1024",
+        "max_tiles=6",
+        "window=24",
+        "save_every=2",
+        f"duration.count={STEPS}",
+    )
+]
+
 
 @pytest.fixture(scope="module")
 def short() -> Recipe:
-    recipe = tiny(by_name("vila_smoke"), STEPS)
-    return replace(recipe, name="short", held_out=(Pairs(name="example-pairs-heldout"),))
+    """The recipe of the README's own training command, with fewer and smaller steps."""
+    changes = TRAIN[TRAIN.index("-s") + 1 :]
+    return override(by_name(TRAIN[1]), [*changes, *SHORTER])
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +64,7 @@ def here(tmp_path_factory: pytest.TempPathFactory) -> Site:
 
 
 @pytest.fixture(scope="module")
-def unbroken(short: Recipe, here: Site, ray_cluster: None) -> tuple[RunFolder, str]:
+def unbroken(short: Recipe, here: Site, ray_cluster: None) -> tuple[RunFolder, str]:  # noqa: ARG001 -- a fixture cannot use `usefixtures`
     """The run on one worker, never disturbed, and what a person saw of it."""
     seen = io.StringIO()
     folder = train(short, here, "unbroken", Console(file=seen, width=140))
@@ -151,32 +172,13 @@ def training_worker(driver: int) -> int:
 def test_killed_in_every_stage_and_on_two_workers_it_is_the_same_run(
     unbroken: tuple[RunFolder, str], short: Recipe, here: Site, tmp_path: Path
 ) -> None:
-    recipe, site = tmp_path / "recipe.json", tmp_path / "site.toml"
-    recipe.write_text(dump(short))
-    site.write_text(
-        f'runs = "{here.runs}"\ncache = "{here.cache}"\n[corpora]\n'
-        + toml(here.corpora)
-        + "[weights]\n"
-        + toml(here.weights)
-    )
-    command = [
-        sys.executable,
-        "-m",
-        "cluster.cli",
-        "train",
-        str(recipe),
-        "--workers",
-        "2",
-        "--run",
-        "broken",
-        "--site",
-        str(site),
-    ]
-    folder = RunFolder(Path(here.runs) / "broken")
+    command = [sys.executable, "-m", "cluster.cli", *TRAIN, *SHORTER, "--site", site_file(here)]
+    folder = RunFolder(Path(here.runs) / short.name)
     log = tmp_path / "log"
 
     def start() -> subprocess.Popen[bytes]:
-        return subprocess.Popen(command, stdout=log.open("ab"), stderr=subprocess.STDOUT, start_new_session=True)
+        with log.open("ab") as out:
+            return subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, start_new_session=True)
 
     def within(stage: str) -> Callable[[], bool]:
         return lambda: len(folder.steps(stage)) >= 3
@@ -207,5 +209,29 @@ def test_killed_in_every_stage_and_on_two_workers_it_is_the_same_run(
         assert [record.lr for record in broken] == [record.lr for record in whole]
 
 
-def toml(table: dict) -> str:
-    return "".join(f'"{key}" = {value!r}\n'.replace("'", '"') for key, value in table.items())
+def site_file(site: Site) -> str:
+    """The site as a file that a command can name."""
+    file = Path(site.runs) / "site.toml"
+    lines = [f"runs = {json.dumps(site.runs)}", f"cache = {json.dumps(site.cache)}"]
+    for table, entries in (("corpora", site.corpora), ("weights", site.weights)):
+        lines += [f"[{table}]", *(f"{json.dumps(name)} = {json.dumps(value)}" for name, value in entries.items())]
+    file.write_text("\n".join(lines))
+    return str(file)
+
+
+@pytest.mark.parametrize("words", [words for words in COMMANDS if words != TRAIN], ids=" ".join)
+def test_every_other_command_of_the_readme_runs(
+    words: list[str],
+    here: Site,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """On the run that the training command left behind."""
+    monkeypatch.setenv("MLLM_SITE", site_file(here))
+    monkeypatch.chdir(tmp_path)
+    try:
+        main(words)
+    except SystemExit as end:
+        assert end.code == 0
+    assert capsys.readouterr().out

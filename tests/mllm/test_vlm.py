@@ -1,11 +1,11 @@
 """The model over packs: documents are alone in company, gradients are where the stage says, counts are the layout's."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
-from cluster.site import Site
 from mllm.objectives import NextToken
 from mllm.recipe import Full, Recipe
 from mllm.tune import apply_tuning, describe
@@ -117,7 +117,7 @@ def test_over_fitting_two_documents_learns_them(recipe: Recipe, packs: PackWindo
     assert losses[-1] < 0.2 * losses[0]
 
 
-def test_weights_of_another_shape_are_refused(recipe: Recipe, site: Site, tmp_path) -> None:
+def test_weights_of_another_shape_are_refused(recipe: Recipe, tmp_path: Path) -> None:
     model = recipe.model.build()
     model.lm.model.save_pretrained(tmp_path)
     wider = replace(recipe.model.lm, weights="mine", arch=replace(recipe.model.lm.arch, layers=5))

@@ -1,9 +1,12 @@
 """The same packs in the same order through Ray Data, from any position, dealt to any number of ranks."""
 
 import threading
+from dataclasses import replace
 
 import pytest
 
+from cluster.site import Site
+from mllm.recipe import Epochs, Recipe
 from pipelines.stream import COLUMN, dataset, from_bytes
 from pipelines.types import Pack, Position
 from pipelines.windows import PackWindows, Stream
@@ -49,13 +52,12 @@ def test_a_window_packs_the_same_whoever_asks(stream: Stream) -> None:
     assert [p.rows for p in once] == [p.rows for p in again]
 
 
-def test_an_epoch_trains_every_row_once(packs: PackWindows, stream: Stream) -> None:
-    from dataclasses import replace
-
-    one = PackWindows(replace(stream, epochs=1.0))
-    windows = one.stream.windows
-    assert windows
-    rows = [
-        r for k in range(windows) for p in one.packs(k) for r in p.rows if r.piece == 0 and r.corpus == "example-pairs"
-    ]
-    assert len({(r.shard, r.row) for r in rows if r.epoch == 0}) == len([r for r in rows if r.epoch == 0])
+def test_an_epoch_trains_every_row_once(site: Site, recipe: Recipe) -> None:
+    stage = recipe.stage("pretrain")
+    by_size = replace(stage, duration=Epochs(), mixture=tuple(replace(source, weight=None) for source in stage.mixture))
+    once = site.stream(recipe, by_size)
+    assert once.windows
+    packs = [pack for k in range(once.windows) for pack in PackWindows(once).packs(k)]
+    rows = [(row.corpus, row.shard, row.row) for pack in packs for row in pack.rows if row.piece == 0]
+    assert len(rows) == len(set(rows)) == once.order.rows
+    assert not any(pack.dropped for pack in packs)

@@ -1,0 +1,103 @@
+"""What a person gets who types something wrong: one line, before any worker starts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from cluster.cli import main
+from cluster.site import Site, SiteError, load_site
+from tests.conftest import CORPUS, ROOT
+
+
+def mistake(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    with pytest.raises(SystemExit) as end:
+        main(argv)
+    assert end.value.code == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    return error
+
+
+SITE = f"""
+runs = "runs"
+cache = "cache"
+[corpora]
+example-pairs = "{CORPUS}/pairs/00000.tar"
+[weights]
+example-bpe = "{ROOT}/examples/tokenizer"
+"""
+
+
+@pytest.fixture
+def site_file(tmp_path: Path) -> str:
+    (tmp_path / "site.toml").write_text(SITE)
+    return str(tmp_path / "site.toml")
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["train", "vila_smok"], "did you mean vila_smoke"),
+        (["train", "vila_smoke", "-s", "stages.algn.context=64"], "no stage 'algn'"),
+        (["train", "vila_smoke", "--workers", "0"], "at least one worker"),
+        (["train", "nowhere.json"], "no recipe file nowhere.json"),
+        (["train", "vila_7b"], "reads corpus 'llava-cc3m-595k' and the site has ['example-pairs']"),
+        (["status", "no-such-run"], "no run 'no-such-run'"),
+        (["data", "check", "example-pears"], "no recipe reads a corpus 'example-pears'"),
+        (["data", "preview", "vila_smoke", "--stage", "pretrian"], "its stages are ['align', 'pretrain', 'sft']"),
+    ],
+)
+def test_a_mistake_is_told_in_one_line(
+    words: list[str], told: str, site_file: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert told in mistake([*words, "--site", site_file], capsys)
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "told"),
+    [
+        ("pairs/00000.tar", "pairs/{00000..00009}.tar", r"corpus 'example-pairs': no shard .*00005\.tar"),
+        ("pairs/00000.tar", "nowhere/*.tar", r"corpus 'example-pairs': no file matches"),
+        (f"{CORPUS}/pairs", "s4://bucket", "has the scheme 's4', which no storage here speaks"),
+        (f"{ROOT}/examples/tokenizer", "/nowhere", r"should be a folder with a tokenizer\.json and /nowhere is none"),
+        ('runs = "runs"', 'runs = "s3://bucket/runs"', "a folder that all nodes share"),
+        ("[weights]", "workers = 3\n[weights]", "corpora.workers"),
+        ('cache = "cache"', "cache = ", "site.toml"),
+        ('cache = "cache"', 'cash = "cache"', "cash"),
+    ],
+)
+def test_a_site_that_does_not_hold_is_told_before_a_worker_starts(
+    before: str, after: str, told: str, tmp_path: Path
+) -> None:
+    from mllm.recipes import by_name
+
+    assert before in SITE
+    (tmp_path / "site.toml").write_text(SITE.replace(before, after))
+    recipe = by_name("vila_smoke")
+    with pytest.raises(SiteError, match=told):
+        load_site(str(tmp_path / "site.toml")).stream(recipe, recipe.stage("align"))
+
+
+def test_without_a_site_the_example_corpus_is_used(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MLLM_SITE", raising=False)
+    assert "example-pairs" in load_site().corpora
+    (tmp_path / "site.toml").write_text('runs = "elsewhere"')
+    assert load_site() == Site(runs=str(tmp_path / "elsewhere"), cache=str(tmp_path / ".cache/mllm"))
+    with pytest.raises(SiteError, match="no site file gone.toml"):
+        load_site("gone.toml")
+
+
+def test_data_check_names_each_bad_row(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shard = tmp_path / "00000.tar"
+    whole = (CORPUS / "pairs/00000.tar").read_bytes()
+    shard.write_bytes(whole[:1500] + bytes(2000) + whole[3500:])  # the first picture's middle is gone
+    (tmp_path / "site.toml").write_text(f'[corpora]\nexample-pairs = "{shard}"\n')
+    with pytest.raises(SystemExit) as end:
+        main(["data", "check", "example-pairs", "--site", str(tmp_path / "site.toml")])
+    assert end.value.code == 1
+    told = capsys.readouterr().out
+    assert told.splitlines()[0].startswith("example-pairs/00000.tar row 0: image file is truncated")
+    assert "91 good rows with 91 images in 1 shards, 1 bad" in told
