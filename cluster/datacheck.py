@@ -6,9 +6,9 @@ from collections import Counter
 
 from cluster.site import Site, SiteError
 from mllm.recipes import RECIPES
-from ops import images
 from pipelines.corpora import Corpus
-from pipelines.types import Chunk, Document, Image, Reason, Rejected
+from pipelines.tiling import decode
+from pipelines.types import Chunk, Document, Image, Reason, Rejected, SkipSample
 
 
 def find_corpus(name: str) -> Corpus:
@@ -50,11 +50,7 @@ def _first_bad_image(document: Document) -> Rejected | None:
     for segment in document.segments:
         if isinstance(segment, Image):
             try:
-                images.decode(segment.data)
-            except images.NotAnImage as error:
-                return Rejected(row=document.id, reason=Reason.NOT_AN_IMAGE, detail=str(error))
-            except images.TruncatedImage as error:
-                return Rejected(row=document.id, reason=Reason.TRUNCATED_IMAGE, detail=str(error))
-            except images.HugeImage as error:
-                return Rejected(row=document.id, reason=Reason.HUGE_IMAGE, detail=str(error))
+                decode(segment)
+            except SkipSample as skip:
+                return Rejected(row=document.id, reason=skip.reason, detail=skip.detail)
     return None

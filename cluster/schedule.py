@@ -50,7 +50,7 @@ def window_bound(stage: Stage, windows: int | None, step: int, at: Position) -> 
     """Windows that the rest of the stage can need at most: each holds at least one pack."""
     match stage.duration:
         case Epochs():
-            return max(0, (windows or 0) - at.window)
+            return max(1, (windows or 0) - at.window)
         case Steps(count=count):
             return max(0, count - step) * stage.packs_per_step + 1
         case Tokens():

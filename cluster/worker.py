@@ -115,6 +115,14 @@ def _train(job: StageJob) -> None:
     if job.held_out and job.folder.evaluation(job.stage.name, "before") is None:
         _evaluate(job, engine, "before")
 
+    if state.progress < 1:  # it is 1 when only the evaluation was cut off
+        _steps(job, engine, deal, state)
+    if job.held_out:
+        _evaluate(job, engine, "after")
+
+
+def _steps(job: StageJob, engine: Engine, deal: Deal, state: TrainState) -> None:
+    """Train from `state` to the stage's end, saving on the way. Raises StopRun when the data ends first."""
     for step in deal:
         following = _progress(job, state, step)
         factor = learning_rate_factor(job.stage.schedule, (state.progress + following) / 2)
@@ -127,15 +135,11 @@ def _train(job: StageJob) -> None:
         if done or state.step % job.stage.save_every == 0:
             _save(job, engine, state, final=done)
         if done:
-            break
-    else:
-        if state.progress < 1:
-            raise StopRun(
-                f"stage {job.stage.name!r}: the stream ended at {state.progress:.1%} after {state.step} steps; "
-                "its mixture is smaller than its duration asks, give the duration in epochs"
-            )
-    if job.held_out:
-        _evaluate(job, engine, "after")
+            return
+    raise StopRun(
+        f"stage {job.stage.name!r}: the stream ended at {state.progress:.1%} after {state.step} steps; "
+        "its mixture is smaller than its duration asks, give the duration in epochs"
+    )
 
 
 def _packs(shard: Any) -> Iterator[Pack]:

@@ -63,13 +63,18 @@ def tile(document: Document, tiling: Resize | Pad) -> Tiled:
 
 
 def _tile_image(image: Image, tiling: Resize | Pad) -> Tiles:
+    pixels = decode(image, tiling.size)
+    height, width = pixels.shape[1:]
+    return Tiles(pixels=tiling.cut(pixels), grid=tiling.grid(height, width), original=(height, width), role=image.role)
+
+
+def decode(image: Image, target: int | None = None) -> torch.Tensor:
+    """`ops.images.decode`, its errors turned into the reason for which the row is dropped. uint8 (3, h, w)."""
     try:
-        pixels = images.decode(image.data, target=tiling.size)
+        return images.decode(image.data, target)
     except images.NotAnImage as error:
         raise SkipSample(Reason.NOT_AN_IMAGE, str(error)) from error
     except images.TruncatedImage as error:
         raise SkipSample(Reason.TRUNCATED_IMAGE, str(error)) from error
     except images.HugeImage as error:
         raise SkipSample(Reason.HUGE_IMAGE, str(error)) from error
-    height, width = pixels.shape[1:]
-    return Tiles(pixels=tiling.cut(pixels), grid=tiling.grid(height, width), original=(height, width), role=image.role)

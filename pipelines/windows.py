@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import cached_property
 
 import torch
@@ -15,10 +15,23 @@ import torch
 from pipelines.chat import Template
 from pipelines.corpora import Corpus
 from pipelines.encode import Encoder, TextCodec
+from pipelines.manifest import Shard
 from pipelines.order import Order
 from pipelines.packing import pack
 from pipelines.tiling import Tiling, tile
-from pipelines.types import Budget, Document, Pack, Rejected, Sample, SkipSample, Tiled, VisionLayout, Window, spec
+from pipelines.types import (
+    Budget,
+    Chunk,
+    Document,
+    Pack,
+    Rejected,
+    Sample,
+    SkipSample,
+    Tiled,
+    VisionLayout,
+    Window,
+    spec,
+)
 
 
 @spec
@@ -90,7 +103,7 @@ class PackWindows:
         for chunk in window.chunks:
             corpus = self.stream.corpora[chunk.source]
             shard = self.stream.order.manifests[chunk.source].shards[chunk.shard]
-            for row in _patiently(lambda c=corpus, s=shard, k=chunk: list(c.read(s, k))):
+            for row in _read(corpus, shard, chunk):
                 if isinstance(row, Rejected):
                     yield row
                     continue
@@ -100,17 +113,16 @@ class PackWindows:
                     yield Rejected(row=row.id, reason=skip.reason, detail=skip.detail)
 
 
-def _patiently(read: Callable[[], list[Document | Rejected]]) -> list[Document | Rejected]:
-    for attempt in range(ATTEMPTS):
+def _read(corpus: Corpus, shard: Shard, chunk: Chunk) -> list[Document | Rejected]:
+    """The chunk's rows, whole or not at all: a read that storage breaks off is begun again, with growing pauses."""
+    for attempt in range(1, ATTEMPTS):
         try:
-            return read()
+            return list(corpus.read(shard, chunk))
         except FileNotFoundError:
-            raise
+            break  # waiting does not bring it
         except OSError:
-            if attempt == ATTEMPTS - 1:
-                raise
             time.sleep(0.2 * 2**attempt * (1 + random.random()))
-    raise AssertionError("unreachable")
+    return list(corpus.read(shard, chunk))
 
 
 def single_threaded() -> None:

@@ -7,6 +7,7 @@ from mllm.lm import CausalLM, Llama
 from mllm.recipe import Full, Recipe, Steps
 from mllm.recipes.smoke import vila_smoke
 from pipelines.chat import ChatML
+from pipelines.corpora import Conversations, Pairs
 from pipelines.tiling import Pad
 
 SMOLLM2_135M = Llama(
@@ -46,7 +47,17 @@ def vila_real() -> Recipe:
         ),
         tiling=Pad(size=160),
         stages=tuple(
-            replace(stage, tune=rates[stage.name], tokens_per_step=1024, duration=Steps(count=30), save_every=30)
+            replace(
+                stage,
+                tune=rates[stage.name],
+                context=256,
+                tokens_per_step=512,
+                max_tiles=8,
+                duration=Steps(count=30),
+                save_every=15,
+            )
             for stage in smoke.stages
         ),
+        held_out=(Pairs(name="example-pairs-heldout"), Conversations(name="example-instructions-heldout")),
+        shots=(0,),  # four examples a question would take longer than the training on two cores
     )

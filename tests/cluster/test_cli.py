@@ -86,7 +86,7 @@ def test_without_a_site_the_example_corpus_is_used(monkeypatch: pytest.MonkeyPat
     assert "example-pairs" in load_site().corpora
     (tmp_path / "site.toml").write_text('runs = "elsewhere"')
     assert load_site() == Site(runs=str(tmp_path / "elsewhere"), cache=str(tmp_path / ".cache/mllm"))
-    with pytest.raises(SiteError, match="no site file gone.toml"):
+    with pytest.raises(SiteError, match=r"no site file gone\.toml"):
         load_site("gone.toml")
 
 

@@ -101,6 +101,14 @@ def test_recomputing_activations_changes_nothing(recipe: Recipe, stream: Stream,
     assert on_ranks(1, train, recipe, again, stream, 2, str(tmp_path / "again"), False) == kept
 
 
+def test_bfloat16_follows_float32(recipe: Recipe, stream: Stream, tmp_path: Path) -> None:
+    stage = recipe.stage("pretrain")
+    full = on_ranks(1, train, recipe, stage, stream, 3, str(tmp_path / "full"), False)[0]
+    half = replace(stage, parallel=FSDP(dtype="bfloat16", recompute=True))
+    mixed = on_ranks(2, train, recipe, half, stream, 3, str(tmp_path / "half"), False)[0]
+    assert [loss for loss, _ in mixed] == pytest.approx([loss for loss, _ in full], rel=1e-2)
+
+
 def test_a_half_written_checkpoint_is_never_read(tmp_path: Path, recipe: Recipe, stream: Stream) -> None:
     on_ranks(1, train, recipe, recipe.stage("align"), stream, 1, str(tmp_path), False)
     (tmp_path / "step-000009").mkdir()

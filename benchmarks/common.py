@@ -1,0 +1,124 @@
+"""What every benchmark shares: rows with median and range, the machine's description, temporary folders, child processes."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import platform
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+CACHE = HERE / ".cache"
+
+
+@dataclass
+class Row:
+    """One line of a table: all repetitions of one number."""
+
+    name: str
+    unit: str
+    values: list[float]
+    note: str = ""
+
+    @property
+    def median(self) -> float:
+        return median(self.values)
+
+    def cells(self) -> list[str]:
+        spread = f"{number(min(self.values))} to {number(max(self.values))}" if len(self.values) > 1 else ""
+        return [self.name, number(self.median), self.unit, spread, str(len(self.values)), self.note]
+
+
+@dataclass
+class Section:
+    """One benchmark's result. `about` is its module's docstring."""
+
+    name: str
+    about: str
+    rows: list[Row] = field(default_factory=list)
+    facts: list[str] = field(default_factory=list)
+    seconds: float = 0.0
+
+    def add(self, name: str, unit: str, values: Sequence[float], note: str = "") -> None:
+        self.rows.append(Row(name, unit, list(values), note))
+
+
+def number(value: float) -> str:
+    """Three significant digits, never in powers of ten unless the number is tiny."""
+    if value and abs(value) < 1e-3:
+        return f"{value:.1e}"
+    if abs(value) >= 100:
+        return f"{value:,.0f}"
+    return f"{value:.3g}"
+
+
+def ratios(over: Sequence[float], under: Sequence[float]) -> list[float]:
+    """Ratio of neighbouring repetitions: each pair was measured one right after the other."""
+    return [a / b for a, b in zip(over, under, strict=True)]
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+def machine() -> tuple[str, list[str]]:
+    """A short name for the machine and the lines of a header. Neither names the host."""
+    import torch
+
+    device = torch.cuda.get_device_name(0).replace(" ", "-").lower() if torch.cuda.is_available() else "cpu"
+    lines = [
+        f"{cores()} cores, {_first('/proc/cpuinfo', 'model name')}, {_memory()}",
+        f"python {platform.python_version()}, torch {torch.__version__}, ray {version('ray')}",
+        f"{datetime.now(UTC):%Y-%m-%d}, load average at the start {os.getloadavg()[0]:.2f}",
+    ]
+    return f"{cores()}-cores-{device}", lines
+
+
+def _first(file: str, key: str) -> str:
+    path = Path(file)
+    for line in path.read_text().splitlines() if path.is_file() else []:
+        if line.startswith(key):
+            return line.split(":", 1)[1].strip()
+    return f"unknown {key}"
+
+
+def _memory() -> str:
+    words = _first("/proc/meminfo", "MemTotal").split()
+    return f"{int(words[0]) / 2**20:.0f} GiB" if words[0].isdigit() else "unknown memory"
+
+
+@contextmanager
+def scratch() -> Iterator[Path]:
+    """A folder on the disk that runs are written to, gone afterwards."""
+    CACHE.mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=CACHE, ignore_cleanup_errors=True) as folder:
+        yield Path(folder)
+
+
+def in_child(function: Callable[..., Any], *arguments: Any) -> Any:
+    """`function(*arguments)` in a fresh process, so that no benchmark inherits another's threads or memory."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """A process group of this process only: what the engine runs in with one worker."""
+    import torch.distributed as dist
+
+    with tempfile.TemporaryDirectory() as folder:
+        dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=0, world_size=1)
+        try:
+            yield
+        finally:
+            dist.destroy_process_group()
