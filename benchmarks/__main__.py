@@ -28,7 +28,7 @@ def main() -> None:
     parser.add_argument("names", nargs="*", choices=[*NAMES, []], help=f"any of {', '.join(NAMES)}; all by default")
     parser.add_argument("--quick", action="store_true", help="check that they work; the numbers mean little")
     asked = parser.parse_args()
-    console = Console(highlight=False)
+    console = Console(highlight=False, width=140)
     name, header = machine()
     console.print("\n".join(header))
     folder = CACHE if asked.quick else HERE / "results"

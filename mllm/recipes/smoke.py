@@ -14,8 +14,11 @@ BRISK = AdamW(betas=(0.9, 0.95))  # a hundred steps are too few for a memory of 
 
 
 def vila_smoke() -> Recipe:
-    """A 3-million-parameter model. Its language model is random until pretrain, so align teaches the connector little but how
-    to speak to it; the mechanics are those of the full size."""
+    """A 3-million-parameter model trained from scratch on the example corpus.
+
+    Its language model is random until pretrain, so align teaches the connector little but how to speak to it; the mechanics
+    are those of the full size.
+    """
     align = Stage(
         name="align",
         mixture=(Source(corpus=Pairs(name="example-pairs")),),

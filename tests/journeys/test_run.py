@@ -142,12 +142,10 @@ def test_status_and_eval_tell_of_it_later(unbroken: tuple[RunFolder, str], here:
     assert f"loss {told.scores[0].loss:7.4f}" in seen.getvalue()
 
 
-def test_another_recipe_under_the_same_name_is_refused(
-    unbroken: tuple[RunFolder, str], short: Recipe, here: Site
-) -> None:
+@pytest.mark.usefixtures("unbroken")
+def test_another_recipe_under_the_same_name_is_refused(short: Recipe, here: Site) -> None:
     from cluster.controller import RunError
 
-    assert unbroken
     with pytest.raises(RunError, match=r'"seed": 0 and now "seed": 5.*--run'):
         train(replace(short, seed=5), here, "unbroken", Console(file=io.StringIO()))
 
