@@ -25,9 +25,12 @@ HEAD = ("what", "median", "unit", "range", "n", "note")
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks")
-    parser.add_argument("names", nargs="*", choices=[*NAMES, []], help=f"any of {', '.join(NAMES)}; all by default")
+    parser.add_argument("names", nargs="*", help=f"any of {', '.join(NAMES)}; all by default")
     parser.add_argument("--quick", action="store_true", help="check that they work; the numbers mean little")
     asked = parser.parse_args()
+    unknown = sorted(set(asked.names) - set(NAMES))
+    if unknown:
+        parser.error(f"no benchmark {unknown[0]!r}; there are {', '.join(NAMES)}")
     console = Console(highlight=False, width=140)
     name, header = machine()
     console.print("\n".join(header))

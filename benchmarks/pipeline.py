@@ -3,8 +3,8 @@
 The limit is a bare loop: one plain process a core reads the same tar files in order, decodes and pads each picture, and hands
 nothing over. Between the two stands `PackWindows` in plain processes (shuffled range reads, tokens, packing, but no Ray), so
 that the difference has a place. Fair because: the same files in the page cache, the same `ops.images`, one torch thread a
-process, as many processes as cores in all three, all as nice as Ray makes its workers -- and the consumer, which unpickles every pack, has no core of its own.
-The rate is that after the first quarter of the windows.
+process, as many processes as cores in all three, all as nice as Ray makes its workers. The consumer, which unpickles every
+pack, has no core of its own. The rate is that after the first quarter of the windows.
 """
 
 from __future__ import annotations

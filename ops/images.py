@@ -101,7 +101,9 @@ def pad_to_square(
     _, height, width = pixels.shape
     scale = size / max(height, width)
     height, width = max(1, round(height * scale)), max(1, round(width * scale))
-    canvas = torch.tensor(fill, dtype=torch.uint8).view(3, 1, 1).repeat(1, size, size)
+    canvas = torch.empty(3, size, size, dtype=torch.uint8)
+    for channel, value in zip(canvas, fill, strict=True):
+        channel.fill_(value)
     top, left = (size - height) // 2, (size - width) // 2
     canvas[:, top : top + height, left : left + width] = resize(pixels, height, width)
     return canvas

@@ -1,5 +1,7 @@
 """VILA's three stages on a laptop: everything from scratch, on the example corpus, in a few minutes on two cores."""
 
+from dataclasses import replace
+
 from mllm.connectors import MLP
 from mllm.encoders import ClipVision, Encoder
 from mllm.lm import CausalLM, Llama
@@ -33,39 +35,26 @@ def vila_smoke() -> Recipe:
         chunk=8,
         save_every=10,
     )
-    pretrain = Stage(
+    pretrain = replace(
+        align,
         name="pretrain",
         mixture=(
             Source(corpus=Interleaved(name="example-pages"), weight=0.4),
             Source(corpus=Pairs(name="example-pairs"), weight=0.6),
         ),
         tune={"connector": Full(lr=2e-3), "lm": Full(lr=4e-3)},
-        context=512,
-        tokens_per_step=2048,
         duration=Steps(count=80),
-        optimizer=BRISK,
-        schedule=Cosine(warmup=0.1),
-        parallel=LAPTOP,
-        window=128,
-        chunk=8,
         save_every=20,
     )
-    sft = Stage(
+    sft = replace(
+        pretrain,
         name="sft",
         mixture=(
             Source(corpus=Conversations(name="example-instructions"), weight=0.6),
             Source(corpus=TextOnly(name="example-text"), weight=0.4),  # text alone, so that text skill survives
         ),
         tune={"connector": Full(lr=3e-3), "lm": Full(lr=3e-3)},
-        context=512,
-        tokens_per_step=2048,
         duration=Steps(count=64),
-        optimizer=BRISK,
-        schedule=Cosine(warmup=0.1),
-        parallel=LAPTOP,
-        window=128,
-        chunk=8,
-        save_every=20,
     )
     return Recipe(
         name="vila_smoke",
