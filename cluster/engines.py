@@ -49,7 +49,7 @@ class Engine(Protocol):
 
     def score(self, batch: Batch) -> LossOutput: ...
 
-    def logits(self, batch: Batch) -> Tensor: ...
+    def next_logits(self, batch: Batch) -> Tensor: ...
 
     def state(self) -> dict[str, Any]: ...
 
@@ -68,11 +68,11 @@ class Trained(nn.Module):
         self.model = model
         self.objective = objective
 
-    def forward(self, batch: Batch, logits: bool = False) -> Any:
-        if not logits:
+    def forward(self, batch: Batch, next_logits: bool = False) -> Any:
+        if not next_logits:
             return self.objective(self.model, batch)
-        hidden = self.model(batch)
-        return hidden @ self.model.lm.head.to(hidden.dtype).T
+        last = self.model(batch)[batch.cu_seqlens[1:].long() - 1]
+        return last @ self.model.lm.head.to(last.dtype).T
 
 
 class FSDPEngine:
@@ -157,9 +157,9 @@ class FSDPEngine:
         return self.module(batch)
 
     @torch.no_grad()
-    def logits(self, batch: Batch) -> Tensor:
-        """Logits float (T, C) of a small batch. Every rank must call it equally often."""
-        return self.module(batch, logits=True)
+    def next_logits(self, batch: Batch) -> Tensor:
+        """Logits of the token after each document, float (S, C). Every rank must call it equally often."""
+        return self.module(batch, next_logits=True)
 
     def state(self) -> dict[str, Any]:
         """Model and optimiser as DCP saves them: names as in the model, sharded tensors, loadable by any world size."""

@@ -321,7 +321,7 @@ def _answers(engine: Engine, windows: PackWindows, documents: list[Tiled]) -> It
             asked.append((name, question, expected))
     prompts = [windows.encoder.prompt(question) for _, question, _ in asked]
     stop = codec.special(codec.eos) if codec.eos else None
-    written = evaluate.greedy(engine.logits, prompts, stop, ANSWER_TOKENS, engine.device)
+    written = evaluate.greedy(engine.next_logits, prompts, stop, ANSWER_TOKENS, engine.device)
     for (name, question, expected), prompt, tokens in zip(asked, prompts, written, strict=True):
         yield evaluate.Answer(
             source=name,

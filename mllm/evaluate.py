@@ -129,18 +129,21 @@ def probe_scores(sums: Tensor, shots: Sequence[int], choices: int = 4) -> tuple[
 
 @torch.no_grad()
 def greedy(
-    logits: Callable[[Batch], Tensor], prompts: Sequence[Sample], stop: int | None, limit: int, device: torch.device
+    next_logits: Callable[[Batch], Tensor],
+    prompts: Sequence[Sample],
+    stop: int | None,
+    limit: int,
+    device: torch.device,
 ) -> list[list[int]]:
     """Up to `limit` tokens after each prompt, each the likeliest, ended by `stop`.
 
-    `logits` gives (T, C) for a batch. All prompts go as one pack, computed anew for each token, `limit` times whatever
-    happens, so that ranks stay in step: right for a handful of samples, no way to serve.
+    `next_logits` gives (S, C), the token after each document. All prompts go as one pack, computed anew for each token and
+    `limit` times whatever happens, so that ranks stay in step: right for a handful of samples, no way to serve.
     """
     written: list[list[int]] = [[] for _ in prompts]
     for _ in range(limit if prompts else 0):
         batch = Batch.of(_together([_continued(p, w) for p, w in zip(prompts, written, strict=True)]), device)
-        tokens = logits(batch)[batch.cu_seqlens[1:].long() - 1].argmax(-1)
-        for text, token in zip(written, tokens.tolist(), strict=True):
+        for text, token in zip(written, next_logits(batch).argmax(-1).tolist(), strict=True):
             text.append(token)
     return [text[: text.index(stop)] if stop in text else text for text in written]
 
