@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 
 COLUMN = "pack"
 
+BLOCKS_AHEAD = 64
+"""Packs that an actor may have made and Ray Data not yet taken; the default, 2, leaves actors idle most of the time."""
+
 
 class _Packer:
     """The actor: windows in, rows out."""
@@ -59,6 +62,8 @@ def dataset(stream: Stream, start: Position, windows: int, actors: int) -> ray.d
     context = DataContext.get_current()
     context.target_max_block_size = 1  # every yielded row becomes its own block: the unit that the deal hands out
     context.execution_options = execution_options()
+    # A window's packs are many small blocks; the default lets an actor make two before it waits for Ray Data's scheduler.
+    context._max_num_blocks_in_streaming_gen_buffer = BLOCKS_AHEAD
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     return ray.data.range(windows, override_num_blocks=windows).map_batches(
