@@ -101,6 +101,7 @@ def test_total_is_estimated_where_only_the_data_can_tell(run: RunFolder, recipe:
         live.stage_started(stage_started("align", None))
         run.write_step("align", step(10, 40))
         plain.wait_for("10 of    ~40  25%")
+    assert "~40" in plain.text
 
 
 def test_terminal_shows_stages_bar_and_figures(run: RunFolder, recipe: Recipe) -> None:
