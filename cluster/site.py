@@ -131,6 +131,10 @@ def _check_address(corpus: str, address: str) -> None:
             f"corpus {corpus!r}: {address} has the scheme {scheme!r}, which no storage here speaks; "
             "expected a path, file://, s3://, gs:// or https://"
         )
+    try:
+        fsspec.get_filesystem_class(scheme)
+    except ImportError as error:
+        raise SiteError(f"corpus {corpus!r}: {address} cannot be read here: {error}") from error
 
 
 @cache

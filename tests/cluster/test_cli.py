@@ -62,6 +62,7 @@ def test_a_mistake_is_told_in_one_line(
         ("pairs/00000.tar", "nowhere/*.tar", r"corpus 'example-pairs': no file matches"),
         (f"{CORPUS}/pairs", "s4://bucket", "has the scheme 's4', which no storage here speaks"),
         (f"{ROOT}/examples/tokenizer", "/nowhere", r"should be a folder with a tokenizer\.json and /nowhere is none"),
+        (f"{CORPUS}/pairs", "gs://bucket", r"gs://bucket/00000\.tar cannot be read here: .*gcsfs"),
         ('runs = "runs"', 'runs = "s3://bucket/runs"', "a folder that all nodes share"),
         ("[weights]", "workers = 3\n[weights]", "corpora.workers"),
         ('cache = "cache"', "cache = ", "site.toml"),
