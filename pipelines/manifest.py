@@ -29,11 +29,15 @@ class ShardIndex:
     """Rows of one shard: row i lies in bytes `[starts[i], starts[i + 1])`; `starts` int64 (rows + 1,).
 
     `members` and `spans` (int64 (n, 2): offset, size) find files by name in the archive beside the shard, if any.
+    Where a scan learns them cheaply: `characters` of each row's text, int32 (rows,), and the `pictures` of all rows,
+    int32 (n, 3): row, height, width, as stored.
     """
 
     starts: NDArray[np.int64]
     members: tuple[str, ...] = ()
     spans: NDArray[np.int64] | None = None
+    characters: NDArray[np.int32] | None = None
+    pictures: NDArray[np.int32] | None = None
 
     @property
     def rows(self) -> int:

@@ -56,6 +56,14 @@ class Reason(StrEnum):
     TRUNCATED_SHARD = "shard ends inside the row"
     IMAGE_TOO_LONG = "one image exceeds the pack's budget"
     NOTHING_TO_LEARN = "no token carries loss"
+    NOT_A_VIDEO = "file is not a video"
+    HUGE_FILE = "file has too many bytes"
+    EXTREME_RATIO = "image is far longer than wide"
+    TEXT_TOO_LONG = "text is too long"
+    DEEP_JSON = "JSON is nested too deep"
+    UNSAFE_PATH = "path leads out of the corpus"
+    REMOTE_IMAGE = "image is an address on the web"
+    FILTERED = "left out by a filter"
 
 
 class SkipSample(Exception):
@@ -65,6 +73,22 @@ class SkipSample(Exception):
         super().__init__(f"{reason}: {detail}" if detail else str(reason))
         self.reason = reason
         self.detail = detail
+
+
+@spec
+class Limits:
+    """What one row may ask of a machine; a row beyond is dropped with its reason. A site may set its own.
+
+    `pixels` of a picture, `ratio` of its longer to its shorter side, `bytes` of a file, `characters` of a row's text,
+    `depth` of nested JSON, `pictures` of a row.
+    """
+
+    pixels: int = 100_000_000
+    ratio: float = 100.0
+    bytes: int = 2**28
+    characters: int = 2_000_000
+    depth: int = 64
+    pictures: int = 1_000
 
 
 @spec
@@ -143,12 +167,94 @@ class Image:
 
 
 @spec
+class Frames:
+    """Which frames of a video are shown: `count` of them, evenly spread; or, with `fps`, that many a second, at most `count`."""
+
+    count: int = 8
+    fps: float | None = None
+
+
+@spec
+class Video:
+    """A video as stored: the encoded file, or its frames as encoded images in order; and which of them are shown."""
+
+    data: bytes | tuple[bytes, ...]
+    frames: Frames = Frames()
+    role: Role | None = None
+
+
+@spec
+class Region:
+    """A box in picture number `image` of its document, in shares of its sides from the top left: x0 <= x1, y0 <= y1.
+
+    `label` is what it shows.
+    """
+
+    image: int
+    box: tuple[float, float, float, float]
+    label: str = ""
+
+
+@spec
 class Document:
-    """One row, read: text and images in reading order."""
+    """One row, read: text, images and videos in reading order.
+
+    `rejected` is the answer that was not preferred (a preference row has two: the one in `segments`, and this one, which
+    follows the same question); `label` is the class of an image-only row; `regions` are boxes of its pictures.
+    """
 
     id: RowId
     source: int
-    segments: tuple[Text | Image, ...]
+    segments: tuple[Text | Image | Video, ...]
+    rejected: tuple[Text, ...] = ()
+    label: int | None = None
+    regions: tuple[Region, ...] = ()
+
+
+@spec
+class Cut:
+    """How one picture is cut, known from its size alone: a grid of tiles, and perhaps the whole picture beside it.
+
+    `height` and `width` are the picture's own, `canvas` the (height, width) that it is resized to for the grid. A tiling of
+    fixed tiles has `rows * cols` of them; one of patches has `canvas` / `patch` patches instead, and the same of `overview`.
+    """
+
+    height: int
+    width: int
+    rows: int
+    cols: int
+    canvas: tuple[int, int]
+    overview: tuple[int, int] | None = None
+    patch: int | None = None
+
+    @property
+    def tiles(self) -> int:
+        """Rows that the picture takes in a pack's `tiles`: what the tile budget counts."""
+        if self.patch is None:
+            return self.rows * self.cols + (self.overview is not None)
+        return sum(h // self.patch * (w // self.patch) for h, w in (self.canvas, self.overview or (0, 0)))
+
+
+@spec
+class Picture:
+    """A picture that has its place and its cost, and is not decoded yet: an image, or frame `frame` of a video."""
+
+    of: Image | Video
+    cut: Cut
+    frame: int | None = None
+    role: Role | None = None
+
+
+@spec
+class Measured:
+    """A document whose pictures are measured: all that planning needs, and none of the pixels."""
+
+    id: RowId
+    source: int
+    segments: tuple[Text | Picture, ...]
+    rejected: tuple[Text, ...] = ()
+    label: int | None = None
+    regions: tuple[Region, ...] = ()
 
 
 @spec

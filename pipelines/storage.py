@@ -1,0 +1,287 @@
+"""Bytes from where corpora lie: a disk, S3, or anything else that fsspec speaks. The one door to storage of this floor.
+
+    read(uri, start, stop)     a range of one file          open(uri)      a file from its beginning, for scanning
+    stat(uri)                  its size and version         names(folder)  what lies in a folder
+
+Storage fails for a moment (a refused connection, a 503, a body that ends early, a server that says nothing): each request has a
+deadline and is tried `ATTEMPTS` times with growing, jittered pauses, and then raises `StorageError`, which stops the run. What
+is not there (FileNotFoundError) or not allowed (PermissionError) is raised at once, since waiting does not bring it.
+
+Credentials come from the usual AWS chain, or from the site file through `use`; they are never printed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import os
+import random
+import time
+from collections.abc import Callable, Coroutine, Sequence
+from dataclasses import field
+from functools import lru_cache
+from typing import IO, Any, TypeVar
+
+import fsspec
+from fsspec import AbstractFileSystem
+from fsspec.asyn import AsyncFileSystem, sync
+
+from pipelines.types import spec
+
+T = TypeVar("T")
+
+ATTEMPTS = 5
+"""Times that a request is tried. With the pauses between them this outlasts a server's hiccup, not an outage."""
+
+PAUSE = 0.25
+"""Seconds before the second attempt; each later pause is twice as long, and each is stretched by up to half at random."""
+
+AT_ONCE = 16
+"""Requests of one `read_many` that are under way together."""
+
+BLOCK = 8 * 2**20
+"""Bytes of one request of an opened file."""
+
+
+class StorageError(OSError):
+    """Storage did not answer as it should, again and again; says nothing about the data."""
+
+
+@spec
+class Storage:
+    """How storage is reached: S3's address and keys where the usual AWS chain (environment, profile, role) does not say.
+
+    `deadline` is the seconds that one request may take before it is tried again. Keys do not show when this is printed.
+    """
+
+    endpoint: str | None = None
+    region: str | None = None
+    key: str | None = field(default=None, repr=False)
+    secret: str | None = field(default=None, repr=False)
+    deadline: float = 30.0
+
+    def s3(self) -> dict[str, Any]:
+        """Arguments of s3fs. It gets no retries of its own: two layers of them would multiply."""
+        return {
+            "endpoint_url": self.endpoint,
+            "key": self.key,
+            "secret": self.secret,
+            "client_kwargs": {} if self.region is None else {"region_name": self.region},
+            "config_kwargs": {"connect_timeout": self.deadline, "retries": {"total_max_attempts": 1}},
+        }
+
+
+class _Current:
+    """This process's storage: a worker is told once, when it starts."""
+
+    storage = Storage()
+
+
+def use(storage: Storage) -> None:
+    """Reach storage in this way from now on, in this process."""
+    if storage != _Current.storage:
+        _Current.storage = storage
+        _filesystem.cache_clear()
+
+
+def in_use() -> Storage:
+    return _Current.storage
+
+
+@lru_cache(maxsize=16)
+def _filesystem(scheme: str) -> AbstractFileSystem:
+    if scheme not in ("s3", "s3a"):
+        return fsspec.filesystem(scheme)
+    filesystem = fsspec.filesystem(scheme, **_Current.storage.s3())
+    filesystem.retries = 1
+    return filesystem
+
+
+def _place(uri: str) -> tuple[AbstractFileSystem, str]:
+    filesystem = _filesystem(scheme(uri))
+    return filesystem, str(filesystem._strip_protocol(uri))
+
+
+def scheme(uri: str) -> str:
+    """`s3` of `s3://bucket/file`; `file` of a path."""
+    return uri.split("://", 1)[0] if "://" in uri else "file"
+
+
+@spec
+class Stat:
+    """A file's size in bytes, and a word that changes when it is written anew (its time, or its ETag)."""
+
+    size: int
+    version: str
+
+
+def read(uri: str, start: int | None = None, stop: int | None = None) -> bytes:
+    """Bytes `[start, stop)` of a file, fewer where it ends before; by default all.
+
+    Raises FileNotFoundError, PermissionError or, after `ATTEMPTS`, StorageError.
+    """
+    filesystem, path = _place(uri)
+    if isinstance(filesystem, AsyncFileSystem):
+        return _tried(uri, lambda: _awaited(filesystem, lambda: filesystem._cat_file(path, start=start, end=stop)))
+    return _tried(uri, lambda: filesystem.cat_file(path, start=start, end=stop))
+
+
+def read_many(ranges: Sequence[tuple[str, int | None, int | None]]) -> list[bytes | None]:
+    """`read` of each `(uri, start, stop)`, None where there is no such file; on S3 up to `AT_ONCE` requests together."""
+    if not ranges:
+        return []
+    filesystem, _ = _place(ranges[0][0])
+    if not isinstance(filesystem, AsyncFileSystem):
+        return [_or_none(*part) for part in ranges]
+    found: list[bytes | None] = [None] * len(ranges)
+    waiting = dict(enumerate(ranges))
+
+    async def one(number: int, gate: asyncio.Semaphore) -> BaseException | None:
+        uri, start, stop = ranges[number]
+        async with gate:
+            try:
+                request = filesystem._cat_file(str(filesystem._strip_protocol(uri)), start=start, end=stop)
+                found[number] = await asyncio.wait_for(request, _Current.storage.deadline)
+            except FileNotFoundError:
+                pass
+            except Exception as error:
+                return error
+        del waiting[number]
+        return None
+
+    async def everyone() -> None:
+        gate = asyncio.Semaphore(AT_ONCE)
+        errors = await asyncio.gather(*(one(number, gate) for number in list(waiting)))
+        worst = next((error for error in errors if error is not None), None)
+        if worst is not None:
+            raise worst
+
+    _tried(ranges[0][0], lambda: sync(filesystem.loop, everyone))
+    return found
+
+
+def _or_none(uri: str, start: int | None, stop: int | None) -> bytes | None:
+    try:
+        return read(uri, start, stop)
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
+        return None
+
+
+def write(uri: str, data: bytes) -> None:
+    """Write a file whole: a reader sees the old one or the new one."""
+    filesystem, path = _place(uri)
+    if isinstance(filesystem, AsyncFileSystem):
+        _tried(uri, lambda: _awaited(filesystem, lambda: filesystem._pipe_file(path, data)))
+        return
+    scratch = f"{path}.{os.getpid()}.part"
+    filesystem.makedirs(path.rsplit("/", 1)[0], exist_ok=True)
+    filesystem.pipe_file(scratch, data)
+    filesystem.mv(scratch, path)
+
+
+def stat(uri: str) -> Stat:
+    """Size and version of a file. Raises FileNotFoundError."""
+    filesystem, path = _place(uri)
+    info = _tried(uri, lambda: filesystem.info(path, refresh=True) if scheme(uri) != "file" else filesystem.info(path))
+    if info["type"] == "directory":
+        raise FileNotFoundError(f"{uri} is a folder")
+    return _stat(info)
+
+
+def _stat(info: dict[str, Any]) -> Stat:
+    return Stat(size=int(info["size"]), version=str(info.get("mtime") or info.get("ETag") or info.get("LastModified")))
+
+
+def exists(uri: str) -> bool:
+    try:
+        stat(uri)
+    except FileNotFoundError:
+        return False
+    return True
+
+
+def glob(pattern: str) -> dict[str, Stat]:
+    """Files whose address matches `pattern` (`*`, `**`, `?`), in order, with what one listing tells of each."""
+    filesystem, path = _place(pattern)
+    _tried(pattern, filesystem.invalidate_cache)
+    found: dict[str, dict[str, Any]] = _tried(pattern, lambda: filesystem.glob(path, detail=True))
+    named = {filesystem.unstrip_protocol(p) if "://" in pattern else p: info for p, info in found.items()}
+    return {name: _stat(info) for name, info in sorted(named.items()) if info["type"] == "file"}
+
+
+def open_file(uri: str) -> IO[bytes]:
+    """A file to be read from its beginning; it may be sought in. Each block is one request, tried like any other."""
+    if scheme(uri) == "file":
+        return open(_place(uri)[1], "rb")
+    return io.BufferedReader(_Blocks(uri, stat(uri).size), BLOCK)
+
+
+class _Blocks(io.RawIOBase):
+    def __init__(self, uri: str, size: int) -> None:
+        self.uri = uri
+        self.size = size
+        self.at = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self.at = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self.at, io.SEEK_END: self.size}[whence]
+        return self.at
+
+    def tell(self) -> int:
+        return self.at
+
+    def readinto(self, buffer: Any) -> int:
+        stop = min(self.at + len(buffer), self.size)
+        if stop <= self.at:
+            return 0
+        data = read(self.uri, self.at, stop)
+        buffer[: len(data)] = data
+        self.at += len(data)
+        return len(data)
+
+
+def _awaited(filesystem: AsyncFileSystem, request: Callable[[], Coroutine[Any, Any, T]]) -> T:
+    """One request of an asynchronous file system, given up at the deadline."""
+
+    async def bounded() -> T:
+        return await asyncio.wait_for(request(), _Current.storage.deadline)
+
+    return sync(filesystem.loop, bounded)
+
+
+FINAL = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
+"""Answers that waiting does not change."""
+
+
+def _tried(uri: str, request: Callable[[], T]) -> T:
+    for attempt in range(1, ATTEMPTS + 1):
+        try:
+            return request()
+        except Exception as error:
+            if type(error).__name__ == "NoCredentialsError":
+                raise PermissionError(
+                    f"{uri}: no credentials; set them the usual way (AWS_ACCESS_KEY_ID, a profile, a role) "
+                    "or as key and secret under [storage] in the site file"
+                ) from error
+            if not _transient(error):
+                raise
+            if attempt == ATTEMPTS:
+                raise StorageError(
+                    f"{uri}: no answer in {ATTEMPTS} attempts, the last: {type(error).__name__}: {error}; "
+                    "the storage is at fault, not the data: once it answers, the same command goes on"
+                ) from error
+            time.sleep(PAUSE * 2 ** (attempt - 1) * (1 + random.random() / 2))
+    raise AssertionError("the last attempt returns or raises")
+
+
+def _transient(error: Exception) -> bool:
+    """Whether another attempt may fare better. S3's client raises its own kinds for broken connections, which are no OSError."""
+    if isinstance(error, FINAL):
+        return False
+    package = type(error).__module__.partition(".")[0]
+    return isinstance(error, (OSError, TimeoutError)) or package in ("botocore", "aiobotocore", "aiohttp")
