@@ -18,7 +18,7 @@ import numpy as np
 
 from benchmarks.common import Section, ratios, scratch
 from cluster.site import EXAMPLE, load_site
-from mllm.recipe import Source
+from mllm.recipe import Epochs, Source
 from mllm.recipes import by_name
 from pipelines.corpora import Conversations, Corpus, Interleaved, Pairs, TextOnly
 from pipelines.packing import assign
@@ -59,11 +59,11 @@ def bound(costs: Costs, budget: Budget) -> int:
 def example_windows(corpora: tuple[Corpus, ...], windows: int, cache: Path) -> tuple[list[Costs], Budget]:
     """Costs of the samples of the first windows, as the smoke recipe's own settings make them."""
     recipe = by_name("vila_smoke")
-    stage = replace(recipe.stages[0], mixture=tuple(Source(corpus=corpus) for corpus in corpora))
+    stage = replace(recipe.stages[0], mixture=tuple(Source(corpus=corpus) for corpus in corpora), duration=Epochs())
     stream = replace(load_site(str(EXAMPLE)), cache=str(cache)).stream(recipe, stage)
     packs = PackWindows(stream)
-    windows = min(windows, stream.order.windows(1.0))
-    return [[s.cost for s in packs.samples(stream.order.window(k, 1.0))[0]] for k in range(windows)], stream.budget
+    windows = min(windows, stream.order.windows or windows)
+    return [[s.cost for s in packs.samples(stream.order.window(k))[0]] for k in range(windows)], stream.budget
 
 
 def synthetic(windows: int) -> tuple[list[Costs], Budget]:

@@ -30,8 +30,8 @@ from ops import images
 from pipelines.chat import ChatML
 from pipelines.corpora import IMAGE_SUFFIXES, Pairs
 from pipelines.manifest import index
-from pipelines.order import Order
-from pipelines.stream import COLUMN, dataset, from_bytes
+from pipelines.order import Drawn, Order
+from pipelines.stream import dataset, hands_of
 from pipelines.tiling import Pad
 from pipelines.types import Budget, Position, VisionLayout
 from pipelines.windows import PackWindows, Stream, single_threaded
@@ -75,7 +75,7 @@ def make_stream(folder: Path, uris: list[str]) -> Stream:
     corpus = Pairs(name="enlarged")
     manifest = index(corpus, uris, str(folder / "manifests"))
     return Stream(
-        order=Order.of([manifest], [None], 0, WINDOW, 32),
+        order=Order(seed=0, sources=(Drawn(manifest=manifest),), window_rows=WINDOW),
         corpora=(corpus,),
         tiling=TILING,
         template=ChatML(),
@@ -84,12 +84,13 @@ def make_stream(folder: Path, uris: list[str]) -> Stream:
         tokenizer=load_site(str(EXAMPLE)).folder("example-bpe"),
         bos="<|endoftext|>",
         eos="<|im_end|>",
+        loss_weights=(1.0,),
     )
 
 
 def bare(stream: Stream, windows: range) -> Iterator[int]:
     """Shard after shard: read, decode, pad, forget."""
-    shards = stream.order.manifests[0].shards
+    shards = stream.order.sources[0].manifest.shards
     for k in windows:
         count = 0
         with tarfile.open(shards[k % len(shards)].uri) as archive:
@@ -141,8 +142,7 @@ def through_ray(stream: Stream, windows: int, logs: Path) -> tuple[Events, float
     with ray_running(None, cores() + 1, logs):
         started = time.monotonic()
         count = 0
-        for row in dataset(stream, Position(), windows, cores()).iter_rows():
-            pack = from_bytes(row[COLUMN])
+        for pack in (p for h in hands_of(dataset(stream, Position(), windows, cores(), 1).iterator()) for p in h.packs):
             first = first or time.monotonic() - started
             count += len(pack.tiles)
             if pack.at.pack == pack.of - 1:

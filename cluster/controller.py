@@ -24,11 +24,12 @@ from cluster.journal import (
 )
 from cluster.metrics import Evaluation, RunFolder
 from cluster.plan import meta_model
-from cluster.schedule import planned_steps, window_bound
+from cluster.schedule import planned_steps
 from cluster.site import Site
-from cluster.worker import StageJob, failure_file, train_worker
+from cluster.worker import DATASET, StageJob, failure_file, train_worker
 from mllm.recipe import Recipe, dump, fingerprint, load
 from mllm.tune import apply_tuning, describe
+from pipelines.types import Position
 
 RESTARTS = 3
 """Times that a stage's workers are started again after a crash before the run gives up."""
@@ -194,8 +195,8 @@ class Controller:
             train_worker,
             train_loop_config={"job": job},
             torch_config=TorchConfig(backend="nccl" if gpu else "gloo"),
-            datasets={"train": packs_from_here(job, self.site.preprocessors)},
-            dataset_config=dealing(),
+            datasets={DATASET: placeholder},
+            dataset_config=dealing(job, self.site.preprocessors),
             scaling_config=ray.train.ScalingConfig(num_workers=self.site.workers, use_gpu=gpu),
             run_config=ray.train.RunConfig(
                 name=job.stage.name,
@@ -230,32 +231,33 @@ def _interruptibly(call: Callable[[], object]) -> None:
         raise raised[0]
 
 
-def packs_from_here(job: StageJob, actors: int) -> Callable[[], Any]:
-    """The factory that Ray Train calls at every start of a worker group: the stage's packs from the last checkpoint on."""
+def dealing(job: StageJob, actors: int) -> Any:
+    """Ray Train's data configuration, changed to deal the stage's packs from its last checkpoint on.
 
-    def factory() -> Any:
-        from cluster.local import divert_ray_logging
-        from pipelines.stream import dataset
-
-        divert_ray_logging()
-        resumed = job.resume_from()
-        state = checkpoint.read_state(resumed) if resumed else checkpoint.TrainState()
-        windows = window_bound(job.stage, job.stream.windows, state.step, state.position)
-        return dataset(job.stream, state.position, windows, actors)
-
-    return factory
-
-
-def dealing() -> Any:
-    """Ray Train's data configuration, changed to deal every pack: its own split is `equal=True`, which drops the rest."""
+    Ray Train asks it anew at every start of a worker group, with the group's size. Its own split is `equal=True`, which
+    drops rows, and knows no position.
+    """
     from ray.train import DataConfig
 
     class Dealing(DataConfig):
-        def configure(self, datasets: Any, world_size: int, *_: Any, **__: Any) -> list[dict[str, Any]]:
-            splits = {name: dataset.streaming_split(world_size, equal=False) for name, dataset in datasets.items()}
-            return [{name: split[rank] for name, split in splits.items()} for rank in range(world_size)]
+        def configure(self, datasets: Any, world_size: int, *_: Any, **__: Any) -> list[dict[str, Any]]:  # noqa: ARG002
+            from cluster.local import divert_ray_logging
+            from pipelines.stream import dataset
+
+            divert_ray_logging()
+            resumed = job.resume_from()
+            start = checkpoint.read_state(resumed).position if resumed else Position()
+            hands = dataset(job.stream, start, job.stream.windows, actors, world_size)
+            return [{DATASET: split} for split in hands.streaming_split(world_size, equal=False)]
 
     return Dealing()
+
+
+def placeholder() -> Any:
+    """What Ray Train must be given as a dataset: `dealing` puts the true one in its place once the group's size is known."""
+    import ray.data
+
+    return ray.data.range(1)
 
 
 def versions() -> dict[str, str]:

@@ -1,7 +1,9 @@
 """One rank's share of a stream of packs, and the proof that it is the right one.
 
-Pack i of the stream goes to rank i mod W, and the packs of step s are `[s * B, (s + 1) * B)` whatever W is. Before each step the
-ranks tell one another which packs they hold; a gap, a repeat or a swap stops the run with both positions.
+The packs of step s are `[s * B, (s + 1) * B)` of the stream, whatever the number of ranks W is. Pack n of a window goes to
+rank n mod W, in hands that tell every rank how many packs the window has; so each knows, without asking, which of its packs
+belong to which step. Before each step the ranks tell one another which packs they hold; a gap, a repeat or a swap stops the
+run with both positions.
 """
 
 from __future__ import annotations
@@ -9,13 +11,15 @@ from __future__ import annotations
 import queue
 import threading
 import time
+from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import count
 
 import torch.distributed as dist
 
 from cluster.schedule import accumulation
-from pipelines.types import Pack, Position, Rejected
+from pipelines.types import Hand, Pack, Position, Rejected
 
 
 class OrderError(RuntimeError):
@@ -48,72 +52,78 @@ class Step:
 
 
 class Deal:
-    """Iterates over steps. The stream is read by a thread that keeps `AHEAD` packs, so that reading hides behind training."""
+    """Iterates over steps. The stream is read by a thread that keeps a hand ready, so that reading hides behind training.
 
-    AHEAD = 4
+    `shape` is that of one tile, for the empty packs which fill up a rank's share.
+    """
+
+    AHEAD = 1
 
     def __init__(
         self,
-        packs: Iterable[Pack],
+        hands: Iterable[Hand],
         start: Position,
         packs_per_step: int,
         rank: int,
         world: int,
-        tile: int,
-        group: object,
+        shape: tuple[int, ...],
+        group: dist.ProcessGroup | None,
     ) -> None:
         self.packs_per_step = packs_per_step
         self.rank = rank
         self.world = world
-        self.tile = tile
+        self.shape = shape
         self.group = group
         self.expected = start
-        self.first = 0
-        self.held: Pack | None = None
-        self.index = rank
-        self.queue: queue.Queue[Pack | BaseException | None] = queue.Queue(self.AHEAD)
-        threading.Thread(target=self._read, args=(iter(packs),), daemon=True, name="packs").start()
+        self.read = 0  # packs of the stream, all ranks', that the hands so far speak of
+        self.waiting: deque[tuple[int, Pack]] = deque()
+        self.queue: queue.Queue[Hand | BaseException | None] = queue.Queue(self.AHEAD)
+        threading.Thread(target=self._read, args=(iter(hands),), daemon=True, name="hands").start()
 
-    def _read(self, packs: Iterator[Pack]) -> None:
+    def _read(self, hands: Iterator[Hand]) -> None:
         try:
-            for pack in packs:
-                self.queue.put(pack)
+            for hand in hands:
+                self.queue.put(hand)
             self.queue.put(None)
         except BaseException as error:
             self.queue.put(error)
 
-    def _next(self) -> Pack | None:
-        if self.held is None:
-            pack = self.queue.get()
-            if isinstance(pack, BaseException):
-                raise pack
-            if pack is None:
-                self.queue.put(None)  # the end stays the end
-            self.held = pack
-        return self.held
+    def _take(self) -> bool:
+        """Wait for the next hand; False at the end of the stream."""
+        hand = self.queue.get()
+        if isinstance(hand, BaseException):
+            raise hand
+        if hand is None:
+            self.queue.put(None)  # the end stays the end
+            return False
+        self.waiting += [(self.read + pack.at.pack - hand.first, pack) for pack in hand.packs]
+        self.read += hand.last - hand.first
+        return True
 
     def __iter__(self) -> Iterator[Step]:
         """Steps until the stream ends; the last may hold fewer packs. Raises OrderError, or what the stream raised."""
-        while True:
+        for step in count():
             started = time.perf_counter()
+            end = (step + 1) * self.packs_per_step
+            while self.read < end and self._take():
+                pass
             mine: list[Pack] = []
             said: list[Held] = []
-            end = self.first + self.packs_per_step
-            while self.index < end and (pack := self._next()) is not None:
+            while self.waiting and self.waiting[0][0] < end:
+                index, pack = self.waiting.popleft()
                 mine.append(pack)
-                said.append(describe(pack, self.index))
-                self.held = None
-                self.index += self.world
+                said.append(describe(pack, index))
             waited = time.perf_counter() - started
             everyone: list[list[Held]] = [[] for _ in range(self.world)]
-            dist.all_gather_object(everyone, said, group=self.group)  # type: ignore[arg-type]
+            dist.all_gather_object(everyone, said, group=self.group)
             together = sorted((held for rank in everyone for held in rank), key=lambda held: held.index)
             if not together:
                 return
             following = self._check(together)
-            mine += [Pack.empty(self.tile)] * (accumulation(self.packs_per_step, self.world) - len(mine))
+            # Where a step spans two windows one rank may hold a pack more than another: all go through as many.
+            most = max(accumulation(self.packs_per_step, self.world), *(len(rank) for rank in everyone), 0)
+            mine += [Pack.empty(self.shape)] * (most - len(mine))
             yield Step(mine, together, waited, following, together[-1].of)
-            self.first = end
 
     def _check(self, together: list[Held]) -> Position:
         expected = self.expected
@@ -121,7 +131,7 @@ class Deal:
             if held.at != expected:
                 raise OrderError(
                     f"pack {held.index} since the start should be {expected} of the order and is {held.at}; "
-                    "Ray Data dealt packs out of order (preserve_order, one-row blocks and equal=False must all hold)"
+                    "Ray Data dealt them out of order (preserve_order, one-row blocks and equal=False must all hold)"
                 )
             expected = after(held.at, held.of)
         self.expected = expected
@@ -140,7 +150,7 @@ def describe(pack: Pack, index: int) -> Held:
         of=pack.of,
         digest=pack.digest,
         tokens=len(pack.input_ids),
-        images=len(pack.grids),
+        images=len(pack.cuts),
         rows=tuple((f"{row.corpus}/{row.shard}", row.row) for row in pack.rows),
         dropped=pack.dropped,
     )

@@ -38,10 +38,12 @@ class Words:
 
 @spec
 class Picture:
-    """One tile, as a data URI, and the positions that it takes."""
+    """One picture: its tiles as data URIs, the positions that it takes, its size before it was cut."""
 
-    image: str
+    tiles: tuple[str, ...]
     tokens: int
+    height: int
+    width: int
 
 
 @spec
@@ -73,7 +75,7 @@ def write_preview(stream: Stream, count: int, out: Path) -> Path:
     """Write the first `count` packs of `stream` (fewer, where it ends before) to the page `out`, and return `out`."""
     windows = PackWindows(stream)
     numbers = itertools.count() if stream.windows is None else range(stream.windows)
-    reader = Reader(windows.encoder.codec, stream.layout.tokens_per_tile)
+    reader = Reader(windows.encoder.codec)
     packs = islice(chain.from_iterable(windows.packs(k) for k in numbers), count)
     pages = [reader.pack(pack) for pack in packs]
     page = render_page("preview.html.j2", stream=stream, packs=pages)
@@ -86,7 +88,6 @@ class Reader:
     """Turns packs back into words and pictures."""
 
     codec: TextCodec
-    tokens_per_tile: int
 
     @cached_property
     def special(self) -> dict[int, str]:
@@ -96,10 +97,12 @@ class Reader:
         }
 
     def pack(self, pack: Pack) -> PackPage:
-        tiles = iter(pack.tiles)
+        pictures = _pictures(pack)
         documents = [
-            self.document(row, int(source), pack.input_ids[start:stop], learned_tokens(pack.labels[start:stop]), tiles)
-            for row, source, (start, stop) in zip(pack.rows, pack.sources, pairwise(pack.cu_seqlens), strict=True)
+            self.document(
+                row, int(source), pack.input_ids[start:stop], learned_tokens(pack.labels[start:stop]), pictures
+            )
+            for row, source, (start, stop) in zip(pack.ids, pack.sources, pairwise(pack.cu_seqlens), strict=True)
         ]
         return PackPage(
             window=pack.at.window,
@@ -118,16 +121,19 @@ class Reader:
         source: int,
         ids: NDArray[np.int32],
         learned: NDArray[np.bool_],
-        tiles: Iterator[NDArray[np.uint8]],
+        pictures: Iterator[Picture],
     ) -> DocumentPage:
-        """One document; takes its tiles from the pack's, which come in the same order as their positions."""
+        """One document; takes its pictures from the pack's, which come in the same order as their positions."""
         runs: list[Words | Picture] = []
         tokens = list(zip(ids.tolist(), learned.tolist(), strict=True))
         for kind, run in groupby(tokens, key=lambda token: self._kind(token[0])):
             run = list(run)
             if kind == "visual":
-                shown = islice(tiles, len(run) // self.tokens_per_tile)
-                runs += [Picture(image=_png(tile), tokens=self.tokens_per_tile) for tile in shown]
+                left = len(run)
+                while left > 0:  # pictures without text between them
+                    picture = next(pictures)
+                    runs.append(picture)
+                    left -= picture.tokens
             elif kind == "special":
                 runs += [Words(text=self.special[token], learned=learn, special=True) for token, learn in run]
             else:
@@ -156,6 +162,14 @@ class Reader:
 def learned_tokens(labels: NDArray[np.int32]) -> NDArray[np.bool_]:
     """Which tokens of a document are learned: `labels[i]` is the token predicted at i, so it speaks of token i + 1."""
     return np.concatenate([[False], labels[:-1] != NOT_LEARNED])
+
+
+def _pictures(pack: Pack) -> Iterator[Picture]:
+    at = 0
+    for tiles, tokens, _, _, _, height, width in pack.cuts.tolist():
+        shown = tuple(_png(tile) for tile in pack.tiles[at : at + tiles])
+        yield Picture(tiles=shown, tokens=tokens, height=height, width=width)
+        at += tiles
 
 
 def _png(tile: NDArray[np.uint8]) -> str:

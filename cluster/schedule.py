@@ -44,18 +44,3 @@ def planned_steps(stage: Stage) -> int | None:
             return count
         case Tokens() | Epochs():
             return None
-
-
-def window_bound(stage: Stage, windows: int | None, step: int, at: Position) -> int:
-    """Windows that the rest of the stage can need at most: each holds at least one pack."""
-    match stage.duration:
-        case Epochs():
-            return max(1, (windows or 0) - at.window)
-        case Steps(count=count):
-            return max(0, count - step) * stage.packs_per_step + 1
-        case Tokens():
-            return MOST_WINDOWS
-
-
-MOST_WINDOWS = 100_000
-"""Windows that one dataset spans at most; Ray Data plans each as a task."""

@@ -28,7 +28,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 from mllm.recipe import Recipe, Stage
 from pipelines.corpora import Corpus
 from pipelines.manifest import Manifest, expand, index
-from pipelines.order import Order
+from pipelines.order import Drawn, Order
 from pipelines.types import spec
 from pipelines.windows import Stream
 
@@ -83,25 +83,27 @@ class Site:
         """The packs of a stage, as a value. Raises SiteError for a corpus or tokenizer that is not there."""
         from mllm.recipe import Epochs
 
-        order = Order.of(
-            [self.manifest(source.corpus) for source in stage.mixture],
-            [source.weight for source in stage.mixture],
-            recipe.seed,
-            stage.window,
-            stage.chunk,
+        order = Order(
+            seed=recipe.seed,
+            sources=tuple(source.drawn(self.manifest(source.corpus)) for source in stage.mixture),
+            sampling=stage.drawing,
+            window_rows=stage.window,
+            chunk_rows=stage.chunk,
+            epochs=stage.duration.count if isinstance(stage.duration, Epochs) else None,
         )
-        epochs = stage.duration.count if isinstance(stage.duration, Epochs) else None
-        return self._stream(recipe, stage, order, tuple(source.corpus for source in stage.mixture), epochs)
+        weights = tuple(source.loss_weight for source in stage.mixture)
+        return self._stream(recipe, stage, order, tuple(source.corpus for source in stage.mixture), weights)
 
     def held_out(self, recipe: Recipe, stage: Stage) -> Stream | None:
         """The held-out packs, read once in order; None when the recipe holds nothing out."""
         if not recipe.held_out:
             return None
-        order = Order.of([self.manifest(c) for c in recipe.held_out], [None] * len(recipe.held_out), 0, 64, 64)
-        return self._stream(recipe, stage, order, recipe.held_out, 1.0)
+        sources = tuple(Drawn(manifest=self.manifest(corpus)) for corpus in recipe.held_out)
+        order = Order(seed=0, sources=sources, window_rows=64, chunk_rows=64, epochs=1.0)
+        return self._stream(recipe, stage, order, recipe.held_out, (1.0,) * len(sources))
 
     def _stream(
-        self, recipe: Recipe, stage: Stage, order: Order, corpora: tuple[Corpus, ...], epochs: float | None
+        self, recipe: Recipe, stage: Stage, order: Order, corpora: tuple[Corpus, ...], weights: tuple[float, ...]
     ) -> Stream:
         lm = recipe.model.lm
         tokenizer = self.folder(lm.text_codec)
@@ -120,7 +122,8 @@ class Site:
             tokenizer=tokenizer,
             bos=lm.bos,
             eos=lm.eos,
-            epochs=epochs,
+            loss_weights=weights,
+            grouping=stage.grouping,
         )
 
 

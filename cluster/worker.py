@@ -24,9 +24,11 @@ from cluster.metrics import Evaluation, PackRecord, RunFolder, SourceLoss, StepR
 from cluster.schedule import learning_rate_factor, progress
 from mllm import evaluate
 from mllm.recipe import Recipe, Source, Stage
-from pipelines import stream as ray_stream
-from pipelines.types import Pack, Rejected, Tiled, Tiles, spec
+from pipelines.types import Measured, Pack, Picture, Rejected, spec
 from pipelines.windows import PackWindows, Stream
+
+DATASET = "packs"
+"""The dataset's name in Ray Train's views."""
 
 QUESTIONS = 24
 """Pictures of the few-shot probe."""
@@ -94,17 +96,21 @@ def failure_file(run: RunFolder) -> Path:
 def _train(job: StageJob) -> None:
     import ray.train
 
+    from pipelines.stream import hands_of
+
     rank, world = dist.get_rank(), dist.get_world_size()
     resumed = job.resume_from()
     state = checkpoint.read_state(resumed) if resumed else TrainState()
     control = dist.new_group(backend="gloo")  # small objects go beside the gradients, never through the GPU
+    shard = ray.train.get_dataset_shard(DATASET)
+    assert shard is not None  # Ray Train's type allows for runs without data
     deal = Deal(
-        _packs(ray.train.get_dataset_shard("train")),
+        hands_of(shard),
         state.position,
         job.stage.packs_per_step,
         rank,
         world,
-        job.recipe.tiling.size,
+        job.recipe.tiling.shape,
         control,
     )
 
@@ -140,11 +146,6 @@ def _steps(job: StageJob, engine: Engine, deal: Deal, state: TrainState) -> None
         f"stage {job.stage.name!r}: the stream ended at {state.progress:.1%} after {state.step} steps; "
         "its mixture is smaller than its duration asks, give the duration in epochs"
     )
-
-
-def _packs(shard: Any) -> Iterator[Pack]:
-    for row in shard.iter_rows():
-        yield ray_stream.from_bytes(row[ray_stream.COLUMN])
 
 
 def _device() -> torch.device:
@@ -288,19 +289,19 @@ def evaluation_of(engine: Engine, held_out: Stream, recipe: Recipe, stage: str, 
     mine = [pack for k in range(rank, held_out.windows or 0, world) for pack in windows.packs(k)]
     most = torch.tensor(len(mine), device=engine.device)
     dist.all_reduce(most, op=dist.ReduceOp.MAX)
-    mine += [Pack.empty(recipe.tiling.size)] * (int(most) - len(mine))
+    mine += [Pack.empty(recipe.tiling.shape)] * (int(most) - len(mine))
     sums = evaluate.source_sums(engine.score, mine, len(held_out.corpora), engine.device)
     dist.all_reduce(sums)
 
     documents = [
         document
         for k in range(held_out.windows or 0)
-        for document in windows.documents(held_out.order.window(k, held_out.epochs))
-        if isinstance(document, Tiled)
+        for document in windows.documents(held_out.order.window(k))
+        if isinstance(document, Measured)
     ]
     documents.sort(key=lambda document: (document.source, document.id.shard, document.id.row))
     questions = evaluate.few_shot_questions(documents, windows.encoder, recipe.shots, QUESTIONS)
-    probe = evaluate.probe_sums(engine.score, questions, recipe.shots, engine.device)
+    probe = evaluate.probe_sums(engine.score, questions, windows.pixels, recipe.shots, engine.device)
     return Evaluation(
         stage=stage,
         when=when,
@@ -310,24 +311,24 @@ def evaluation_of(engine: Engine, held_out: Stream, recipe: Recipe, stage: str, 
     )
 
 
-def _answers(engine: Engine, windows: PackWindows, documents: list[Tiled]) -> Iterator[evaluate.Answer]:
+def _answers(engine: Engine, windows: PackWindows, documents: list[Measured]) -> Iterator[evaluate.Answer]:
     """What the model writes about a few held-out pictures, greedily."""
     codec = windows.encoder.codec
-    asked: list[tuple[str, Tiled, str]] = []
+    asked: list[tuple[str, Measured, str]] = []
     for source, name in enumerate(windows.stream.sources):
-        shown = [d for d in documents if d.source == source and isinstance(d.segments[0], Tiles)]
+        shown = [d for d in documents if d.source == source and isinstance(d.segments[0], Picture)]
         for document in shown[:: max(1, len(shown) // ANSWERS_EACH)][:ANSWERS_EACH]:
             question, expected = evaluate.prompt_of(document)
             asked.append((name, question, expected))
     prompts = [windows.encoder.prompt(question) for _, question, _ in asked]
     stop = codec.special(codec.eos) if codec.eos else None
-    written = evaluate.greedy(engine.next_logits, prompts, stop, ANSWER_TOKENS, engine.device)
+    written = evaluate.greedy(engine.next_logits, prompts, windows.pixels(prompts), stop, ANSWER_TOKENS, engine.device)
     for (name, question, expected), prompt, tokens in zip(asked, prompts, written, strict=True):
         yield evaluate.Answer(
             source=name,
             row=question.id.label(),
-            image=_png(prompt.tiles[0]),
-            prompt=" ".join(s.text.strip() for s in question.segments if not isinstance(s, Tiles)).strip(),
+            image=_png(windows.pixels([prompt])[0]),
+            prompt=" ".join(s.text.strip() for s in question.segments if not isinstance(s, Picture)).strip(),
             expected=expected[:400],
             written=codec.decode(tokens).strip(),
         )

@@ -11,14 +11,18 @@ from dataclasses import replace
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from mllm.objectives import LossOutput
 from pipelines.encode import Encoder
-from pipelines.types import NOT_LEARNED, Batch, Pack, Position, Sample, Text, Tiled, Tiles, spec
+from pipelines.types import NOT_LEARNED, Batch, Measured, Pack, Picture, Sample, Text, spec
 
 Score = Callable[[Batch], LossOutput]
 """The objective bound to a model: what `cluster` calls through its sharded wrapper."""
+
+Pixels = Callable[[Sequence[Sample]], NDArray[np.uint8]]
+"""Decodes the pictures of samples: `PackWindows.pixels`."""
 
 
 @spec
@@ -80,14 +84,14 @@ class Question:
 
 
 def few_shot_questions(
-    documents: Sequence[Tiled], encoder: Encoder, shots: Sequence[int], count: int, choices: int = 4, seed: int = 0
+    documents: Sequence[Measured], encoder: Encoder, shots: Sequence[int], count: int, choices: int = 4, seed: int = 0
 ) -> list[Question]:
     """Which caption belongs to the picture? `documents` are image-caption pairs, all held out.
 
     Each question shows k other pairs, then a picture with each of `choices` captions in turn; the caption with the lowest
     loss a token is the answer. Chance is 1 / choices. Questions that do not fit a pack are left out.
     """
-    pairs = [d for d in documents if [type(s) for s in d.segments] == [Tiles, Text]]
+    pairs = [d for d in documents if [type(s) for s in d.segments] == [Picture, Text]]
     rng = random.Random(seed)
     questions = []
     for number, asked in enumerate(pairs[:count]):
@@ -108,11 +112,14 @@ def few_shot_questions(
 
 
 @torch.no_grad()
-def probe_sums(score: Score, questions: Sequence[Question], shots: Sequence[int], device: torch.device) -> Tensor:
+def probe_sums(
+    score: Score, questions: Sequence[Question], pixels: Pixels, shots: Sequence[int], device: torch.device
+) -> Tensor:
     """Right answers and questions for each entry of `shots`, float64 (len(shots), 2)."""
     sums = torch.zeros(len(shots), 2, dtype=torch.float64, device=device)
     for question in questions:
-        documents = score(Batch.of(_together(question.candidates), device)).documents
+        pack = Pack.of_samples(question.candidates, pixels(question.candidates))
+        documents = score(Batch.of(pack, device)).documents
         place = list(shots).index(question.shots)
         sums[place, 0] += float((documents[:, 0] / documents[:, 1]).argmin() == 0)
         sums[place, 1] += 1
@@ -131,18 +138,21 @@ def probe_scores(sums: Tensor, shots: Sequence[int], choices: int = 4) -> tuple[
 def greedy(
     next_logits: Callable[[Batch], Tensor],
     prompts: Sequence[Sample],
+    tiles: NDArray[np.uint8],
     stop: int | None,
     limit: int,
     device: torch.device,
 ) -> list[list[int]]:
     """Up to `limit` tokens after each prompt, each the likeliest, ended by `stop`.
 
-    `next_logits` gives (S, C), the token after each document. All prompts go as one pack, computed anew for each token and
-    `limit` times whatever happens, so that ranks stay in step: right for a handful of samples, no way to serve.
+    `next_logits` gives (S, C), the token after each document; `tiles` are the prompts' own, in order. All prompts go as one
+    pack, computed anew for each token and `limit` times whatever happens, so that ranks stay in step: right for a handful
+    of samples, no way to serve.
     """
     written: list[list[int]] = [[] for _ in prompts]
     for _ in range(limit if prompts else 0):
-        batch = Batch.of(_together([_continued(p, w) for p, w in zip(prompts, written, strict=True)]), device)
+        samples = [_continued(prompt, text) for prompt, text in zip(prompts, written, strict=True)]
+        batch = Batch.of(Pack.of_samples(samples, tiles), device)
         for text, token in zip(written, next_logits(batch).argmax(-1).tolist(), strict=True):
             text.append(token)
     return [text[: text.index(stop)] if stop in text else text for text in written]
@@ -150,14 +160,10 @@ def greedy(
 
 def _continued(prompt: Sample, written: list[int]) -> Sample:
     ids = np.concatenate([prompt.input_ids, np.array(written, np.int32)])
-    return replace(prompt, input_ids=ids, labels=np.full(len(ids), NOT_LEARNED, np.int32))
+    return replace(prompt, input_ids=ids, labels=np.full(len(ids), NOT_LEARNED, np.int32), lengths=(len(ids),))
 
 
-def _together(samples: Sequence[Sample]) -> Pack:
-    return Pack.of_samples(list(samples), Position(), 1, samples[0].tiles.shape[-1])
-
-
-def prompt_of(document: Tiled) -> tuple[Tiled, str]:
+def prompt_of(document: Measured) -> tuple[Measured, str]:
     """A document cut before its first learned text, and that text: what is asked and what is expected."""
     for place, segment in enumerate(document.segments):
         if isinstance(segment, Text) and segment.learn:

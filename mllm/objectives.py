@@ -27,16 +27,17 @@ class LossOutput:
 
 @spec
 class NextToken:
-    """Cross-entropy of the next token over all learned positions; every token counts the same."""
+    """Cross-entropy of the next token over all learned positions; a token counts as often as its source's `loss_weight` says."""
 
     kind: Literal["next_token"] = "next_token"
 
     def __call__(self, model: VisionLanguageModel, batch: Batch) -> LossOutput:
         losses, correct = linear_cross_entropy(model(batch), model.lm.head, batch.labels)
         learned = batch.labels != NOT_LEARNED
+        counts = batch.weights[batch.document_of_token()]
         each = torch.stack([losses.detach(), learned.float(), correct.float()], dim=1)
         documents = each.new_zeros(len(batch.sources), 3).index_add_(0, batch.document_of_token(), each)
-        return LossOutput(sum=losses.sum(), weight=learned.sum().float(), documents=documents)
+        return LossOutput(sum=(losses * counts).sum(), weight=(learned * counts).sum(), documents=documents)
 
 
 Objective = NextToken

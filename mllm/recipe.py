@@ -22,6 +22,9 @@ from pydantic import Field, TypeAdapter, ValidationError
 from mllm.objectives import NextToken, Objective
 from mllm.vlm import VLM
 from pipelines.corpora import Corpus
+from pipelines.manifest import Manifest
+from pipelines.order import BySize, ByWeight, Drawn, Sampling, Scheduled
+from pipelines.packing import Grouping
 from pipelines.tiling import Tiling
 from pipelines.types import Budget, spec
 
@@ -99,15 +102,24 @@ class FSDP:
 
 @spec
 class Source:
-    """A corpus in a mixture. `weight` None means: by its size.
+    """A corpus in a mixture. `weight` is its share of the rows, relative to the others'; without weights, shares go by size.
 
+    `cap`, `repeat` and `group` are those of `pipelines.order.Drawn`; `loss_weight` multiplies the loss of its tokens.
     `max_bad` is the share of a shard's rows that may be dropped before the run stops, once `min_rows` of it were seen.
     """
 
     corpus: Corpus
     weight: Rate | None = None
+    cap: Positive | None = None
+    repeat: Rate = 1.0
+    group: Positive = 1
+    loss_weight: Rate = 1.0
     max_bad: Share = 0.1
     min_rows: Positive = 20
+
+    def drawn(self, manifest: Manifest) -> Drawn:
+        """The source as an order draws from it, once its corpus is found."""
+        return Drawn(manifest=manifest, weight=self.weight, cap=self.cap, repeat=self.repeat, group=self.group)
 
 
 @spec
@@ -115,7 +127,8 @@ class Stage:
     """One stage of the curriculum. A part that `tune` does not name is frozen.
 
     `context` is the length of a pack in tokens and `max_tiles` its tiles; a step is `tokens_per_step // context` packs,
-    whatever the number of workers. `window` rows are shuffled and packed together, read in runs of `chunk`.
+    whatever the number of workers. `window` rows are shuffled and packed together, read in runs of `chunk`. `sampling` None
+    goes by weight where sources have one, else by size; `grouping` says which samples may share a pack.
     """
 
     name: str
@@ -129,6 +142,8 @@ class Stage:
     optimizer: AdamW = AdamW()
     schedule: Cosine = Cosine()
     parallel: FSDP = FSDP()
+    sampling: Sampling | None = None
+    grouping: Grouping = "mixed"
     window: Positive = 1024
     chunk: Positive = 32
     save_every: Positive = 200
@@ -146,6 +161,12 @@ class Stage:
     @property
     def packs_per_step(self) -> int:
         return self.tokens_per_step // self.context
+
+    @property
+    def drawing(self) -> BySize | ByWeight | Scheduled:
+        """How shares of the mixture are found."""
+        weighted = any(source.weight is not None for source in self.mixture)
+        return self.sampling or (ByWeight() if weighted else BySize())
 
     @property
     def budget(self) -> Budget:

@@ -57,6 +57,21 @@ def decode(data: bytes, target: int | None = None) -> UInt8[Tensor, "3 height wi
     return _decode_with_pillow(data)
 
 
+def header(data: bytes) -> tuple[int, int]:
+    if data[:2] == b"\xff\xd8" and b"Exif" not in data[:4096]:
+        try:
+            return _jpeg_header(data)[:2]
+        except ValueError as error:
+            raise NotAnImage(str(error)) from error
+    try:
+        p = PILImage.open(io.BytesIO(data))
+    except Exception as error:
+        raise NotAnImage(str(error)) from error
+    if p.getexif().get(0x0112, 1) >= 5:
+        return p.width, p.height
+    return p.height, p.width
+
+
 def _jpeg_header(data: bytes) -> tuple[int, int, str]:
     height, width, colour, _ = simplejpeg.decode_jpeg_header(data)
     return int(height), int(width), str(colour)

@@ -1,11 +1,11 @@
-"""Tiled document -> samples: one token sequence each, images never cut, labels shifted."""
+"""Measured document -> samples: token sequences with their pictures' places, images never cut, labels shifted."""
 
 from __future__ import annotations
 
 from collections import deque
 from dataclasses import replace
 from functools import cached_property
-from itertools import groupby
+from itertools import groupby, takewhile
 from pathlib import Path
 
 import numpy as np
@@ -17,12 +17,12 @@ from pipelines.types import (
     IMAGE_TOKEN,
     NOT_LEARNED,
     Budget,
+    Measured,
+    Picture,
     Reason,
     Sample,
     SkipSample,
     Text,
-    Tiled,
-    Tiles,
     VisionLayout,
     spec,
 )
@@ -94,11 +94,11 @@ class Part:
 
     ids: NDArray[np.int32]
     learn: NDArray[np.bool_]
-    image: Tiles | None = None
+    image: Picture | None = None
 
     @property
     def tiles(self) -> int:
-        return 0 if self.image is None else len(self.image.pixels)
+        return 0 if self.image is None else self.image.cut.tiles
 
     def cut(self, at: int) -> tuple[Part, Part]:
         head = Part(ids=self.ids[:at], learn=self.learn[:at])
@@ -114,50 +114,75 @@ class Encoder:
         self.layout = layout
         self.budget = budget
 
-    def encode(self, document: Tiled) -> list[Sample]:
+    def encode(self, document: Measured) -> list[Sample]:
         """One sample, or several when the document is longer than a pack.
 
-        A long document is cut between tokens of its text; an image goes whole into a piece that has room for it.
-        Raises SkipSample when the document is empty, carries no loss, or holds an image that no pack can.
+        A long document is cut between tokens of its text; an image goes whole into a piece that has room for it. A
+        preference row becomes one sample of two sequences and is never cut, nor is a picture with a class.
+        Raises SkipSample when the document is empty, carries no loss, or holds what no pack can.
         """
+        if document.label is not None:
+            return [self._classified(document)]
         if not any(isinstance(s, Text) and s.text.strip() for s in document.segments):
             raise SkipSample(Reason.EMPTY)
+        if document.rejected:
+            return [self._preference(document)]
         pieces = self._split(self._parts(document, prompt=False))
-        samples = [self._sample(document, piece, number) for number, piece in enumerate(pieces)]
+        samples = [self._sample(document, [piece], number) for number, piece in enumerate(pieces)]
         samples = [sample for sample in samples if (sample.labels != NOT_LEARNED).any()]
         if not samples:
             raise SkipSample(Reason.NOTHING_TO_LEARN)
         return samples
 
-    def prompt(self, document: Tiled) -> Sample:
+    def prompt(self, document: Measured) -> Sample:
         """The document as a prompt that waits for the assistant: no end mark, nothing cut."""
-        return self._sample(document, self._parts(document, prompt=True), 0)
+        return self._sample(document, [self._parts(document, prompt=True)], 0)
 
-    def _parts(self, document: Tiled, prompt: bool) -> list[Part]:
+    def _preference(self, document: Measured) -> Sample:
+        """The question with the preferred answer, then with the rejected one: two sequences, each with the pictures."""
+        answer = list(takewhile(lambda s: s.role == "assistant", reversed(document.segments)))
+        asked = document.segments[: len(document.segments) - len(answer)]
+        other = replace(document, segments=(*asked, *document.rejected))
+        return self._whole(document, [self._parts(branch, prompt=False) for branch in (document, other)])
+
+    def _classified(self, document: Measured) -> Sample:
+        return self._whole(document, [self._parts(document, prompt=False)])
+
+    def _whole(self, document: Measured, sequences: list[list[Part]]) -> Sample:
+        sample = self._sample(document, sequences, 0)
+        tokens, tiles = sample.cost
+        if tokens > self.budget.tokens or tiles > self.budget.tiles:
+            raise SkipSample(
+                Reason.TOO_LONG,
+                f"{tokens} tokens and {tiles} tiles; a pack holds {self.budget.tokens} and {self.budget.tiles}",
+            )
+        return sample
+
+    def _parts(self, document: Measured, prompt: bool) -> list[Part]:
         """Tokens of `document`, bos in front. A conversation ends with its template's mark, any other text with eos."""
         spans = render(document, self.template, prompt)
         conversation = any(segment.role is not None for segment in document.segments)
         if self.codec.bos:
             spans.insert(0, Span(text=self.codec.bos, learn=False, special=True))
         if self.codec.eos and not conversation and not prompt:
-            spans.append(Span(text=self.codec.eos, learn=True, special=True))
+            spans.append(Span(text=self.codec.eos, learn=document.label is None, special=True))
         parts: list[Part] = []
-        for is_image, run in groupby(spans, key=lambda part: isinstance(part, Tiles)):
+        for is_image, run in groupby(spans, key=lambda part: isinstance(part, Picture)):
             if is_image:
-                parts += [self._image(tiles) for tiles in run if isinstance(tiles, Tiles)]
+                parts += [self._image(picture) for picture in run if isinstance(picture, Picture)]
             else:
                 ids, learn = self.codec.encode([span for span in run if isinstance(span, Span)])
                 parts.append(Part(ids=ids, learn=learn))
         return parts
 
-    def _image(self, tiles: Tiles) -> Part:
-        length = self.layout.tokens(len(tiles.pixels))
-        if length >= self.budget.tokens or len(tiles.pixels) > self.budget.tiles:
+    def _image(self, picture: Picture) -> Part:
+        length, tiles = self.layout.tokens(picture.cut), picture.cut.tiles
+        if length >= self.budget.tokens or tiles > self.budget.tiles:
             raise SkipSample(
                 Reason.IMAGE_TOO_LONG,
-                f"{length} tokens and {len(tiles.pixels)} tiles; a pack holds {self.budget.tokens} and {self.budget.tiles}",
+                f"{length} tokens and {tiles} tiles; a pack holds {self.budget.tokens} and {self.budget.tiles}",
             )
-        return Part(ids=np.full(length, IMAGE_TOKEN, np.int32), learn=np.zeros(length, np.bool_), image=tiles)
+        return Part(ids=np.full(length, IMAGE_TOKEN, np.int32), learn=np.zeros(length, np.bool_), image=picture)
 
     def _split(self, parts: list[Part]) -> list[list[Part]]:
         """Greedy pieces within the budget. Images that would end a piece open the next one, beside their text."""
@@ -180,18 +205,27 @@ class Encoder:
             queue.appendleft(part)
         return [piece for piece in pieces if piece]
 
-    def _sample(self, document: Tiled, parts: list[Part], piece: int) -> Sample:
-        ids = np.concatenate([part.ids for part in parts])
-        learn = np.concatenate([part.learn for part in parts])
-        labels = np.full(len(ids), NOT_LEARNED, np.int32)
-        labels[:-1] = np.where(learn[1:], ids[1:], NOT_LEARNED)
-        images = [part.image for part in parts if part.image is not None]
-        side = self.layout.tile
+    def _sample(self, document: Measured, sequences: list[list[Part]], piece: int) -> Sample:
+        ids, labels = zip(*(_shifted(parts) for parts in sequences), strict=True)
+        images = [part for parts in sequences for part in parts if part.image is not None]
+        first = replace(document.id, piece=piece)
         return Sample(
-            id=replace(document.id, piece=piece),
+            id=first,
             source=document.source,
-            input_ids=ids,
-            labels=labels,
-            tiles=np.concatenate([np.zeros((0, 3, side, side), np.uint8), *(i.pixels.numpy() for i in images)]),
-            grids=np.array([i.grid for i in images], np.int16).reshape(-1, 2),
+            input_ids=np.concatenate(ids),
+            labels=np.concatenate(labels),
+            lengths=tuple(len(sequence) for sequence in ids),
+            pictures=tuple(part.image for part in images if part.image is not None),
+            visual=tuple(len(part.ids) for part in images),
+            rows=(first, *document.more),
+            label=document.label,
         )
+
+
+def _shifted(parts: list[Part]) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+    """One sequence's tokens, and at each position the token to be predicted there, both int32 (t,)."""
+    ids = np.concatenate([part.ids for part in parts])
+    learn = np.concatenate([part.learn for part in parts])
+    labels = np.full(len(ids), NOT_LEARNED, np.int32)
+    labels[:-1] = np.where(learn[1:], ids[1:], NOT_LEARNED)
+    return ids, labels

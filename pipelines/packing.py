@@ -1,12 +1,16 @@
-"""Samples of a window -> packs within two budgets, tokens and tiles, in an order that keeps ranks level."""
+"""Samples of a window -> groups within two budgets, tokens and tiles, in an order that keeps ranks level."""
 
 from __future__ import annotations
 
 import random
+from typing import Literal
 
 import numpy as np
 
-from pipelines.types import Budget, Pack, Position, Rejected, Sample
+from pipelines.types import Budget, Sample
+
+Grouping = Literal["mixed", "modality", "source"]
+"""Which samples may share a pack: any; those with pictures or those without (LLaVA's grouping); those of one source."""
 
 NEIGHBOURS = 8
 """Packs of like cost that stay side by side: the deal hands neighbours to different ranks at the same moment."""
@@ -46,37 +50,33 @@ def assign(costs: list[tuple[int, int]], budget: Budget) -> list[list[int]]:
     return groups
 
 
-def pack(
-    samples: list[Sample],
-    budget: Budget,
-    window: int,
-    tile: int,
-    rng: random.Random,
-    dropped: tuple[Rejected, ...] = (),
-) -> list[Pack]:
-    """Packs of one window; at least one, so that a window whose rows were all dropped still has a place in the order.
+def plan(samples: list[Sample], budget: Budget, rng: random.Random, grouping: Grouping = "mixed") -> list[list[Sample]]:
+    """The samples of each pack of one window, in the window's order. Costs alone decide: no picture is decoded for it.
 
     Packs of like cost are neighbours, because neighbours are dealt to different ranks; groups of neighbours are shuffled,
     so that a step's cost says nothing of its place in the window.
     """
-    groups = assign([sample.cost for sample in samples], budget)
+    kinds: dict[int, list[int]] = {}
+    for i, sample in enumerate(samples):
+        kinds.setdefault(_kind(sample, grouping), []).append(i)
+    groups = [
+        [kind[i] for i in group] for kind in kinds.values() for group in assign([samples[i].cost for i in kind], budget)
+    ]
 
     def cost(group: list[int]) -> tuple[int, int]:
-        return sum(len(samples[i].tiles) for i in group), sum(len(samples[i].input_ids) for i in group)
+        return sum(samples[i].tiles for i in group), sum(len(samples[i].input_ids) for i in group)
 
     groups.sort(key=lambda group: (cost(group), group))
     neighbourhoods = [groups[i : i + NEIGHBOURS] for i in range(0, len(groups), NEIGHBOURS)]
     rng.shuffle(neighbourhoods)
-    ordered = [sorted(group) for neighbourhood in neighbourhoods for group in neighbourhood]
-    if not ordered:
-        return [Pack.empty(tile, Position(window=window), dropped)]
-    return [
-        Pack.of_samples(
-            [samples[i] for i in group],
-            at=Position(window=window, pack=number),
-            of=len(ordered),
-            tile=tile,
-            dropped=dropped if number == 0 else (),
-        )
-        for number, group in enumerate(ordered)
-    ]
+    return [[samples[i] for i in sorted(group)] for neighbourhood in neighbourhoods for group in neighbourhood]
+
+
+def _kind(sample: Sample, grouping: Grouping) -> int:
+    match grouping:
+        case "mixed":
+            return 0
+        case "modality":
+            return int(bool(sample.pictures))
+        case "source":
+            return sample.source

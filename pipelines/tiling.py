@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Literal
 
+import numpy as np
 import torch
 from pydantic import Field
 
 from ops import images
-from pipelines.types import Document, Image, Reason, SkipSample, Text, Tiled, Tiles, spec
+from pipelines.types import Cut, Document, Image, Limits, Measured, Picture, Reason, SkipSample, spec
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 
@@ -20,6 +22,10 @@ class Resize:
     kind: Literal["resize"] = "resize"
     size: int
     mode: Literal["crop", "squash"] = "crop"
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (3, self.size, self.size)
 
     def grid(self, height: int, width: int) -> tuple[int, int]:  # noqa: ARG002 -- every picture gives one tile
         """Tiles (rows, columns) that a picture of this size becomes."""
@@ -40,6 +46,10 @@ class Pad:
     size: int
     fill: tuple[float, float, float] = CLIP_MEAN
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (3, self.size, self.size)
+
     def grid(self, height: int, width: int) -> tuple[int, int]:  # noqa: ARG002 -- every picture gives one tile
         """Tiles (rows, columns) that a picture of this size becomes."""
         return (1, 1)
@@ -53,19 +63,33 @@ class Pad:
 Tiling = Annotated[Resize | Pad, Field(discriminator="kind")]
 
 
-def tile(document: Document, tiling: Resize | Pad) -> Tiled:
-    """Decode every image of `document` and cut it. Raises SkipSample when one cannot be decoded."""
-    return Tiled(
+def measure(document: Document, tiling: Resize | Pad, limits: Limits) -> Measured:
+    def one(segment: Image) -> Picture:
+        try:
+            height, width = images.header(segment.data)
+        except images.NotAnImage as error:
+            raise SkipSample(Reason.NOT_AN_IMAGE, str(error)) from error
+        return Picture(
+            of=segment,
+            role=segment.role,
+            cut=Cut(height=height, width=width, rows=1, cols=1, canvas=(tiling.size, tiling.size)),
+        )
+
+    return Measured(
         id=document.id,
         source=document.source,
-        segments=tuple(s if isinstance(s, Text) else _tile_image(s, tiling) for s in document.segments),
+        segments=tuple(one(s) if isinstance(s, Image) else s for s in document.segments),
     )
 
 
-def _tile_image(image: Image, tiling: Resize | Pad) -> Tiles:
-    pixels = decode(image, tiling.size)
-    height, width = pixels.shape[1:]
-    return Tiles(pixels=tiling.cut(pixels), grid=tiling.grid(height, width), original=(height, width), role=image.role)
+def pixels(pictures: Sequence[Picture], tiling: Resize | Pad, out=None):
+    if out is None:
+        out = np.empty((sum(p.cut.tiles for p in pictures), 3, tiling.size, tiling.size), np.uint8)
+    at = 0
+    for p in pictures:
+        out[at : at + 1] = tiling.cut(decode(p.of, tiling.size)).numpy()
+        at += 1
+    return out
 
 
 def decode(image: Image, target: int | None = None) -> torch.Tensor:

@@ -9,8 +9,9 @@ Shape letters: T tokens of a pack, S documents in it, N tiles, I images, H x W p
 from __future__ import annotations
 
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
-from enum import StrEnum
+from enum import IntEnum, StrEnum
 from typing import Literal, Self, TypeVar, dataclass_transform
 
 import numpy as np
@@ -56,6 +57,7 @@ class Reason(StrEnum):
     TRUNCATED_SHARD = "shard ends inside the row"
     IMAGE_TOO_LONG = "one image exceeds the pack's budget"
     NOTHING_TO_LEARN = "no token carries loss"
+    TOO_LONG = "longer than a pack, and cannot be cut"
     NOT_A_VIDEO = "file is not a video"
     HUGE_FILE = "file has too many bytes"
     EXTREME_RATIO = "image is far longer than wide"
@@ -228,6 +230,11 @@ class Cut:
     patch: int | None = None
 
     @property
+    def numbers(self) -> tuple[int, int, int, int, int]:
+        """Rows, columns, whether an overview comes too, height, width."""
+        return self.rows, self.cols, int(self.overview is not None), self.height, self.width
+
+    @property
     def tiles(self) -> int:
         """Rows that the picture takes in a pack's `tiles`: what the tile budget counts."""
         if self.patch is None:
@@ -247,7 +254,10 @@ class Picture:
 
 @spec
 class Measured:
-    """A document whose pictures are measured: all that planning needs, and none of the pixels."""
+    """A document whose pictures are measured: all that planning needs, and none of the pixels.
+
+    `more` are the rows that were joined to it, when a source makes one document of several rows.
+    """
 
     id: RowId
     source: int
@@ -255,25 +265,7 @@ class Measured:
     rejected: tuple[Text, ...] = ()
     label: int | None = None
     regions: tuple[Region, ...] = ()
-
-
-@spec
-class Tiles:
-    """One image, cut: `pixels` uint8 (n, 3, H, W), its tile `grid` (rows, cols) and original (height, width)."""
-
-    pixels: Tensor
-    grid: tuple[int, int]
-    original: tuple[int, int]
-    role: Role | None = None
-
-
-@spec
-class Tiled:
-    """A document whose images are tiles."""
-
-    id: RowId
-    source: int
-    segments: tuple[Text | Tiles, ...]
+    more: tuple[RowId, ...] = ()
 
 
 @spec
@@ -283,9 +275,9 @@ class VisionLayout:
     tile: int
     tokens_per_tile: int
 
-    def tokens(self, tiles: int) -> int:
-        """Positions that an image of `tiles` tiles takes in the sequence; the planner, packer and model all ask here."""
-        return tiles * self.tokens_per_tile
+    def tokens(self, cut: Cut) -> int:
+        """Positions that a picture takes in the sequence; the planner, packer and model all ask here."""
+        return cut.tiles * self.tokens_per_tile
 
 
 @spec
@@ -298,31 +290,53 @@ class Budget:
 
 @spec
 class Sample:
-    """A document (or a piece of one) as tokens.
+    """A document (or a piece of one) as tokens, its pictures measured and not yet decoded.
 
     `input_ids` int32 (t,) with `IMAGE_TOKEN` at visual positions; `labels` int32 (t,) already shifted: `labels[i]` is
-    the token to be predicted at position i, or `NOT_LEARNED`; `tiles` uint8 (n, 3, H, W); `grids` int16 (i, 2).
+    the token to be predicted at position i, or `NOT_LEARNED`; `lengths` of its sequences: one, or two where a row has a
+    preferred and a rejected answer, which stay in one pack. `visual` are the positions that each of `pictures` takes;
+    `rows` all that went into it, `id` first; `weight` multiplies the loss of its tokens.
     """
 
     id: RowId
     source: int
     input_ids: NDArray[np.int32]
     labels: NDArray[np.int32]
-    tiles: NDArray[np.uint8]
-    grids: NDArray[np.int16]
+    lengths: tuple[int, ...]
+    pictures: tuple[Picture, ...]
+    visual: tuple[int, ...]
+    rows: tuple[RowId, ...]
+    label: int | None = None
+    weight: float = 1.0
+
+    @property
+    def tiles(self) -> int:
+        return sum(picture.cut.tiles for picture in self.pictures)
 
     @property
     def cost(self) -> tuple[int, int]:
-        return len(self.input_ids), len(self.tiles)
+        return len(self.input_ids), self.tiles
+
+
+class Branch(IntEnum):
+    """What a sequence of a pack is: a document, or one of the two answers to a question."""
+
+    ONLY = 0
+    PREFERRED = 1
+    REJECTED = 2
 
 
 @spec
 class Pack:
     """Samples laid end to end; the unit of work that travels from the pipeline to a worker.
 
-    `input_ids`, `labels`, `positions` int32 (T,), positions restarting at every document; `cu_seqlens` int32 (S+1,);
-    `sources` int16 (S,); `tiles` uint8 (N, 3, H, W); `grids` int16 (I, 2). `at` is its place in the order and `of` the
-    number of packs in its window; `rows` were trained on here, `dropped` rows of the window are named by its first pack.
+    `input_ids`, `labels`, `positions` int32 (T,), positions restarting at every document; `cu_seqlens` int32 (S+1,).
+    Of each document: `sources` int16 (S,); `branches` int8 (S,), of `Branch`; `classes` int32 (S,), -1 where it has none;
+    `weights` float32 (S,), what the loss of its tokens is multiplied by; `ids` (S,), its row. `tiles` uint8 (N, *shape of
+    a tile); `cuts` int32 (I, 7) of each picture: its tiles, its positions, rows and columns of its grid, whether an
+    overview comes too, its height and width. `at` is the pack's place in the order and `of` the number of packs in its
+    window; `rows` were trained on here, `dropped` rows are named by the pack that they would have been in, or by the
+    window's first.
     """
 
     at: Position
@@ -332,38 +346,53 @@ class Pack:
     positions: NDArray[np.int32]
     cu_seqlens: NDArray[np.int32]
     sources: NDArray[np.int16]
+    branches: NDArray[np.int8]
+    classes: NDArray[np.int32]
+    weights: NDArray[np.float32]
+    ids: tuple[RowId, ...]
     tiles: NDArray[np.uint8]
-    grids: NDArray[np.int16]
+    cuts: NDArray[np.int32]
     rows: tuple[RowId, ...]
     dropped: tuple[Rejected, ...] = ()
 
     @classmethod
     def of_samples(
-        cls, samples: list[Sample], at: Position, of: int, tile: int, dropped: tuple[Rejected, ...] = ()
+        cls,
+        samples: Sequence[Sample],
+        tiles: NDArray[np.uint8],
+        at: Position | None = None,
+        of: int = 1,
+        dropped: tuple[Rejected, ...] = (),
     ) -> Self:
-        """Concatenate `samples`, which may be none: an empty pack is a legal pack of weight zero."""
-        lengths = [len(sample.input_ids) for sample in samples]
+        """Lay out `samples`, which may be none: an empty pack is a legal pack of weight zero. `tiles` are their pictures'."""
+        lengths = [length for sample in samples for length in sample.lengths]
+        cuts = [pair for sample in samples for pair in zip(sample.pictures, sample.visual, strict=True)]
 
-        def joined(arrays: list[NDArray], empty: NDArray) -> NDArray:
-            return np.concatenate([empty, *arrays])
+        def joined(arrays: list[NDArray[np.int32]]) -> NDArray[np.int32]:
+            return np.concatenate(arrays) if arrays else np.zeros(0, np.int32)
 
         return cls(
-            at=at,
+            at=at or Position(),
             of=of,
-            input_ids=joined([s.input_ids for s in samples], np.zeros(0, np.int32)),
-            labels=joined([s.labels for s in samples], np.zeros(0, np.int32)),
-            positions=joined([np.arange(n, dtype=np.int32) for n in lengths], np.zeros(0, np.int32)),
+            input_ids=joined([s.input_ids for s in samples]),
+            labels=joined([s.labels for s in samples]),
+            positions=joined([np.arange(n, dtype=np.int32) for n in lengths]),
             cu_seqlens=np.cumsum([0, *lengths], dtype=np.int32),
-            sources=np.array([s.source for s in samples], np.int16),
-            tiles=joined([s.tiles for s in samples], np.zeros((0, 3, tile, tile), np.uint8)),
-            grids=joined([s.grids for s in samples], np.zeros((0, 2), np.int16)),
-            rows=tuple(s.id for s in samples),
+            sources=np.array([s.source for s in samples for _ in s.lengths], np.int16),
+            branches=np.array([b for s in samples for b in ((0,) if len(s.lengths) == 1 else (1, 2))], np.int8),
+            classes=np.array([-1 if s.label is None else s.label for s in samples for _ in s.lengths], np.int32),
+            weights=np.array([s.weight for s in samples for _ in s.lengths], np.float32),
+            ids=tuple(s.id for s in samples for _ in s.lengths),
+            tiles=tiles,
+            cuts=np.array([(p.cut.tiles, n, *p.cut.numbers) for p, n in cuts], np.int32).reshape(-1, 7),
+            rows=tuple(row for s in samples for row in s.rows),
             dropped=dropped,
         )
 
     @classmethod
-    def empty(cls, tile: int, at: Position | None = None, dropped: tuple[Rejected, ...] = ()) -> Self:
-        return cls.of_samples([], at or Position(), 1, tile, dropped)
+    def empty(cls, shape: tuple[int, ...], at: Position | None = None, dropped: tuple[Rejected, ...] = ()) -> Self:
+        """A pack of nothing, for tiles of `shape`."""
+        return cls.of_samples([], np.zeros((0, *shape), np.uint8), at, 1, dropped)
 
     @property
     def learned(self) -> int:
@@ -374,9 +403,30 @@ class Pack:
     def digest(self) -> int:
         """CRC-32 of everything the model sees, so that two runs can be compared pack by pack."""
         crc = 0
-        for array in (self.input_ids, self.labels, self.cu_seqlens, self.tiles, self.grids):
+        parts = (
+            self.input_ids,
+            self.labels,
+            self.cu_seqlens,
+            self.branches,
+            self.classes,
+            self.weights,
+            self.tiles,
+            self.cuts,
+        )
+        for array in parts:
             crc = zlib.crc32(np.ascontiguousarray(array).data, crc)
         return crc
+
+
+@spec
+class Hand:
+    """One rank's packs among packs `[first, last)` of window `window`, which has `of` packs."""
+
+    window: int
+    of: int
+    first: int
+    last: int
+    packs: tuple[Pack, ...]
 
 
 @dataclass(slots=True)
@@ -384,8 +434,9 @@ class Batch:
     """A pack as tensors on a device, with no batch dimension.
 
     `input_ids`, `labels`, `positions` int64 (T,); `visual` bool (T,) marks positions that hold visual features;
-    `cu_seqlens` int32 (S+1,); `sources` int64 (S,); `tiles` uint8 (max(N, 1), 3, H, W) -- a batch without images carries
-    one blank tile, whose features the model multiplies by zero, so that every rank runs the same modules.
+    `cu_seqlens` int32 (S+1,); `sources`, `classes` int64, `branches` int8, `weights` float32, all (S,); `cuts` int32 (I, 7)
+    as in `Pack`; `tiles` uint8 (max(N, 1), 3, H, W) -- a batch without images carries one blank tile, whose features the
+    model multiplies by zero, so that every rank runs the same modules.
     """
 
     input_ids: Tensor
@@ -396,8 +447,11 @@ class Batch:
     cu_seqlens: Tensor
     max_seqlen: int
     sources: Tensor
+    branches: Tensor
+    classes: Tensor
+    weights: Tensor
     tiles: Tensor
-    grids: Tensor
+    cuts: Tensor
 
     @classmethod
     def of(cls, pack: Pack, device: torch.device | str = "cpu") -> Self:
@@ -419,8 +473,11 @@ class Batch:
             cu_seqlens=on(cu_seqlens),
             max_seqlen=int(np.diff(cu_seqlens).max()),
             sources=on(np.zeros(1) if blank else pack.sources).long(),
+            classes=on(np.full(1, -1) if blank else pack.classes).long(),
+            branches=on(np.zeros(1, np.int8) if blank else pack.branches),
+            weights=on(np.ones(1, np.float32) if blank else pack.weights),
             tiles=on(tiles),
-            grids=on(pack.grids),
+            cuts=on(pack.cuts),
         )
 
     def document_of_token(self) -> Tensor:

@@ -7,16 +7,27 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore
 
 from cluster.deal import Deal, OrderError
-from pipelines.types import Pack, Position
+from pipelines.stream import from_table
+from pipelines.stream import hands as stream_hands
+from pipelines.types import Hand, Pack, Position
 from pipelines.windows import PackWindows, Stream
 from tests.cluster.processes import on_ranks
 
 
+def hands_for(windows: PackWindows, rank: int, world: int, start: Position) -> list[Hand]:
+    """What `rank` is dealt of the first three windows."""
+    hands: list[Hand] = []
+    for k in range(start.window, 3):
+        first = start.pack if k == start.window else 0
+        tables = list(stream_hands(windows, k, first, world))
+        hands += [from_table(table, 0) for table in tables[rank::world]]
+    return hands
+
+
 def steps(stream: Stream, per_step: int, start: Position) -> list[tuple[list[int], int, Position]]:
-    windows = PackWindows(stream)
-    packs = [p for k in range(3) for p in windows.packs(k) if (k, p.at.pack) >= (start.window, start.pack)]
     rank, world = dist.get_rank(), dist.get_world_size()
-    deal = Deal(packs[rank::world], start, per_step, rank, world, 96, None)
+    hands = hands_for(PackWindows(stream), rank, world, start)
+    deal = Deal(hands, start, per_step, rank, world, (3, 96, 96), None)
     return [([held.digest for held in step.all], len(step.mine), step.following) for step in deal]
 
 
@@ -26,10 +37,13 @@ def test_steps_are_the_same_for_any_number_of_ranks(stream: Stream, start: Posit
     order = [p.digest for k in range(3) for p in windows.packs(k) if (k, p.at.pack) >= (start.window, start.pack)]
     expected = [order[i : i + 4] for i in range(0, len(order), 4)]
     for world in (1, 2, 3):
-        for rank in on_ranks(world, steps, stream, 4, start):
+        ranks = on_ranks(world, steps, stream, 4, start)
+        for rank in ranks:
             assert [digests for digests, _, _ in rank] == expected
-            assert {taken for _, taken, _ in rank} == {-(-4 // world)}
             assert rank[-1][2] == Position(window=3)
+        for taken in zip(*([packs for _, packs, _ in rank] for rank in ranks), strict=True):
+            assert len(set(taken)) == 1  # every rank goes through as many packs
+            assert -(-4 // world) <= taken[0] <= -(-4 // world) + 1
 
 
 @dataclasses.dataclass
@@ -43,22 +57,26 @@ class Alone:
         dist.destroy_process_group()
 
 
+def hand(pack: Pack) -> Hand:
+    return Hand(window=pack.at.window, of=pack.of, first=pack.at.pack, last=pack.at.pack + 1, packs=(pack,))
+
+
 @pytest.mark.parametrize("fault", ["gap", "repeat", "swap"])
 def test_a_gap_a_repeat_and_a_swap_are_found_and_named(packs: PackWindows, fault: str) -> None:
-    order = packs.packs(0)[:6]
+    order = list(packs.packs(0))[:6]
     broken: dict[str, list[Pack]] = {
         "gap": [*order[:2], *order[3:]],
         "repeat": [*order[:3], *order[2:]],
         "swap": [*order[:2], order[3], order[2], *order[4:]],
     }
     with Alone(), pytest.raises(OrderError, match=r"should be Position\(window=0, pack=\d\) .* and is Position"):
-        list(Deal(broken[fault], Position(), 4, 0, 1, 96, None))
+        list(Deal([hand(pack) for pack in broken[fault]], Position(), 4, 0, 1, (3, 96, 96), None))
 
 
 def test_what_the_stream_raises_reaches_the_loop(packs: PackWindows) -> None:
     def failing():
-        yield packs.packs(0)[0]
+        yield hand(next(packs.packs(0)))
         raise OSError("the disk is gone")
 
     with Alone(), pytest.raises(OSError, match="the disk is gone"):
-        list(Deal(failing(), Position(), 2, 0, 1, 96, None))
+        list(Deal(failing(), Position(), 2, 0, 1, (3, 96, 96), None))

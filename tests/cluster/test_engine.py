@@ -27,7 +27,7 @@ def share(packs: list[Pack], per_step: int, step: int) -> list[Pack]:
     """This rank's packs of a step, filled up with empty ones."""
     rank, world = dist.get_rank(), dist.get_world_size()
     mine = packs[step * per_step : (step + 1) * per_step][rank::world]
-    return mine + [Pack.empty(96)] * (-(-per_step // world) - len(mine))
+    return mine + [Pack.empty((3, 96, 96))] * (-(-per_step // world) - len(mine))
 
 
 def train(
@@ -35,7 +35,7 @@ def train(
 ) -> list[tuple[float, float]]:
     """Loss and gradient norm of each step; begins from `folder`'s checkpoint with `resume`, and leaves one there."""
     windows = PackWindows(stream)
-    packs = windows.packs(0) + windows.packs(1)
+    packs = [*windows.packs(0), *windows.packs(1)]
     engine = engine_of(recipe, stage)
     at = TrainState()
     if resume:
@@ -77,10 +77,10 @@ def test_a_checkpoint_of_two_ranks_goes_on_with_one_and_three(recipe: Recipe, st
 
 def steps_of_kinds(recipe: Recipe, stage: Stage, stream: Stream) -> list[float]:
     """Steps in which ranks hold packs of different kinds: pictures here, text there, nothing on a third."""
-    packs = PackWindows(stream).packs(0)
+    packs = list(PackWindows(stream).packs(0))
     pictures = next(p for p in packs if len(p.tiles))
     text = next(p for p in packs if not len(p.tiles))
-    kinds = [pictures, text, Pack.empty(96)]
+    kinds = [pictures, text, Pack.empty((3, 96, 96))]
     engine = engine_of(recipe, stage)
     return [engine.train_step([kinds[(dist.get_rank() + step) % 3]], 1.0).loss for step in range(3)]
 

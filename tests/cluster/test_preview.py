@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from html.parser import HTMLParser
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from pipelines.chat import ChatML
 from pipelines.corpora import Conversations, Corpus, Interleaved, TextOnly
 from pipelines.encode import TextCodec
 from pipelines.manifest import expand, index
-from pipelines.order import Order
+from pipelines.order import Drawn, Order
 from pipelines.tiling import Pad
 from pipelines.types import Budget, RowId, VisionLayout
 from pipelines.windows import PackWindows, Stream
@@ -65,7 +66,7 @@ class Page(HTMLParser):
 def stream_of(corpus: Corpus, pattern: str, cache: Path) -> Stream:
     manifest = index(corpus, expand(pattern), str(cache))
     return Stream(
-        order=Order.of([manifest], [None], seed=0, window_rows=32, chunk_rows=8),
+        order=Order(seed=0, sources=(Drawn(manifest=manifest),), window_rows=32, chunk_rows=8, epochs=1),
         corpora=(corpus,),
         tiling=Pad(size=96),
         template=ChatML(),
@@ -74,7 +75,7 @@ def stream_of(corpus: Corpus, pattern: str, cache: Path) -> Stream:
         tokenizer=str(EXAMPLES / "tokenizer"),
         bos="<|endoftext|>",
         eos="<|im_end|>",
-        epochs=1.0,
+        loss_weights=(1.0,),
     )
 
 
@@ -99,7 +100,7 @@ def test_marked_words_are_the_assistants(instructions: Stream, tmp_path: Path) -
 
 def test_pictures_stand_in_their_documents(instructions: Stream, tmp_path: Path) -> None:
     page = Page(write_preview(instructions, 3, tmp_path / "preview.html"))
-    packs = PackWindows(instructions).packs(0)[:3]
+    packs = list(islice(PackWindows(instructions).packs(0), 3))
     assert sum(page.pictures.values()) == sum(len(pack.tiles) for pack in packs)
     assert "36 tokens" in page.words
     assert f"{len(packs[0].input_ids)} of 512 tokens" in page.words
@@ -110,7 +111,7 @@ def test_documents_split_over_packs_lose_no_words(tmp_path: Path) -> None:
     pattern = str(EXAMPLES / "corpus" / "interleaved" / "docs_shard_0_v3.jsonl")
     stream = replace(stream_of(Interleaved(name="pages"), pattern, tmp_path), budget=Budget(tokens=128, tiles=3))
     packs = PackWindows(stream).packs(0)
-    reader = Reader(CODEC, 36)
+    reader = Reader(CODEC)
     for pack in packs:
         for document, shown in zip(pack.rows, reader.pack(pack).documents, strict=True):
             assert shown.row == document
@@ -130,7 +131,7 @@ def test_dropped_rows_are_named(tmp_path: Path) -> None:
 
 def test_characters_of_many_tokens_are_whole() -> None:
     """Bytes of one character are one character, even where learning begins inside it."""
-    reader = Reader(CODEC, 36)
+    reader = Reader(CODEC)
     row = RowId(corpus="notes", shard="rows.jsonl", epoch=0, row=0)
     ids = np.array(CODEC.tokenizer.encode("fin 🦆 日本", add_special_tokens=False).ids, np.int32)
     for border in range(len(ids) + 1):

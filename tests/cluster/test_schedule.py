@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cluster.schedule import accumulation, learning_rate_factor, planned_steps, progress, window_bound
+from cluster.schedule import accumulation, learning_rate_factor, planned_steps, progress
 from mllm.recipe import Cosine, Epochs, Recipe, Steps, Tokens
 from pipelines.types import Position
 
@@ -38,4 +38,3 @@ def test_progress_of_each_kind_of_duration(recipe: Recipe) -> None:
     assert progress(replace(stage, duration=Epochs()), 7, 2, 0, at, 10) == 0.5
     assert planned_steps(replace(stage, duration=Steps(count=8))) == 8
     assert planned_steps(replace(stage, duration=Epochs())) is None
-    assert window_bound(replace(stage, duration=Epochs()), 7, 2, at) == 4

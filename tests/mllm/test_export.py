@@ -12,7 +12,7 @@ from mllm.recipe import Recipe
 from mllm.recipes import by_name
 from mllm.vlm import VisionLanguageModel
 from ops.images import normalize
-from pipelines.types import IMAGE_TOKEN, Batch, Pack, Position
+from pipelines.types import IMAGE_TOKEN, Batch, Pack
 from pipelines.windows import PackWindows
 from tests.conftest import CORPUS, ROOT
 
@@ -33,8 +33,8 @@ def test_llava_gives_the_same_logits(exported: tuple[VisionLanguageModel, Path],
     model, folder = exported
     llava = LlavaForConditionalGeneration.from_pretrained(folder)
     samples, _ = packs.samples(packs.stream.order.window(0))
-    sample = next(s for s in samples if len(s.tiles) == 2)
-    batch = Batch.of(Pack.of_samples([sample], Position(), 1, 96))
+    sample = next(s for s in samples if s.tiles == 2)
+    batch = Batch.of(Pack.of_samples([sample], packs.pixels([sample])))
     ours = model(batch) @ model.lm.head.T
     ids = torch.where(batch.input_ids == IMAGE_TOKEN, llava.config.image_token_id, batch.input_ids)
     pixels = normalize(batch.tiles, model.encoder.mean, model.encoder.std)

@@ -1,6 +1,7 @@
 """The model over packs: documents are alone in company, gradients are where the stage says, counts are the layout's."""
 
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from mllm.objectives import NextToken
 from mllm.recipe import Full, Recipe
 from mllm.tune import apply_tuning, describe
 from mllm.vlm import VisionLanguageModel
-from pipelines.types import IMAGE_TOKEN, Batch, Pack, Position, Sample
+from pipelines.types import IMAGE_TOKEN, Batch, Pack, Sample
 from pipelines.windows import PackWindows
 
 
@@ -23,21 +24,19 @@ def model(recipe: Recipe) -> VisionLanguageModel:
 def samples_of(packs: PackWindows) -> list[Sample]:
     samples, dropped = packs.samples(packs.stream.order.window(0))
     assert not dropped
-    return [s for s in samples if len(s.tiles) and len(s.input_ids) < 120][:3] + [
-        s for s in samples if not len(s.tiles)
-    ][:2]
+    return [s for s in samples if s.tiles and len(s.input_ids) < 120][:3] + [s for s in samples if not s.tiles][:2]
 
 
-def together(samples: list[Sample]) -> Pack:
-    return Pack.of_samples(samples, Position(), 1, 96)
+def together(packs: PackWindows, samples: list[Sample]) -> Pack:
+    return Pack.of_samples(samples, packs.pixels(samples))
 
 
 def test_a_documents_loss_in_a_pack_is_its_loss_alone(model: VisionLanguageModel, packs: PackWindows) -> None:
     samples = samples_of(packs)
     assert len(samples) == 5
-    packed = NextToken()(model, Batch.of(together(samples)))
+    packed = NextToken()(model, Batch.of(together(packs, samples)))
     for place, sample in enumerate(samples):
-        alone = NextToken()(model, Batch.of(together([sample])))
+        alone = NextToken()(model, Batch.of(together(packs, [sample])))
         torch.testing.assert_close(packed.documents[place], alone.documents[0], rtol=1e-5, atol=1e-5)
     assert packed.sum.item() == pytest.approx(float(packed.documents[:, 0].sum()), rel=1e-5)
 
@@ -45,9 +44,9 @@ def test_a_documents_loss_in_a_pack_is_its_loss_alone(model: VisionLanguageModel
 def test_packs_hold_the_visual_tokens_that_the_layout_counts(recipe: Recipe, packs: PackWindows) -> None:
     layout = recipe.model.layout(recipe.tiling)
     tower = recipe.model.build().encoder
-    for pack in packs.packs(1)[:4]:
+    for pack in islice(packs.packs(1), 4):
         batch = Batch.of(pack)
-        assert int((batch.input_ids == IMAGE_TOKEN).sum()) == batch.visual_count == layout.tokens(len(pack.tiles))
+        assert int((batch.input_ids == IMAGE_TOKEN).sum()) == batch.visual_count == pack.cuts[:, 1].sum()
         if len(pack.tiles):
             assert tower(batch.tiles).shape[:2] == (len(pack.tiles), layout.tokens_per_tile)
 
@@ -60,8 +59,8 @@ def test_gradients_exist_exactly_where_the_stage_says(
     model = recipe.model.build()
     apply_tuning(model, recipe.stage(stage).tune)
     samples = samples_of(packs)
-    chosen = {"mixed": samples, "text": [s for s in samples if not len(s.tiles)], "empty": []}[kind]
-    NextToken()(model, Batch.of(together(chosen))).sum.backward()
+    chosen = {"mixed": samples, "text": [s for s in samples if not s.tiles], "empty": []}[kind]
+    NextToken()(model, Batch.of(together(packs, chosen))).sum.backward()
     tuned = {id(p) for part in recipe.stage(stage).tune for p in model.parts()[part]}
     for name, parameter in model.named_parameters():
         assert (parameter.grad is not None) == (id(parameter) in tuned), name
@@ -70,14 +69,14 @@ def test_gradients_exist_exactly_where_the_stage_says(
 
 
 def test_the_image_reaches_the_loss(model: VisionLanguageModel, packs: PackWindows) -> None:
-    pack = together([s for s in samples_of(packs) if len(s.tiles)][:1])
+    pack = together(packs, [s for s in samples_of(packs) if s.tiles][:1])
     black = replace(pack, tiles=pack.tiles * 0)
     losses = [NextToken()(model, Batch.of(p)).sum.item() for p in (pack, black)]
     assert abs(losses[0] - losses[1]) > 1e-4
 
 
 def test_a_pipeline_of_another_model_is_refused(model: VisionLanguageModel, packs: PackWindows) -> None:
-    batch = Batch.of(together([s for s in samples_of(packs) if len(s.tiles)][:1]))
+    batch = Batch.of(together(packs, [s for s in samples_of(packs) if s.tiles][:1]))
     batch.tiles = torch.cat([batch.tiles, batch.tiles])
     with pytest.raises(ValueError, match="36 image positions and the encoder gave 72 visual tokens"):
         model(batch)
@@ -105,7 +104,7 @@ def test_over_fitting_two_documents_learns_them(recipe: Recipe, packs: PackWindo
     model = recipe.model.build()
     groups = apply_tuning(model, recipe.stage("sft").tune)
     optimizer = torch.optim.AdamW([p for g in groups for p in g.parameters], lr=3e-3)
-    batch = Batch.of(together(samples_of(packs)[:2]))
+    batch = Batch.of(together(packs, samples_of(packs)[:2]))
     losses = []
     for _ in range(25):
         output = NextToken()(model, batch)

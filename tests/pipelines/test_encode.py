@@ -1,10 +1,11 @@
 """What the model sees of a document, and what it learns from it."""
 
 import json
+from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
@@ -14,14 +15,18 @@ from pipelines.encode import Encoder, TextCodec
 from pipelines.types import (
     IMAGE_TOKEN,
     NOT_LEARNED,
+    Branch,
     Budget,
+    Cut,
+    Image,
+    Measured,
+    Pack,
+    Picture,
     Reason,
     Role,
     RowId,
     SkipSample,
     Text,
-    Tiled,
-    Tiles,
     VisionLayout,
 )
 from tests.conftest import CORPUS, ROOT
@@ -31,8 +36,12 @@ LAYOUT = VisionLayout(tile=4, tokens_per_tile=5)
 ROW = RowId(corpus="c", shard="s", epoch=0, row=0)
 
 
-def picture(tiles: int = 1, shade: int = 0) -> Tiles:
-    return Tiles(pixels=torch.full((tiles, 3, 4, 4), shade, dtype=torch.uint8), grid=(1, tiles), original=(4, 4))
+def picture(tiles: int = 1) -> Picture:
+    return Picture(of=Image(data=b""), cut=cut(tiles))
+
+
+def cut(tiles: int) -> Cut:
+    return Cut(height=4, width=4 * tiles, rows=1, cols=tiles, canvas=(4, 4 * tiles))
 
 
 def encoder(tokens: int = 64, tiles: int = 4) -> Encoder:
@@ -40,8 +49,8 @@ def encoder(tokens: int = 64, tiles: int = 4) -> Encoder:
     return Encoder(codec, ChatML(), LAYOUT, Budget(tokens=tokens, tiles=tiles))
 
 
-def document(*segments: Text | Tiles) -> Tiled:
-    return Tiled(id=ROW, source=0, segments=segments)
+def document(*segments: Text | Picture) -> Measured:
+    return Measured(id=ROW, source=0, segments=segments)
 
 
 def learned(e: Encoder, sample) -> str:
@@ -51,7 +60,7 @@ def learned(e: Encoder, sample) -> str:
 def test_a_caption_is_learned_and_its_picture_takes_what_the_layout_says() -> None:
     e = encoder()
     (sample,) = e.encode(document(picture(2), Text(text="\na red shirt")))
-    assert (sample.input_ids == IMAGE_TOKEN).sum() == LAYOUT.tokens(2) == 10
+    assert (sample.input_ids == IMAGE_TOKEN).sum() == LAYOUT.tokens(cut(2)) == 10
     assert learned(e, sample) == "\na red shirt<|im_end|>"
     assert sample.input_ids[0] == e.codec.special("<|endoftext|>")
     following = np.append(sample.input_ids[1:], -1)
@@ -114,9 +123,9 @@ def test_long_documents_are_split_and_images_never_cut(parts: list[int | str]) -
     samples = e.encode(document(*segments))
     for sample in samples:
         assert len(sample.input_ids) <= 24
-        assert len(sample.tiles) <= 3
+        assert sample.tiles <= 3
         visual = sample.input_ids == IMAGE_TOKEN
-        assert visual.sum() == LAYOUT.tokens(len(sample.tiles))
+        assert visual.sum() == sum(sample.visual) == sum(LAYOUT.tokens(p.cut) for p in sample.pictures)
         runs = np.flatnonzero(np.diff(np.concatenate([[0], visual, [0]])))
         assert ((runs[1::2] - runs[::2]) % LAYOUT.tokens_per_tile == 0).all()
     whole = encoder(tokens=10_000, tiles=1000).encode(document(*segments))[0]
@@ -145,3 +154,32 @@ def test_a_template_of_another_tokenizer_is_refused() -> None:
         e.encode(document(Text(text="hello")))
     with pytest.raises(FileNotFoundError, match=r"tokenizer\.json"):
         _ = TextCodec("/nowhere", None, None).tokenizer
+
+
+def test_both_answers_of_a_preference_follow_the_same_question_and_picture() -> None:
+    e = encoder(128)
+    shown, asked = picture(), Text(text="What is it?", role="user", learn=False)
+    row = document(replace(shown, role="user"), asked, Text(text="A hat.", role="assistant"))
+    (sample,) = e.encode(replace(row, rejected=(Text(text="A green dog.", role="assistant"),)))
+    pack = Pack.of_samples([sample], np.zeros((2, 3, 4, 4), np.uint8))
+    assert pack.branches.tolist() == [Branch.PREFERRED, Branch.REJECTED]
+    assert sample.visual == (5, 5)
+    first, second = (slice(a, b) for a, b in pairwise(pack.cu_seqlens))
+    said = [pack.labels[part][pack.labels[part] != NOT_LEARNED].tolist() for part in (first, second)]
+    assert [e.codec.tokenizer.decode(ids, skip_special_tokens=True) for ids in said] == ["A hat.", "A green dog."]
+    question = [np.flatnonzero(pack.labels[part] != NOT_LEARNED)[0] for part in (first, second)]
+    assert (pack.input_ids[first][: question[0]] == pack.input_ids[second][: question[1]]).all()
+
+
+def test_a_preference_longer_than_a_pack_is_dropped_whole() -> None:
+    row = document(Text(text="Why?", role="user", learn=False), Text(text="So. " * 40, role="assistant"))
+    with pytest.raises(SkipSample) as skip:
+        encoder(64).encode(replace(row, rejected=(Text(text="No.", role="assistant"),)))
+    assert skip.value.reason is Reason.TOO_LONG
+
+
+def test_a_picture_with_a_class_needs_no_words() -> None:
+    (sample,) = encoder().encode(replace(document(picture()), label=7))
+    pack = Pack.of_samples([sample], np.zeros((1, 3, 4, 4), np.uint8))
+    assert pack.classes.tolist() == [7]
+    assert pack.learned == 0

@@ -7,8 +7,8 @@ import pytest
 
 from cluster.site import Site
 from mllm.recipe import Epochs, Recipe
-from pipelines.stream import COLUMN, dataset, from_bytes
-from pipelines.types import Pack, Position
+from pipelines.stream import dataset, hands_of
+from pipelines.types import Hand, Position
 from pipelines.windows import PackWindows, Stream
 
 WINDOWS = 5
@@ -19,12 +19,12 @@ def expected(packs: PackWindows, start: Position) -> list[tuple[Position, int]]:
     return [(p.at, p.digest) for p in every if p.at.window > start.window or p.at.pack >= start.pack]
 
 
-def dealt(stream: Stream, start: Position, world: int) -> list[list[Pack]]:
-    splits = dataset(stream, start, WINDOWS - start.window, actors=2).streaming_split(world, equal=False)
-    ranks: list[list[Pack]] = [[] for _ in range(world)]
+def dealt(stream: Stream, start: Position, world: int) -> list[list[Hand]]:
+    splits = dataset(stream, start, WINDOWS, actors=2, world=world).streaming_split(world, equal=False)
+    ranks: list[list[Hand]] = [[] for _ in range(world)]
 
     def read(rank: int) -> None:
-        ranks[rank] += [from_bytes(row[COLUMN]) for row in splits[rank].iter_rows()]
+        ranks[rank] += hands_of(splits[rank])
 
     threads = [threading.Thread(target=read, args=(rank,)) for rank in range(world)]
     for thread in threads:
@@ -36,14 +36,19 @@ def dealt(stream: Stream, start: Position, world: int) -> list[list[Pack]]:
 
 @pytest.mark.usefixtures("ray_cluster")
 @pytest.mark.parametrize(("world", "start"), [(1, Position()), (3, Position()), (2, Position(window=2, pack=3))])
-def test_rank_r_gets_pack_r_and_every_worldth_after_it(
+def test_pack_n_of_a_window_goes_to_rank_n_mod_the_number_of_ranks(
     stream: Stream, packs: PackWindows, world: int, start: Position
 ) -> None:
     ranks = dealt(stream, start, world)
     order = expected(packs, start)
     assert len(order) > 6
-    for rank, got in enumerate(ranks):
-        assert [(p.at, p.digest) for p in got] == order[rank::world]
+    for rank, hands in enumerate(ranks):
+        got = [(pack.at, pack.digest) for hand in hands for pack in hand.packs]
+        assert got == [(at, digest) for at, digest in order if at.pack % world == rank]
+        assert [(hand.window, hand.first, hand.last) for hand in hands] == [
+            (hand.window, hand.first, hand.last) for hand in ranks[0]
+        ]
+    assert sum(hand.last - hand.first for hand in ranks[0]) == len(order)
 
 
 def test_a_window_packs_the_same_whoever_asks(stream: Stream) -> None:

@@ -1,53 +1,61 @@
-"""Storage that fails is tried again and then stops the run: a row is never dropped for bad luck."""
+"""A window: planned from headers and text, cut pack by pack; what is broken is left out where it is found."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+import io
+import tarfile
+from dataclasses import replace
 from pathlib import Path
 
-import pytest
-
-from pipelines.corpora import Pairs, Read
-from pipelines.manifest import Shard, ShardIndex, index
-from pipelines.order import Order
-from pipelines.types import Chunk
-from pipelines.windows import ATTEMPTS, PackWindows, Stream
+from pipelines.corpora import Pairs
+from pipelines.manifest import index
+from pipelines.order import Drawn, Order
+from pipelines.types import Budget, Reason
+from pipelines.windows import PackWindows, Stream
 from tests.conftest import CORPUS
 
 
-@dataclass
-class Unsteady:
-    """A corpus on storage that breaks off in the middle of a read, so many times."""
-
-    failures: int
-    name: str = "pairs"
-    inner: Pairs = field(default_factory=lambda: Pairs(name="pairs"))
-
-    def scan(self, uri: str) -> ShardIndex:
-        return self.inner.scan(uri)
-
-    def read(self, shard: Shard, chunk: Chunk) -> Read:
-        rows = self.inner.read(shard, chunk)
-        yield next(rows)
-        if self.failures:
-            self.failures -= 1
-            raise ConnectionResetError("the storage hung up")
-        yield from rows
+def test_packs_from_the_middle_of_a_window_are_the_same_packs(packs: PackWindows) -> None:
+    whole = [pack.digest for pack in packs.packs(1)]
+    assert len(whole) > 4
+    assert [pack.digest for pack in packs.packs(1, first=3)] == whole[3:]
 
 
-def windows(stream: Stream, corpus: Unsteady, cache: Path) -> PackWindows:
-    manifest = index(corpus, [str(CORPUS / "pairs/00000.tar")], str(cache))
-    order = Order.of([manifest], [None], 0, 8, 8)
-    return PackWindows(replace(stream, corpora=(corpus,), order=order))  # pyright: ignore[reportArgumentType]
+def test_a_picture_whose_body_is_broken_is_left_out_of_its_pack_and_named(stream: Stream, tmp_path: Path) -> None:
+    sound, broken = tmp_path / "sound.tar", tmp_path / "broken.tar"
+    with tarfile.open(CORPUS / "pairs/00000.tar") as source:
+        files = [(m.name, source.extractfile(m).read()) for m in source if m.isfile()]  # type: ignore[union-attr]
+    pictures = [name for name, _ in files if name.endswith((".jpg", ".png"))]
+    for file, cut in ((sound, ()), (broken, pictures[3:5])):
+        with tarfile.open(file, "w") as archive:
+            for name, data in files:
+                member = tarfile.TarInfo(name)
+                kept = data[: len(data) // 3] if name in cut else data
+                member.size = len(kept)
+                archive.addfile(member, io.BytesIO(kept))
+    found = {}
+    for file in (sound, broken):
+        manifest = index(Pairs(name="pairs"), [str(file)], str(tmp_path / "cache"))
+        order = Order(seed=0, sources=(Drawn(manifest=manifest),), window_rows=manifest.rows, chunk_rows=8, epochs=1)
+        one = replace(
+            stream, corpora=(Pairs(name="pairs"),), order=order, budget=Budget(tokens=256, tiles=6), loss_weights=(1.0,)
+        )
+        found[file] = list(PackWindows(one).packs(0))
+    assert [p.at for p in found[broken]] == [p.at for p in found[sound]]
+    dropped = [rejected for pack in found[broken] for rejected in pack.dropped]
+    assert {rejected.row.row for rejected in dropped} == {3, 4}
+    assert {rejected.reason for rejected in dropped} == {Reason.TRUNCATED_IMAGE}
+    trained = {row.row for pack in found[broken] for row in pack.rows}
+    assert trained == {row.row for pack in found[sound] for row in pack.rows} - {3, 4}
 
 
-def test_a_read_that_breaks_off_is_begun_again_and_loses_nothing(stream: Stream, tmp_path: Path) -> None:
-    steady = windows(stream, Unsteady(0), tmp_path).packs(0)
-    shaky = windows(stream, Unsteady(ATTEMPTS - 2), tmp_path).packs(0)
-    assert [pack.digest for pack in shaky] == [pack.digest for pack in steady]
-    assert not any(pack.dropped for pack in shaky)
-
-
-def test_storage_that_stays_away_stops_the_run(stream: Stream, tmp_path: Path) -> None:
-    with pytest.raises(ConnectionResetError, match="the storage hung up"):
-        windows(stream, Unsteady(ATTEMPTS + 5), tmp_path).packs(0)
+def test_a_window_whose_rows_were_all_dropped_keeps_its_place(stream: Stream, tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "empty.tar", "w") as archive:
+        for row in range(3):
+            member = tarfile.TarInfo(f"{row}.txt")
+            archive.addfile(member, io.BytesIO())
+    manifest = index(Pairs(name="pairs"), [str(tmp_path / "empty.tar")], str(tmp_path / "cache"))
+    order = Order(seed=0, sources=(Drawn(manifest=manifest),), window_rows=8, chunk_rows=8, epochs=1)
+    (pack,) = PackWindows(replace(stream, corpora=(Pairs(name="pairs"),), order=order, loss_weights=(1.0,))).packs(0)
+    assert pack.learned == 0
+    assert [rejected.reason for rejected in pack.dropped] == [Reason.MISSING_IMAGE] * 3
