@@ -108,6 +108,26 @@ class Status:
 
 
 @dataclass
+class Index:
+    """Scan a corpus's shards: rows, byte ranges, sizes, checksums. `train` does it by itself where it is missing."""
+
+    corpus: Positional[str]
+    """A corpus's name, as some recipe spells it."""
+    beside: bool = False
+    """Keep the index in the corpus's own folder, for all who read it."""
+    verify: bool = False
+    """Read every shard again and name those whose contents have changed."""
+    site: SiteFile = None
+
+    def __call__(self) -> None:
+        from rich.console import Console
+
+        from cluster.datacheck import index
+
+        sys.exit(index(self.corpus, _site(self.site), Console(highlight=False), self.beside, self.verify))
+
+
+@dataclass
 class Check:
     """Read every row of a corpus and name the bad ones."""
 
@@ -208,6 +228,7 @@ Command = (
     | Annotated[Plan, subcommand("plan")]
     | Annotated[Train, subcommand("train")]
     | Annotated[Status, subcommand("status")]
+    | Annotated[Index, subcommand("data index")]
     | Annotated[Check, subcommand("data check")]
     | Annotated[Preview, subcommand("data preview")]
     | Annotated[Evaluate, subcommand("eval")]

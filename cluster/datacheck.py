@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter
+from pathlib import Path
 
+from rich.console import Console
+
+from cluster import indexing
 from cluster.site import Site, SiteError
 from mllm.recipes import RECIPES
 from pipelines.corpora import Corpus
+from pipelines.manifest import plan
 from pipelines.tiling import decode
 from pipelines.types import Chunk, Document, Image, Reason, Rejected, SkipSample
 
@@ -20,6 +25,30 @@ def find_corpus(name: str) -> Corpus:
     if name not in known:
         raise SiteError(f"no recipe reads a corpus {name!r}; they read {', '.join(sorted(known))}")
     return known[name]
+
+
+def index(name: str, site: Site, console: Console, next_to_corpus: bool, again: bool) -> int:
+    """Index a corpus and say what it holds. Returns 1 when `again` finds shards whose contents have changed, else 0."""
+    corpus = find_corpus(name)
+    uris = site.shards(name)
+    logs = Path(site.cache) / "logs"
+    home = indexing.home_of(site, uris, next_to_corpus)
+    planned = plan(corpus, uris, (home,) if next_to_corpus else site.homes(uris))
+    manifest = indexing.index_corpus(site, corpus, planned, console, logs, home)
+    shards = manifest.shards
+    console.print(
+        f"{name}: {manifest.rows:,} rows in {len(shards):,} shards, {sum(s.bytes for s in shards) / 2**20:,.1f} MiB, "
+        f"{sum(s.pictures for s in shards):,} pictures, {sum(s.characters for s in shards):,} characters; "
+        f"{len(planned.missing):,} scanned now, index in {home}",
+        soft_wrap=True,
+    )
+    if not again:
+        return 0
+    wrong = indexing.verify(site, corpus, console, logs)
+    for uri in wrong:
+        console.print(f"{uri}: its contents are not what was indexed, though its size and time are", soft_wrap=True)
+    console.print(f"{len(shards) - len(wrong):,} of {len(shards):,} shards are what was indexed")
+    return 1 if wrong else 0
 
 
 def check(name: str, site: Site) -> int:

@@ -11,6 +11,7 @@ from rich.console import Console
 
 from cluster import checkpoint
 from cluster.controller import Controller, RunError
+from cluster.indexing import corpora_of, index_missing
 from cluster.journal import Journal, RunState
 from cluster.local import quieten, ray_running
 from cluster.metrics import RunFolder
@@ -31,6 +32,7 @@ def train(recipe: Recipe, site: Site, name: str | None, console: Console) -> Run
     quieten(folder.logs)
     live = Live(folder, recipe, console)
     controller = Controller(recipe, site, name, live)
+    index_missing(site, corpora_of(recipe), console, folder.logs)
     state = controller.prepare()
     if state.finished:
         console.print(f"run {folder.root.name} is finished; nothing to do")

@@ -7,6 +7,12 @@
     [corpora]
     mmc4-core = "s3://bucket/mmc4/docs_shard_{0..5999}_v3.jsonl"
 
+    [storage]                               # only where the usual AWS chain does not say it
+    endpoint = "http://storage.local:8333"
+
+    [limits]                                # what one row may ask of a machine
+    pixels = 50_000_000
+
     [weights]
     "lmsys/vicuna-7b-v1.5" = "/models/vicuna-7b-v1.5"
 
@@ -17,6 +23,7 @@ from __future__ import annotations
 
 import os
 import tomllib
+from collections.abc import Sequence
 from dataclasses import field, replace
 from functools import cache
 from pathlib import Path
@@ -27,9 +34,11 @@ from pydantic import Field, TypeAdapter, ValidationError
 
 from mllm.recipe import Recipe, Stage
 from pipelines.corpora import Corpus
-from pipelines.manifest import Manifest, expand, index
+from pipelines import storage
+from pipelines.manifest import Manifest, beside, expand, index
 from pipelines.order import Drawn, Order
-from pipelines.types import spec
+from pipelines.storage import Storage
+from pipelines.types import Limits, spec
 from pipelines.windows import Stream
 
 EXAMPLE = Path(__file__).resolve().parent.parent / "examples" / "site.toml"
@@ -48,6 +57,8 @@ class Site:
     workers: Annotated[int, Field(ge=1)] = 1
     preprocessors: Annotated[int, Field(ge=1)] = 1
     ray_address: str | None = None
+    storage: Storage = Storage()
+    limits: Limits = Limits()
     corpora: dict[str, str | list[str]] = field(default_factory=dict)
     weights: dict[str, str] = field(default_factory=dict)
 
@@ -72,10 +83,15 @@ class Site:
                 raise SiteError(f"corpus {corpus!r}: {error}; check its path under [corpora]") from error
         return found
 
+    def homes(self, uris: Sequence[str]) -> tuple[str, str]:
+        """Where a corpus's index may lie: in the corpus's own folder, or in the site's cache, which new ones are written to."""
+        return beside(uris[0]), f"{self.cache}/manifests"
+
     def manifest(self, corpus: Corpus) -> Manifest:
-        """Index of a corpus, made where the cache does not have it. Raises SiteError when a shard is missing."""
+        """Index of a corpus; shards that no home knows are scanned. Raises SiteError when a shard is missing."""
+        uris = self.shards(corpus.name)
         try:
-            return index(corpus, self.shards(corpus.name), str(Path(self.cache) / "manifests"))
+            return index(corpus, uris, *self.homes(uris))
         except FileNotFoundError as error:
             raise SiteError(str(error)) from error
 
@@ -123,6 +139,8 @@ class Site:
             bos=lm.bos,
             eos=lm.eos,
             loss_weights=weights,
+            limits=self.limits,
+            storage=self.storage,
             grouping=stage.grouping,
         )
 
@@ -166,6 +184,7 @@ def load_site(path: str | None = None, workers: int | None = None) -> Site:
         faults = "; ".join(f"{'.'.join(map(str, f['loc']))}: {f['msg']}" for f in error.errors())
         raise SiteError(f"{file}: {faults}") from error
     site = _absolute(site, file.parent)
+    storage.use(site.storage)
     return site if workers is None else replace(site, workers=workers)
 
 

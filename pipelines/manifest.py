@@ -1,43 +1,77 @@
 """What a corpus holds, written down once: its shards, their rows, and where each row begins.
 
-    index(corpus, shards, cache) -> Manifest        scans shards that the cache does not know
+    plan(corpus, uris, homes)            what is known, what must be scanned, what has changed since
+    scan(corpus, uri, home)              one shard, read once from beginning to end: rows, byte ranges, sizes, checksum
+    save(manifest, home)                 the corpus's table of shards, beside the shards' own indexes
 
-Every later step trusts the manifest; a shard that changed since (size or time) is scanned again, and the order's
-fingerprint with it.
+A home is a folder on any storage: the site's cache, or `beside` the corpus itself, where everyone who reads the corpus finds
+it. Whether a shard is still the one that was scanned is asked of its storage (size, time or ETag) at every start; the order's
+fingerprint speaks of contents alone, so a corpus may be copied or moved and a run goes on.
 """
 
 from __future__ import annotations
 
 import hashlib
 import io
-import os
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
-from pathlib import Path
-from typing import Protocol
+from typing import IO, Any, Protocol
 
-import fsspec
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet
 from numpy.typing import NDArray
 
+from pipelines import storage
+from pipelines.storage import Stat
 from pipelines.types import spec
+
+Opener = Callable[[str], IO[bytes]]
 
 
 @spec
 class ShardIndex:
     """Rows of one shard: row i lies in bytes `[starts[i], starts[i + 1])`; `starts` int64 (rows + 1,).
 
-    `members` and `spans` (int64 (n, 2): offset, size) find files by name in the archive beside the shard, if any.
-    Where a scan learns them cheaply: `characters` of each row's text, int32 (rows,), and the `pictures` of all rows,
-    int32 (n, 3): row, height, width, as stored.
+    Files in the archive beside the shard, if any, are found by `names`, uint64 (n,), sorted hashes of their names, at
+    `spans`, int64 (n, 2): offset, size. Where a scan learns them cheaply: `characters` of each row's text, int32 (rows,),
+    and the `pictures` of all rows, int32 (n, 3): row, height, width, as stored.
     """
 
     starts: NDArray[np.int64]
-    members: tuple[str, ...] = ()
-    spans: NDArray[np.int64] | None = None
-    characters: NDArray[np.int32] | None = None
-    pictures: NDArray[np.int32] | None = None
+    names: NDArray[np.uint64]
+    spans: NDArray[np.int64]
+    characters: NDArray[np.int32]
+    pictures: NDArray[np.int32]
+
+    @classmethod
+    def of(
+        cls,
+        starts: NDArray[np.int64],
+        members: Sequence[str] = (),
+        spans: NDArray[np.int64] | None = None,
+        characters: NDArray[np.int32] | None = None,
+        pictures: NDArray[np.int32] | None = None,
+    ) -> ShardIndex:
+        """From what a scan found. Of several members of one name the last counts, as in tar.
+
+        Raises ValueError when two names share a hash, which no two of a million do by chance.
+        """
+        hashes = np.array([_hash(name) for name in members], np.uint64)
+        places = np.arange(len(hashes))
+        order = np.lexsort((-places, hashes))
+        names, first = np.unique(hashes[order], return_index=True)
+        chosen = order[first]
+        if len(names) < len(set(members)):
+            raise ValueError(f"two of {len(members)} archive members share a hash; rename one")
+        return cls(
+            starts=starts,
+            names=names,
+            spans=(np.zeros((0, 2), np.int64) if spans is None else spans)[chosen].reshape(-1, 2),
+            characters=np.zeros(0, np.int32) if characters is None else characters,
+            pictures=np.zeros((0, 3), np.int32) if pictures is None else pictures,
+        )
 
     @property
     def rows(self) -> int:
@@ -45,23 +79,33 @@ class ShardIndex:
 
     def find(self, name: str) -> tuple[int, int] | None:
         """Offset and size of archive member `name`, or None."""
-        place = _places(self.members).get(name)
-        return None if place is None or self.spans is None else (int(self.spans[place, 0]), int(self.spans[place, 1]))
+        wanted = np.uint64(_hash(name))
+        place = int(np.searchsorted(self.names, wanted))
+        if place == len(self.names) or self.names[place] != wanted:
+            return None
+        return int(self.spans[place, 0]), int(self.spans[place, 1])
 
 
-@lru_cache(maxsize=64)
-def _places(members: tuple[str, ...]) -> dict[str, int]:
-    return {name: place for place, name in enumerate(members)}
+def _hash(name: str) -> int:
+    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little")
 
 
 @spec
 class Shard:
-    """One shard as planned with: its address, rows, and the file that holds its index."""
+    """One shard as planned with.
+
+    `stamp` says what its files looked like when it was scanned, `digest` is the SHA-256 of their contents, `index` the
+    address of its `ShardIndex`; `bytes` of its files, `characters` and `pictures` of its rows as far as the scan knows.
+    """
 
     uri: str
     rows: int
     index: str
     stamp: str
+    digest: str = ""
+    bytes: int = 0
+    characters: int = 0
+    pictures: int = 0
 
     @property
     def name(self) -> str:
@@ -84,64 +128,233 @@ class Manifest:
 
     @property
     def fingerprint(self) -> str:
-        text = "\n".join(f"{shard.name} {shard.rows} {shard.stamp}" for shard in self.shards)
+        """Equal for the same rows with the same contents, wherever they lie."""
+        text = "\n".join(f"{shard.name} {shard.rows} {shard.digest}" for shard in self.shards)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 class Scannable(Protocol):
-    """What `index` asks of a corpus."""
+    """What indexing asks of a corpus."""
 
     @property
     def name(self) -> str: ...
 
-    def scan(self, uri: str) -> ShardIndex: ...
+    @property
+    def kind(self) -> str: ...
+
+    def files(self, uri: str) -> tuple[str, ...]: ...
+
+    def scan(self, uri: str, open: Opener) -> ShardIndex: ...
 
 
-def index(corpus: Scannable, uris: Iterable[str], cache: str) -> Manifest:
-    """Manifest of `corpus` over `uris` in the order given, from `cache` where the shard is unchanged.
+@spec
+class Planned:
+    """What is known of a corpus: for each address the shard as it was scanned, or None where it must be scanned (again).
+
+    `changed` says of those that are not what they were what they were and are.
+    """
+
+    corpus: str
+    uris: tuple[str, ...]
+    known: tuple[Shard | None, ...]
+    changed: dict[str, str]
+
+    @property
+    def missing(self) -> tuple[str, ...]:
+        return tuple(uri for uri, shard in zip(self.uris, self.known, strict=True) if shard is None)
+
+
+def plan(corpus: Scannable, uris: Iterable[str], homes: Sequence[str]) -> Planned:
+    """Look every shard's files up, and compare with what the homes have written down.
 
     Raises FileNotFoundError naming the corpus and the shard that is not there.
     """
-    shards = []
+    uris = tuple(uris)
+    stamps = _stamps(corpus, uris)
+    tables = [_table(_folder(corpus, home)) for home in homes]
+    changed: dict[str, str] = {}
+    current: list[Shard | None] = []
     for uri in uris:
-        stamp = _stamp(corpus, uri)
-        file = Path(cache) / f"{corpus.name}-{hashlib.sha256(f'{uri} {stamp}'.encode()).hexdigest()[:20]}.npz"
-        if not file.is_file():
-            _save(corpus.scan(uri), file)
-        shards.append(Shard(uri=uri, rows=_load(str(file)).rows, index=str(file), stamp=stamp))
-    return Manifest(corpus=corpus.name, shards=tuple(shards))
+        entries = [table[uri] for table in tables if uri in table]
+        current.append(next((shard for shard in entries if shard.stamp == stamps[uri]), None))
+        if entries and current[-1] is None:
+            changed[uri] = f"{entries[0].stamp} when it was indexed, {stamps[uri]} now (size:version of its files)"
+    return Planned(corpus=corpus.name, uris=uris, known=tuple(current), changed=changed)
 
 
-def _stamp(corpus: Scannable, uri: str) -> str:
-    """Changes when the shard does: the size and time that its storage tells, and how it is read."""
-    filesystem, path = fsspec.core.url_to_fs(uri)
-    try:
-        info = filesystem.info(path)
-    except (FileNotFoundError, OSError) as error:
-        raise FileNotFoundError(
-            f"corpus {corpus.name!r}: no shard {uri} ({type(error).__name__}); "
-            "check this corpus's path under [corpora] in the site file"
-        ) from error
-    written = info.get("mtime") or info.get("ETag") or info.get("LastModified")
-    return hashlib.sha256(f"{info['size']} {written} {type(corpus).__name__}".encode()).hexdigest()[:12]
+def scan(corpus: Scannable, uri: str, home: str) -> Shard:
+    """Read one shard from beginning to end, write its index to `home`, and say what it holds.
+
+    Raises ValueError when the file is not in the corpus's format, StorageError.
+    """
+    stamp = _stamps(corpus, (uri,))[uri]
+    files: dict[str, _Hashed] = {}
+
+    def opener(part: str) -> IO[bytes]:
+        files[part] = _Hashed(storage.open_file(part))
+        return io.BufferedReader(files[part], 2**20)
+
+    found = corpus.scan(uri, opener)
+    digest = hashlib.sha256()
+    for part in corpus.files(uri):
+        if part not in files:
+            files[part] = _Hashed(storage.open_file(part))
+        digest.update(files[part].finish())
+    index = f"{_folder(corpus, home)}/{hashlib.sha256(f'{uri} {stamp}'.encode()).hexdigest()[:24]}.npz"
+    _save(found, index)
+    return Shard(
+        uri=uri,
+        rows=found.rows,
+        index=index,
+        stamp=stamp,
+        digest=digest.hexdigest(),
+        bytes=sum(file.hashed for file in files.values()),
+        characters=int(found.characters.sum()),
+        pictures=len(found.pictures),
+    )
 
 
-def _save(found: ShardIndex, file: Path) -> None:
+def save(corpus: Scannable, shards: Iterable[Shard], home: str) -> None:
+    """Write the table of shards to `home`, beside those of other addresses that it knows already."""
+    folder = _folder(corpus, home)
+    table = _table(folder) | {shard.uri: shard for shard in shards}
+    columns = {name: [getattr(shard, name) for shard in table.values()] for name in _COLUMNS}
     buffer = io.BytesIO()
-    spans = found.spans if found.spans is not None else np.zeros((0, 2), np.int64)
-    np.savez(buffer, starts=found.starts, members=np.array(found.members, dtype=np.str_), spans=spans)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    scratch = file.with_suffix(f".{os.getpid()}.part")
-    scratch.write_bytes(buffer.getvalue())
-    scratch.replace(file)
+    pyarrow.parquet.write_table(pa.table(columns), buffer)
+    storage.write(f"{folder}/shards.parquet", buffer.getvalue())
 
 
-@lru_cache(maxsize=256)
-def _load(file: str) -> ShardIndex:
-    with np.load(file, allow_pickle=False) as arrays:
-        return ShardIndex(
-            starts=arrays["starts"], members=tuple(str(name) for name in arrays["members"]), spans=arrays["spans"]
-        )
+def index(corpus: Scannable, uris: Iterable[str], *homes: str) -> Manifest:
+    """The corpus's manifest, its unknown shards scanned here, one after the other, and kept in the last home."""
+    planned = plan(corpus, uris, homes)
+    return finish(corpus, planned, [scan(corpus, uri, homes[-1]) for uri in planned.missing], homes[-1])
+
+
+def finish(corpus: Scannable, planned: Planned, scanned: Sequence[Shard], home: str) -> Manifest:
+    """The manifest of a plan whose missing shards have been scanned; the new ones are kept in `home`."""
+    if scanned:
+        save(corpus, scanned, home)
+    fresh = {shard.uri: shard for shard in scanned}
+    shards = tuple(shard or fresh[uri] for uri, shard in zip(planned.uris, planned.known, strict=True))
+    return Manifest(corpus=corpus.name, shards=shards)
+
+
+def beside(uri: str) -> str:
+    """The home that lies in the corpus's own folder."""
+    return f"{uri.rsplit('/', 1)[0]}/.mllm"
+
+
+_COLUMNS = ("uri", "rows", "index", "stamp", "digest", "bytes", "characters", "pictures")
+
+
+def _folder(corpus: Scannable, home: str) -> str:
+    return f"{home.rstrip('/')}/{corpus.name}-{corpus.kind}"
+
+
+def _table(folder: str) -> dict[str, Shard]:
+    try:
+        data = storage.read(f"{folder}/shards.parquet")
+    except FileNotFoundError:
+        return {}
+    rows = pyarrow.parquet.read_table(io.BytesIO(data)).to_pylist()
+    return {row["uri"]: Shard(**row) for row in rows}
+
+
+def _stamps(corpus: Scannable, uris: Sequence[str]) -> dict[str, str]:
+    """What changes when a shard does: size and version of each of its files, as its storage tells."""
+    parts = {uri: corpus.files(uri) for uri in uris}
+    found = _stats(corpus, [part for files in parts.values() for part in files])
+    return {uri: " ".join(f"{found[p].size}:{found[p].version}" for p in files) for uri, files in parts.items()}
+
+
+def _stats(corpus: Scannable, files: Sequence[str]) -> dict[str, Stat]:
+    """One listing for each folder that many files lie in, one question for each other file."""
+    folders: dict[str, list[str]] = {}
+    for file in files:
+        folders.setdefault(file.rpartition("/")[0], []).append(file)
+    found: dict[str, Stat] = {}
+    for folder, inside in folders.items():
+        if len(inside) > LISTED and storage.scheme(folder) != "file":
+            found |= storage.glob(f"{folder}/*")
+    for file in files:
+        if file not in found:
+            try:
+                found[file] = storage.stat(file)
+            except (FileNotFoundError, NotADirectoryError) as error:
+                raise FileNotFoundError(
+                    f"corpus {corpus.name!r}: no shard {file}; check this corpus's path under [corpora] in the site file"
+                ) from error
+    return found
+
+
+LISTED = 8
+"""Files of one folder on remote storage beyond which the folder is listed instead of asking for each."""
+
+
+class _Hashed(io.RawIOBase):
+    """A file that is hashed as it is read, whatever its reader skips or reads twice."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self.file = file
+        self.hashed = 0
+        self.at = 0
+        self.digest = hashlib.sha256()
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self.at
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self.at = self.file.seek(offset, whence) if whence == io.SEEK_END else offset + (self.at if whence else 0)
+        return self.at
+
+    def readinto(self, buffer: Any) -> int:
+        if self.at > self.hashed:
+            self._hash_up_to(self.at)
+        self.file.seek(self.at)
+        data = self.file.read(len(buffer))
+        buffer[: len(data)] = data
+        fresh = data[self.hashed - self.at :] if self.at + len(data) > self.hashed else b""
+        self.digest.update(fresh)
+        self.hashed += len(fresh)
+        self.at += len(data)
+        return len(data)
+
+    def _hash_up_to(self, stop: int) -> None:
+        self.file.seek(self.hashed)
+        while self.hashed < stop and (data := self.file.read(min(2**20, stop - self.hashed))):
+            self.digest.update(data)
+            self.hashed += len(data)
+
+    def finish(self) -> bytes:
+        """The digest of the whole file, what was not read yet included."""
+        self._hash_up_to(2**63 - 1)
+        self.file.close()
+        return self.digest.digest()
+
+
+def _save(found: ShardIndex, uri: str) -> None:
+    buffer = io.BytesIO()
+    np.savez(
+        buffer,
+        starts=found.starts,
+        names=found.names,
+        spans=found.spans,
+        characters=found.characters,
+        pictures=found.pictures,
+    )
+    storage.write(uri, buffer.getvalue())
+
+
+@lru_cache(maxsize=64)
+def _load(uri: str) -> ShardIndex:
+    with np.load(io.BytesIO(storage.read(uri)), allow_pickle=False) as arrays:
+        return ShardIndex(**{name: arrays[name] for name in ("starts", "names", "spans", "characters", "pictures")})
 
 
 def expand(pattern: str) -> list[str]:
@@ -158,9 +371,8 @@ def expand(pattern: str) -> list[str]:
         numbers = range(int(first), int(last) + 1)
         return [address for i in numbers for address in expand(f"{head}{i:0{len(first)}d}{tail}")]
     if "*" in pattern:
-        filesystem, path = fsspec.core.url_to_fs(pattern)
-        found = sorted(filesystem.unstrip_protocol(p) if "://" in pattern else p for p in filesystem.glob(path))
+        found = list(storage.glob(pattern))
         if not found:
             raise FileNotFoundError(f"no file matches {pattern}")
-        return [str(p) for p in found]
+        return found
     return [pattern]

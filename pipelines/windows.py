@@ -18,11 +18,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from pipelines import packing, tiling
+from pipelines import packing, storage, tiling
 from pipelines.chat import Template
 from pipelines.corpora import Corpus
 from pipelines.encode import Encoder, TextCodec
 from pipelines.order import Order
+from pipelines.storage import Storage
 from pipelines.tiling import Tiling
 from pipelines.types import (
     Budget,
@@ -60,6 +61,7 @@ class Stream:
     loss_weights: tuple[float, ...]
     grouping: packing.Grouping = "mixed"
     limits: Limits = Limits()
+    storage: Storage = Storage()
 
     @property
     def windows(self) -> int | None:
@@ -88,6 +90,7 @@ class PackWindows:
 
     def __init__(self, stream: Stream) -> None:
         self.stream = stream
+        storage.use(stream.storage)
 
     @cached_property
     def encoder(self) -> Encoder:

@@ -23,6 +23,7 @@ from mllm.recipe import Recipe, Steps
 from mllm.recipes import by_name
 from pipelines.types import Budget, VisionLayout
 from pipelines.windows import PackWindows, Stream
+from tests.s3 import Server, running
 
 ROOT = Path(__file__).resolve().parent.parent
 CORPUS = ROOT / "examples" / "corpus"
@@ -70,6 +71,13 @@ def layout() -> VisionLayout:
 @pytest.fixture
 def budget() -> Budget:
     return Budget(tokens=256, tiles=6)
+
+
+@pytest.fixture(scope="session")
+def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """One real S3 server for every test that needs it."""
+    with running(tmp_path_factory.mktemp("s3")) as server:
+        yield server
 
 
 @pytest.fixture(scope="session")

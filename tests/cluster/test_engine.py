@@ -110,7 +110,7 @@ def test_bfloat16_follows_float32(recipe: Recipe, stream: Stream, tmp_path: Path
 
 
 def test_a_half_written_checkpoint_is_never_read(tmp_path: Path, recipe: Recipe, stream: Stream) -> None:
-    on_ranks(1, train, recipe, recipe.stage("align"), stream, 1, str(tmp_path), False)
+    on_ranks(1, train, recipe, recipe.stage("pretrain"), stream, 1, str(tmp_path), False)
     (tmp_path / "step-000009").mkdir()
     (tmp_path / "step-000009" / "state.json").write_text("{}")
     found = checkpoint.latest(tmp_path, "f", "o")

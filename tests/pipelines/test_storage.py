@@ -1,0 +1,123 @@
+"""Bytes from a real S3 server, as from a disk; and what happens when it fails for a moment, or for good."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from pipelines import storage
+from pipelines.storage import Storage, StorageError
+from tests.s3 import BUCKET, Proxy, Server
+
+DATA = bytes(range(256)) * 400
+
+
+@pytest.fixture(params=["disk", "s3"])
+def root(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+    """A folder on each kind of storage, with a few files."""
+    if request.param == "disk":
+        home = str(tmp_path)
+    else:
+        server: Server = request.getfixturevalue("s3")
+        storage.use(server.storage)
+        home = f"s3://{BUCKET}/{tmp_path.name}"
+    for name in ("a.bin", "b.bin", "deep/c.bin"):
+        storage.write(f"{home}/{name}", DATA + name.encode())
+    yield home
+    storage.use(Storage())
+
+
+def test_ranges_listings_and_whole_files(root: str) -> None:
+    whole = DATA + b"a.bin"
+    assert storage.read(f"{root}/a.bin") == whole
+    assert storage.read(f"{root}/a.bin", 1000, 1010) == whole[1000:1010]
+    assert storage.read(f"{root}/a.bin", len(whole) - 3, len(whole) + 99) == b"bin"
+    assert storage.stat(f"{root}/a.bin").size == len(whole)
+    assert [name.rsplit("/", 1)[1] for name in storage.glob(f"{root}/*.bin")] == ["a.bin", "b.bin"]
+    assert storage.exists(f"{root}/deep/c.bin")
+    assert not storage.exists(f"{root}/deep/d.bin")
+
+
+def test_many_ranges_come_back_in_order_and_what_is_not_there_as_none(root: str) -> None:
+    wanted = [(f"{root}/{'ab'[i % 2]}.bin", 7 * i, 7 * i + 5) for i in range(40)]
+    found = storage.read_many([*wanted, (f"{root}/none.bin", 0, 1), (f"{root}/deep", None, None)])
+    assert found == [*((DATA * 2)[start:stop] for _, start, stop in wanted), None, None]
+
+
+def test_an_opened_file_is_read_and_sought_in(root: str) -> None:
+    with storage.open_file(f"{root}/b.bin") as file:
+        assert file.read(10) == DATA[:10]
+        file.seek(5000)
+        assert file.read(10) == DATA[5000:5010]
+        assert len(file.read()) == len(DATA) + 5 - 5010
+
+
+def test_a_file_that_is_written_again_has_another_version(root: str) -> None:
+    before = storage.stat(f"{root}/a.bin")
+    time.sleep(0.01)
+    storage.write(f"{root}/a.bin", DATA[::-1])
+    after = storage.stat(f"{root}/a.bin")
+    assert after != before
+    assert storage.read(f"{root}/a.bin") == DATA[::-1]
+
+
+def test_what_is_not_there_is_said_at_once(root: str) -> None:
+    started = time.monotonic()
+    with pytest.raises(FileNotFoundError):
+        storage.read(f"{root}/none.bin")
+    assert time.monotonic() - started < storage.PAUSE * 2
+
+
+@pytest.fixture
+def proxy(s3: Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
+    storage.use(s3.storage)
+    storage.write(f"s3://{BUCKET}/steady.bin", DATA)
+    monkeypatch.setattr(storage, "PAUSE", 0.02)
+    proxy = Proxy(s3.port)
+    storage.use(proxy.storage())
+    yield proxy
+    proxy.close()
+    storage.use(Storage())
+
+
+@pytest.mark.parametrize("fault", ["refuse", "503", "truncate"])
+def test_a_passing_fault_is_tried_again_and_changes_nothing(proxy: Proxy, fault: str) -> None:
+    proxy.faults += [fault, fault, ""]
+    assert storage.read(f"s3://{BUCKET}/steady.bin", 100, 5000) == DATA[100:5000]
+    assert proxy.met == [fault, fault, ""]
+
+
+def test_one_of_many_requests_that_fails_is_tried_again_alone(proxy: Proxy) -> None:
+    proxy.faults += ["", "503", ""]
+    found = storage.read_many([(f"s3://{BUCKET}/steady.bin", i, i + 9) for i in range(3)])
+    assert found == [DATA[i : i + 9] for i in range(3)]
+    assert len(proxy.met) == 4
+
+
+def test_a_server_that_says_nothing_meets_its_deadline(proxy: Proxy) -> None:
+    storage.use(proxy.storage(deadline=0.5))
+    proxy.faults += ["silent"]
+    started = time.monotonic()
+    assert storage.read(f"s3://{BUCKET}/steady.bin", 0, 10) == DATA[:10]
+    assert 0.4 < time.monotonic() - started < 10
+
+
+def test_an_outage_ends_with_words_about_storage_not_data(proxy: Proxy) -> None:
+    proxy.faults += ["503"] * 99
+    with pytest.raises(StorageError, match=r"steady\.bin: no answer in 5 attempts, .* not the data"):
+        storage.read(f"s3://{BUCKET}/steady.bin")
+    assert len(proxy.met) == storage.ATTEMPTS
+
+
+def test_a_wrong_secret_is_refused_at_once_and_never_shown(s3: Server) -> None:
+    wrong = Storage(endpoint=s3.storage.endpoint, region="us-east-1", key="loopback-key", secret="not-the-secret")
+    storage.use(wrong)
+    try:
+        with pytest.raises(PermissionError) as refused:
+            storage.read(f"s3://{BUCKET}/ready")
+        assert "not-the-secret" not in f"{refused.value} {wrong!r} {wrong}"
+    finally:
+        storage.use(Storage())
