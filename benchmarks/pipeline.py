@@ -79,7 +79,7 @@ def make_stream(folder: Path, uris: list[str]) -> Stream:
         corpora=(corpus,),
         tiling=TILING,
         template=ChatML(),
-        layout=VisionLayout(tile=336, tokens_per_tile=576),
+        layout=VisionLayout(shape=(3, 336, 336), tokens_per_tile=576),
         budget=Budget(tokens=4096, tiles=8),
         tokenizer=load_site(str(EXAMPLE)).folder("example-bpe"),
         bos="<|endoftext|>",
@@ -96,7 +96,9 @@ def bare(stream: Stream, windows: range) -> Iterator[int]:
             for member in archive:
                 body = archive.extractfile(member) if member.name.endswith(".jpg") else None
                 if body:
-                    stream.tiling.cut(images.decode(body.read(), target=TILING.size))
+                    data = body.read()
+                    cut = TILING.cut(*images.header(data))
+                    TILING.tile(images.decode(data, TILING.target(cut)), cut)
                     count += 1
         yield count
 

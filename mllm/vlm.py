@@ -27,8 +27,13 @@ class VLM:
 
     def layout(self, tiling: Tiling) -> VisionLayout:
         """The numbers that the pipeline needs. Raises ValueError when tiling and encoder do not fit."""
+        if tiling.join != "tiles":
+            raise ValueError(
+                f"tiling {tiling.kind!r} needs features joined as {tiling.join!r}, and this model lays tiles one after the "
+                "other; take resize, pad or dynamic_tiles"
+            )
         patches = self.encoder.arch.tokens(tiling.size)
-        return VisionLayout(tile=tiling.size, tokens_per_tile=self.connector.tokens(patches))
+        return VisionLayout(shape=tiling.shape, tokens_per_tile=self.connector.tokens(patches))
 
     def build(self, folder: Folder = str) -> VisionLanguageModel:
         """The module, float32, on the current default device; `folder` finds the weights that the parts name."""

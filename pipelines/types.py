@@ -8,6 +8,7 @@ Shape letters: T tokens of a pack, S documents in it, N tiles, I images, H x W p
 
 from __future__ import annotations
 
+import math
 import zlib
 from dataclasses import dataclass
 from enum import StrEnum
@@ -215,8 +216,10 @@ class Document:
 class Cut:
     """How one picture is cut, known from its size alone: a grid of tiles, and perhaps the whole picture beside it.
 
-    `height` and `width` are the picture's own, `canvas` the (height, width) that it is resized to for the grid. A tiling of
-    fixed tiles has `rows * cols` of them; one of patches has `canvas` / `patch` patches instead, and the same of `overview`.
+    `height` and `width` are the picture's own, `canvas` the (height, width) that it is resized to for the grid, so that each
+    slice of it is `canvas` / (`rows`, `cols`). A tiling of fixed tiles has `rows * cols` of them and one for `overview`; one
+    of patches has `canvas` / `patch` patches instead, and the same of `overview`. With `scales` the picture is cut once
+    at each: scale s gives s x s tiles, and the grid is that of the largest.
     """
 
     height: int
@@ -226,13 +229,29 @@ class Cut:
     canvas: tuple[int, int]
     overview: tuple[int, int] | None = None
     patch: int | None = None
+    scales: tuple[int, ...] = ()
 
     @property
     def tiles(self) -> int:
         """Rows that the picture takes in a pack's `tiles`: what the tile budget counts."""
+        if self.scales:
+            return sum(scale * scale for scale in self.scales)
         if self.patch is None:
             return self.rows * self.cols + (self.overview is not None)
         return sum(h // self.patch * (w // self.patch) for h, w in (self.canvas, self.overview or (0, 0)))
+
+    def unpadded(self, side: int) -> tuple[int, int, int, int]:
+        """Top, left, rows and columns of the features that show the picture, each tile of the grid having side x side.
+
+        The picture lies in the middle of the canvas, its aspect kept, and the features beside it show padding (LLaVA-NeXT's
+        `unpad_image`, in whole numbers: both margins are cut by the smaller of the two).
+        """
+        high, wide = self.rows * side, self.cols * side
+        if self.width * high > self.height * wide:
+            top = (high - self.height * wide // self.width) // 2
+            return top, 0, high - 2 * top, wide
+        left = (wide - self.width * high // self.height) // 2
+        return 0, left, high, wide - 2 * left
 
 
 @spec
@@ -276,16 +295,96 @@ class Tiled:
     segments: tuple[Text | Tiles, ...]
 
 
+Join = Literal["tiles", "unpad", "scales", "slices", "patches"]
+"""How the features of a picture's tiles become its run of tokens; `VisionLayout.tokens` says what each one counts."""
+
+
+@spec
+class Separators:
+    """Positions of a picture that hold marks beside its features; the model owns their embeddings.
+
+    `picture`: around the whole (Qwen-VL's `<img>` and `</img>`: 2). `slice`: around the overview and each slice (MiniCPM-V's
+    start and end: 2). `group`: around all the slices together, where there are several (MiniCPM-V 2.0: 2). `column`: between
+    neighbours in a row of slices (LLaVA-UHD's comma: 1). `row`: between two rows of slices (their newline: 1).
+    """
+
+    picture: int = 0
+    slice: int = 0
+    group: int = 0
+    column: int = 0
+    row: int = 0
+
+
 @spec
 class VisionLayout:
-    """All that the pipeline must know of a model: the side of its tiles in pixels and the tokens each one becomes."""
+    """All that the pipeline must know of a model: the shape of one row of `tiles` and the tokens that a picture becomes.
 
-    tile: int
+    `shape` is (3, side, side) for fixed tiles and (3 * patch * patch,) for patches. `merge` is the side of the square of
+    patches that becomes one token where `join` is "patches". Raises ValueError when the numbers contradict one another.
+    """
+
+    shape: tuple[int, ...]
     tokens_per_tile: int
+    join: Join = "tiles"
+    merge: int = 1
+    separators: Separators = Separators()
 
-    def tokens(self, tiles: int) -> int:
-        """Positions that an image of `tiles` tiles takes in the sequence; the planner, packer and model all ask here."""
-        return tiles * self.tokens_per_tile
+    def __post_init__(self) -> None:
+        if self.join == "unpad" and self.side**2 != self.tokens_per_tile:
+            raise ValueError(
+                f"join='unpad' cuts margins off a square of features, and {self.tokens_per_tile} tokens a tile are none; "
+                "take a connector that keeps the grid"
+            )
+
+    @property
+    def tile(self) -> int:
+        """Side of a fixed tile in pixels. Raises ValueError where the rows of `tiles` are patches."""
+        if len(self.shape) != 3:
+            raise ValueError(
+                f"rows of {self.shape[0]} numbers are patches, which have no side as tiles do; use `shape`"
+            )
+        return self.shape[-1]
+
+    @property
+    def side(self) -> int:
+        """Side of the square of tokens that a tile becomes, rounded down."""
+        return math.isqrt(self.tokens_per_tile)
+
+    def tokens(self, cut: Cut | int) -> int:
+        """Positions that a picture takes in the sequence; the planner, packer and model all ask here.
+
+        tiles: every tile's tokens, one after the other. unpad: the overview's, then the grid's without its padding and one
+        newline a row; a tile alone has no newline. scales: those of one tile, scales being joined over channels.
+        slices: `tokens_per_tile` for the overview and for each slice, whatever their shapes. patches: one a square of `merge`
+        x `merge` patches. Separators are added to each. An int counts tiles whose tokens are simply added.
+        """
+        if isinstance(cut, int):
+            return cut * self.tokens_per_tile
+        return self.separators.picture + self._features(cut)
+
+    def _features(self, cut: Cut) -> int:
+        match self.join:
+            case "tiles":
+                return cut.tiles * self.tokens_per_tile
+            case "unpad":
+                if cut.overview is None:
+                    return cut.tiles * self.tokens_per_tile
+                _, _, rows, cols = cut.unpadded(self.side)
+                return self.tokens_per_tile + rows * (cols + 1)
+            case "scales":
+                return self.tokens_per_tile
+            case "slices":
+                return self._slices(cut)
+            case "patches":
+                square = (cut.patch or 1) * self.merge
+                return cut.canvas[0] // square * (cut.canvas[1] // square)
+
+    def _slices(self, cut: Cut) -> int:
+        marks = self.separators
+        slices = cut.rows * cut.cols
+        each = (slices + (cut.overview is not None)) * (self.tokens_per_tile + marks.slice)
+        between = marks.column * cut.rows * (cut.cols - 1) + marks.row * (cut.rows - 1)
+        return each + between + (marks.group if slices > 1 else 0)
 
 
 @spec
