@@ -27,7 +27,7 @@ LEAST_DECODED = 0.9
 FORMATS = ("PNG", "GIF", "WEBP", "BMP", "TIFF", "JPEG2000", "AVIF", "PPM", "ICO")
 """What Pillow may open beside JPEG. Its other formats have no place on web pages, and some start other programs."""
 
-ORIENTATION = 0x0112  # the EXIF tag
+ORIENTATION = 0x0112  # the tag in EXIF
 
 PILImage.MAX_IMAGE_PIXELS = MAX_PIXELS  # Pillow's own guard acts before our count, and must not be the narrower one
 
@@ -79,11 +79,12 @@ def decode(data: bytes, target: tuple[int, int] | None = None) -> UInt8[Tensor, 
 def _jpeg_header(data: bytes) -> tuple[int, int, str]:
     try:
         height, width, colour, _ = simplejpeg.decode_jpeg_header(data, strict=False)
-    except ValueError as error:
-        raise TruncatedImage(str(error)) from error
+    except (ValueError, KeyError) as error:  # KeyError: it found no colours
+        raise TruncatedImage(f"no sound JPEG header: {error}") from error
+    height, width = int(height), int(width)
     if height * width > MAX_PIXELS:
         raise HugeImage(f"{width} x {height}")
-    return int(height), int(width), str(colour)
+    return height, width, str(colour)
 
 
 def _jpeg_segments(data: bytes) -> Iterator[tuple[int, int, int]]:
@@ -183,7 +184,7 @@ def _from_inverted_cmyk(array: NDArray[np.uint8]) -> NDArray[np.uint8]:
 
 
 def _open(data: bytes) -> PILImage.Image:
-    """Pillow's picture, its header read. Raises NotAnImage or HugeImage."""
+    """Pillow's picture, its header read. Raises NotAnImage, TruncatedImage or HugeImage."""
     try:
         picture = PILImage.open(io.BytesIO(data), formats=FORMATS)
         if getattr(picture, "default_image", False):
@@ -192,6 +193,8 @@ def _open(data: bytes) -> PILImage.Image:
         raise HugeImage(str(error)) from error
     except PILImage.UnidentifiedImageError as error:
         raise NotAnImage(f"first bytes are {data[:8]!r}") from error
+    except OSError as error:
+        raise TruncatedImage(str(error)) from error
     except Exception as error:  # Pillow's readers let through whatever hostile bytes make Python raise
         raise NotAnImage(f"first bytes are {data[:8]!r}: {error}") from error
     if picture.width * picture.height > MAX_PIXELS:
@@ -203,17 +206,15 @@ def _open(data: bytes) -> PILImage.Image:
 
 def _orientation(picture: PILImage.Image) -> int:
     """EXIF orientation as known from what precedes the pixels, so that `header` and `decode` agree."""
-    if picture.format == "TIFF":
-        value = picture.getexif().get(ORIENTATION, 1)
-        return value if isinstance(value, int) and 1 <= value <= 8 else 1
     exif = picture.info.get("exif", b"")
-    return _exif_orientation(exif.removeprefix(b"Exif\0\0")) if isinstance(exif, bytes) else 1
+    if picture.format == "TIFF" or not isinstance(exif, bytes):
+        return 1  # Pillow itself turns a TIFF, and tells its size turned
+    return _exif_orientation(exif.removeprefix(b"Exif\0\0"))
 
 
 def _decode_with_pillow(data: bytes) -> UInt8[Tensor, "3 height width"]:
     picture = _open(data)
-    # Pillow itself turns a TIFF while it loads.
-    orientation = 1 if picture.format == "TIFF" else _orientation(picture)
+    orientation = _orientation(picture)
     try:
         picture.load()
         array = _rgb(picture)

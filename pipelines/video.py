@@ -168,8 +168,7 @@ def _quarters(frame: VideoFrame) -> int:
 
 
 def _shown(frame: VideoFrame) -> tuple[int, int]:
-    size = (frame.height, frame.width)
-    return size[::-1] if _quarters(frame) % 2 else size
+    return (frame.width, frame.height) if _quarters(frame) % 2 else (frame.height, frame.width)
 
 
 def _pixels(frame: VideoFrame) -> Tensor:

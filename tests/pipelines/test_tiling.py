@@ -394,8 +394,10 @@ def test_pixels_are_the_tiles_in_order_and_go_where_they_are_told() -> None:
     found = pictures(measure(row, tiling))
     whole = pixels(found, tiling)
     assert whole.shape == (sum(p.cut.tiles for p in found), 3, 28, 28)
-    parts = [tiling.tile(images.decode(p.of.data), p.cut).numpy() for p in found if isinstance(p.of, Image)]
-    assert np.array_equal(whole, np.concatenate(parts))
+    parts = [
+        tiling.tile(images.decode(p.of.data, tiling.target(p.cut)), p.cut) for p in found if isinstance(p.of, Image)
+    ]
+    assert np.array_equal(whole, torch.cat(parts).numpy())
     room = np.zeros((len(whole) + 1, 3, 28, 28), np.uint8)
     assert pixels(found, tiling, room[1:]).base is not None
     assert np.array_equal(room[1:], whole)
