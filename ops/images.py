@@ -8,6 +8,8 @@ from __future__ import annotations
 import io
 import struct
 from collections.abc import Iterator
+from contextlib import suppress
+from functools import partial
 
 import numpy as np
 import simplejpeg
@@ -152,13 +154,13 @@ def _decode_jpeg(data: bytes, target: tuple[int, int] | None) -> Tensor:
 
 def _jpeg_array(data: bytes, colours: str, least: tuple[int, int]) -> NDArray[np.uint8]:
     """uint8 (h, w, channels), strictly or else as `decode` says. Raises TruncatedImage."""
-    for attempt in (data, data + b"\xff\xd9"):
-        try:
-            return simplejpeg.decode_jpeg(attempt, colours, min_height=least[0], min_width=least[1])
-        except ValueError:
-            continue
+    decode = partial(simplejpeg.decode_jpeg, colorspace=colours, min_height=least[0], min_width=least[1])
+    with suppress(ValueError):
+        return decode(data)
+    with suppress(ValueError):
+        return decode(data + b"\xff\xd9")
     try:
-        array = simplejpeg.decode_jpeg(data, colours, min_height=least[0], min_width=least[1], strict=False)
+        array = decode(data, strict=False)
     except ValueError as error:
         raise TruncatedImage(str(error)) from error
     # What was never read is left mid-grey, from some row to the bottom.
@@ -246,15 +248,21 @@ def _eight_bits(values: NDArray) -> NDArray[np.uint8]:
     return ((values.astype(np.uint32) * 255 + 32767) // 65535).astype(np.uint8)
 
 
-def resize(pixels: UInt8[Tensor, "3 h w"], height: int, width: int) -> UInt8[Tensor, "3 height width"]:
-    """Antialiased bicubic resize, ignoring the aspect ratio."""
-    if pixels.shape[1:] == (height, width):
-        return pixels
+def resize(
+    pixels: UInt8[Tensor, "3 h w"], height: int, width: int, out: UInt8[Tensor, "3 height width"] | None = None
+) -> UInt8[Tensor, "3 height width"]:
+    """Antialiased bicubic resize, ignoring the aspect ratio; straight into `out`, of any strides, when given."""
     if 1 < pixels.stride(1) < pixels.stride(2):  # a transposed picture: cheaper to transpose the small one
-        return resize(pixels.mT, width, height).mT
+        return resize(pixels.mT, width, height, None if out is None else out.mT).mT
+    if pixels.shape[1:] == (height, width):
+        return pixels if out is None else out.copy_(pixels)
     # Channels last is the layout of torch's fast uint8 kernel, and what decoders give.
     batch = pixels.unsqueeze(0).contiguous(memory_format=torch.channels_last)
-    return F.interpolate(batch, (height, width), mode="bicubic", antialias=True)[0]
+    if out is None:
+        return F.interpolate(batch, (height, width), mode="bicubic", antialias=True)[0]
+    # What `interpolate` calls, which has no `out` itself.
+    torch.ops.aten._upsample_bicubic2d_aa.out(batch, (height, width), False, None, None, out=out.unsqueeze(0))
+    return out
 
 
 def letterbox(
@@ -271,7 +279,7 @@ def letterbox(
         channel[top + height :].fill_(value)
         channel[top : top + height, :left].fill_(value)
         channel[top : top + height, left + width :].fill_(value)
-    out[:, top : top + height, left : left + width] = resize(pixels, height, width)
+    resize(pixels, height, width, out[:, top : top + height, left : left + width])
     return out
 
 
