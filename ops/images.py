@@ -248,21 +248,16 @@ def _eight_bits(values: NDArray) -> NDArray[np.uint8]:
     return ((values.astype(np.uint32) * 255 + 32767) // 65535).astype(np.uint8)
 
 
-def resize(
-    pixels: UInt8[Tensor, "3 h w"], height: int, width: int, out: UInt8[Tensor, "3 height width"] | None = None
-) -> UInt8[Tensor, "3 height width"]:
-    """Antialiased bicubic resize, ignoring the aspect ratio; straight into `out`, of any strides, when given."""
-    if 1 < pixels.stride(1) < pixels.stride(2):  # a transposed picture: cheaper to transpose the small one
-        return resize(pixels.mT, width, height, None if out is None else out.mT).mT
+def resize(pixels: UInt8[Tensor, "3 h w"], height: int, width: int) -> UInt8[Tensor, "3 height width"]:
+    """Antialiased bicubic resize, ignoring the aspect ratio. Of unchanged size, `pixels` themselves are returned."""
     if pixels.shape[1:] == (height, width):
-        return pixels if out is None else out.copy_(pixels)
-    # Channels last is the layout of torch's fast uint8 kernel, and what decoders give.
+        return pixels
+    if 1 < pixels.stride(1) < pixels.stride(2):  # a transposed picture: cheaper to transpose the small one
+        return resize(pixels.mT, width, height).mT
+    # Channels last is the layout of torch's fast uint8 kernel, and what decoders give. (Its `out=` variant would spare a small
+    # copy, and writes wrong pixels into strided views when only one side changes.)
     batch = pixels.unsqueeze(0).contiguous(memory_format=torch.channels_last)
-    if out is None:
-        return F.interpolate(batch, (height, width), mode="bicubic", antialias=True)[0]
-    # What `interpolate` calls, which has no `out` itself.
-    torch.ops.aten._upsample_bicubic2d_aa.out(batch, (height, width), False, None, None, out=out.unsqueeze(0))
-    return out
+    return F.interpolate(batch, (height, width), mode="bicubic", antialias=True)[0]
 
 
 def letterbox(
@@ -279,7 +274,7 @@ def letterbox(
         channel[top + height :].fill_(value)
         channel[top : top + height, :left].fill_(value)
         channel[top : top + height, left + width :].fill_(value)
-    resize(pixels, height, width, out[:, top : top + height, left : left + width])
+    out[:, top : top + height, left : left + width] = resize(pixels, height, width)
     return out
 
 

@@ -68,9 +68,6 @@ def _rows(cut: Cut, shape: tuple[int, ...], out: Tensor | None) -> Tensor:
 
 def _squash(pixels: Tensor, size: Size, rows: int, cols: int, out: Tensor) -> None:
     """Resize to `size`, ignoring the aspect ratio, and write the rows x cols tiles into `out`, row by row."""
-    if rows * cols == 1:
-        images.resize(pixels, *size, out[0])
-        return
     tiles = images.grid(images.resize(pixels, *size), rows, cols)
     out.view(tiles.shape).copy_(tiles)
 
