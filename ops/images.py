@@ -269,11 +269,11 @@ def letterbox(
     """Resize to `size` (height, width) and lay the picture in the middle of `out`, whose margins get the colour `fill`."""
     height, width = size
     top, left = (out.shape[1] - height) // 2, (out.shape[2] - width) // 2
-    for channel, value in zip(out, fill, strict=True):
-        channel[:top].fill_(value)
-        channel[top + height :].fill_(value)
-        channel[top : top + height, :left].fill_(value)
-        channel[top : top + height, left + width :].fill_(value)
+    colour = torch.tensor(fill, dtype=torch.uint8).view(3, 1, 1)
+    beside = out[:, top : top + height]
+    for margin in (out[:, :top], out[:, top + height :], beside[:, :, :left], beside[:, :, left + width :]):
+        if margin.numel():
+            margin.copy_(colour)
     out[:, top : top + height, left : left + width] = resize(pixels, height, width)
     return out
 
