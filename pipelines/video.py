@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from itertools import islice, pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -85,18 +86,20 @@ def probe(data: bytes) -> tuple[int, float | None, int, int]:
 
 
 def frames(data: bytes, numbers: Sequence[int]) -> Iterator[Tensor]:
-    """Frames `numbers`, in that order, as uint8 (3, h, w): decoded once from the start, held no longer than needed.
+    """Frames `numbers`, in that order, as uint8 (3, h, w): decoded in one pass, held no longer than needed.
 
+    Where every group of frames starts with a key frame and needs none outside, groups without a wanted frame are passed over.
     Numbers count the frames that the decoder gives, whatever the container's time stamps say. The last frame stands in for a
     later one when at least `LEAST_DECODED` of the frames up to that one came: counts of packets may be off by a few.
     Raises NotAVideo, TruncatedVideo or HugeVideo; ModuleNotFoundError when PyAV is missing.
     """
+    av = _library()
     awaited = Counter(numbers)
     held: dict[int, Tensor] = {}
     due = 0  # place in `numbers` of the frame to be given next
     latest, count = None, 0
     last = max(numbers, default=-1)
-    for number, frame in enumerate(_decoded(_library(), data)):
+    for number, frame in _of_groups(av, data, set(numbers)) or enumerate(_decoded(av, data)):
         if number > last:
             break
         latest, count = frame, number + 1
@@ -159,6 +162,54 @@ def _decoded(av: Any, data: bytes) -> Iterator[VideoFrame]:
         try:
             yield from container.decode(stream)
         except av.FFmpegError:
+            return
+
+
+def _of_groups(av: Any, data: bytes, wanted: set[int]) -> Iterator[tuple[int, VideoFrame]] | None:
+    """Numbered frames of the groups that hold a wanted one; None unless the time stamps show that each group is closed."""
+    with _open(av, data) as container:
+        try:
+            packets = [p for p in container.demux(container.streams.video[0]) if p.size]
+        except av.FFmpegError:
+            return None
+        stamps = [(p.pts, p.is_keyframe) for p in packets if not (p.is_discard or p.is_corrupt)]
+    shown = sorted(pts for pts, _ in stamps if pts is not None)
+    if len(shown) != len(packets) or len(set(shown)) != len(shown) or max(wanted, default=0) >= len(shown):
+        return None
+    starts = [at for at, (_, key) in enumerate(stamps) if key]
+    groups = list(pairwise([*starts, len(stamps)]))
+    if starts[:1] != [0]:
+        return None
+    for start, stop in groups:
+        # A key frame shown after others of its group would mean that those lean on the group before.
+        if sorted(pts for pts, _ in stamps[start:stop] if pts is not None) != shown[start:stop]:
+            return None
+        if stamps[start][0] != shown[start]:
+            return None
+    needed = [(start, stop) for start, stop in groups if any(number in wanted for number in range(start, stop))]
+    if len(needed) == len(groups):
+        return None
+    return _decoded_groups(av, data, needed, {pts: number for number, pts in enumerate(shown)})
+
+
+def _decoded_groups(
+    av: Any, data: bytes, groups: list[tuple[int, int]], numbers: dict[int | None, int]
+) -> Iterator[tuple[int, VideoFrame]]:
+    """Frames of `groups` (ranges of packets, ascending), numbered by their time stamps; up to the first that fails."""
+    with _open(av, data) as container:
+        stream = container.streams.video[0]
+        stream.thread_type = "NONE"
+        packets = (packet for packet in container.demux(stream) if packet.size)
+        at = 0
+        try:
+            for start, stop in groups:
+                group = list(islice(packets, start - at, stop - at))
+                at = stop
+                for packet in (*group, None):  # None: hand out what is still held back
+                    for frame in stream.codec_context.decode(packet):
+                        yield numbers[frame.pts], frame
+                stream.codec_context.flush_buffers()
+        except (av.FFmpegError, KeyError):
             return
 
 

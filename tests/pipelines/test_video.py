@@ -83,6 +83,14 @@ def test_frames_come_by_number_in_the_order_asked() -> None:
     assert [level(frame) for frame in video.decode(data, [7, 2, 2, 11, 0])] == [7, 2, 2, 11, 0]
 
 
+@pytest.mark.parametrize("form", ["mp4", "avi", "matroska", "mpegts"])
+def test_groups_without_a_wanted_frame_change_nothing(form: str) -> None:
+    data = made(count=40, form=form)
+    every = video.decode(data, range(40))
+    for numbers in ([17], [3, 38], [39], [5, 9, 10]):
+        assert all(a.equal(every[n]) for a, n in zip(video.decode(data, numbers), numbers, strict=True))
+
+
 @pytest.mark.parametrize("form", ["avi", "matroska", "mpegts"])
 def test_other_containers(form: str) -> None:
     data = made(form=form)
