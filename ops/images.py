@@ -6,6 +6,7 @@ Resizing is torch's antialiased bicubic on uint8: 2.4 x Pillow's speed and 70 dB
 from __future__ import annotations
 
 import io
+import math
 import struct
 from collections.abc import Iterator
 from contextlib import suppress
@@ -159,10 +160,14 @@ def _jpeg_array(data: bytes, colours: str, least: tuple[int, int]) -> NDArray[np
         return decode(data)
     with suppress(ValueError):
         return decode(data + b"\xff\xd9")
+    # Rows that libjpeg gives up on are not written at all: they must not show what the memory held before.
+    height, width, _ = _jpeg_header(data)
+    room = np.full(height * width * len(colours), 128, np.uint8)
     try:
-        array = decode(data, strict=False)
+        shape = decode(data, strict=False, buffer=room).shape
     except ValueError as error:
         raise TruncatedImage(str(error)) from error
+    array = room[: math.prod(shape)].reshape(shape)
     # What was never read is left mid-grey, from some row to the bottom.
     read = np.flatnonzero((array - np.uint8(127) > 1).any(axis=(1, 2)))
     rows = int(read[-1]) + 1 if len(read) else 0

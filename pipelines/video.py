@@ -75,7 +75,7 @@ def probe(data: bytes) -> tuple[int, float | None, int, int]:
                 frames += packet.size > 0 and not packet.is_discard
                 if frames > MAX_FRAMES:
                     raise HugeVideo(f"more than {MAX_FRAMES} frames; cut it into clips")
-        except av.FFmpegError:
+        except (av.FFmpegError, IndexError):
             pass  # cut short: the frames so far may do
         fps = float(stream.average_rate) if stream.average_rate else None
     first = next(_decoded(av, data), None)
@@ -148,9 +148,10 @@ def _open(av: Any, data: bytes) -> InputContainer:
         container.close()
         raise NotAVideo("the file has no video stream")
     stream = container.streams.video[0]
-    if (stream.width or 0) * (stream.height or 0) > MAX_PIXELS:
+    width, height = getattr(stream, "width", 0) or 0, getattr(stream, "height", 0) or 0  # none without a known codec
+    if width * height > MAX_PIXELS:
         container.close()
-        raise HugeVideo(f"{stream.width} x {stream.height}")
+        raise HugeVideo(f"{width} x {height}")
     return container
 
 
@@ -161,7 +162,7 @@ def _decoded(av: Any, data: bytes) -> Iterator[VideoFrame]:
         stream.thread_type = "NONE"  # one actor, one core
         try:
             yield from container.decode(stream)
-        except av.FFmpegError:
+        except (av.FFmpegError, IndexError):
             return
 
 
@@ -170,7 +171,7 @@ def _of_groups(av: Any, data: bytes, wanted: set[int]) -> Iterator[tuple[int, Vi
     with _open(av, data) as container:
         try:
             packets = [p for p in container.demux(container.streams.video[0]) if p.size]
-        except av.FFmpegError:
+        except (av.FFmpegError, IndexError):
             return None
         stamps = [(p.pts, p.is_keyframe) for p in packets if not (p.is_discard or p.is_corrupt)]
     shown = sorted(pts for pts, _ in stamps if pts is not None)
@@ -209,7 +210,7 @@ def _decoded_groups(
                     for frame in stream.codec_context.decode(packet):
                         yield numbers[frame.pts], frame
                 stream.codec_context.flush_buffers()
-        except (av.FFmpegError, KeyError):
+        except (av.FFmpegError, IndexError, KeyError):
             return
 
 

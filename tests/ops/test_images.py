@@ -259,6 +259,7 @@ def test_hostile_bytes_give_a_picture_or_a_named_error(start: bytes, edits: list
         except (images.NotAnImage, images.TruncatedImage, images.HugeImage):
             return
     assert pixels.shape == (3, *size)
+    assert images.decode(bytes(body)).equal(pixels)
 
 
 # -- resizing and cutting ----------------------------------------------------------------------------------------------
