@@ -63,7 +63,7 @@ def example_windows(corpora: tuple[Corpus, ...], windows: int, cache: Path) -> t
     stream = replace(load_site(str(EXAMPLE)), cache=str(cache)).stream(recipe, stage)
     packs = PackWindows(stream)
     windows = min(windows, stream.order.windows or windows)
-    return [[s.cost for s in packs.samples(stream.order.window(k))[0]] for k in range(windows)], stream.budget
+    return [[s.cost for s in packs.samples(packs.rows(k))[0]] for k in range(windows)], stream.budget
 
 
 def synthetic(windows: int) -> tuple[list[Costs], Budget]:

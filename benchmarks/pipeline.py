@@ -34,7 +34,7 @@ from pipelines.order import Drawn, Order
 from pipelines.stream import dataset, hands_of
 from pipelines.tiling import Pad
 from pipelines.types import Budget, Position, VisionLayout
-from pipelines.windows import PackWindows, Stream, single_threaded
+from pipelines.windows import PackWindows, Pools, Stream, single_threaded
 
 TILING = Pad(size=336)
 WINDOW = 128
@@ -79,7 +79,7 @@ def make_stream(folder: Path, uris: list[str]) -> Stream:
         corpora=(corpus,),
         tiling=TILING,
         template=ChatML(),
-        layout=VisionLayout(tile=336, tokens_per_tile=576),
+        layout=VisionLayout(shape=(3, 336, 336), tokens_per_tile=576),
         budget=Budget(tokens=4096, tiles=8),
         tokenizer=load_site(str(EXAMPLE)).folder("example-bpe"),
         bos="<|endoftext|>",
@@ -97,7 +97,9 @@ def bare(stream: Stream, windows: range) -> Iterator[int]:
             for member in archive:
                 body = archive.extractfile(member) if member.name.endswith(".jpg") else None
                 if body:
-                    stream.tiling.cut(images.decode(body.read(), target=TILING.size))
+                    data = body.read()
+                    cut = TILING.cut(*images.header(data))
+                    TILING.tile(images.decode(data, TILING.target(cut)), cut)
                     count += 1
         yield count
 
@@ -142,7 +144,13 @@ def through_ray(stream: Stream, windows: int, logs: Path) -> tuple[Events, float
     with ray_running(None, cores() + 1, logs):
         started = time.monotonic()
         count = 0
-        for pack in (p for h in hands_of(dataset(stream, Position(), windows, cores(), 1).iterator()) for p in h.packs):
+        for pack in (
+            p
+            for h in hands_of(
+                dataset(stream, Position(), windows, Pools(preprocessors=(cores(), cores())), 1).iterator()
+            )
+            for p in h.packs
+        ):
             first = first or time.monotonic() - started
             count += len(pack.tiles)
             if pack.at.pack == pack.of - 1:

@@ -30,6 +30,7 @@ from cluster.worker import DATASET, StageJob, failure_file, train_worker
 from mllm.recipe import Recipe, dump, fingerprint, load
 from mllm.tune import apply_tuning, describe
 from pipelines.types import Position
+from pipelines.windows import Pools
 
 RESTARTS = 3
 """Times that a stage's workers are started again after a crash before the run gives up."""
@@ -196,7 +197,7 @@ class Controller:
             train_loop_config={"job": job},
             torch_config=TorchConfig(backend="nccl" if gpu else "gloo"),
             datasets={DATASET: placeholder},
-            dataset_config=dealing(job, self.site.preprocessors),
+            dataset_config=dealing(job, self.site.pools),
             scaling_config=ray.train.ScalingConfig(num_workers=self.site.workers, use_gpu=gpu),
             run_config=ray.train.RunConfig(
                 name=job.stage.name,
@@ -231,7 +232,7 @@ def _interruptibly(call: Callable[[], object]) -> None:
         raise raised[0]
 
 
-def dealing(job: StageJob, actors: int) -> Any:
+def dealing(job: StageJob, pools: Pools) -> Any:
     """Ray Train's data configuration, changed to deal the stage's packs from its last checkpoint on.
 
     Ray Train asks it anew at every start of a worker group, with the group's size. Its own split is `equal=True`, which
@@ -247,7 +248,7 @@ def dealing(job: StageJob, actors: int) -> Any:
             divert_ray_logging()
             resumed = job.resume_from()
             start = checkpoint.read_state(resumed).position if resumed else Position()
-            hands = dataset(job.stream, start, job.stream.windows, actors, world_size)
+            hands = dataset(job.stream, start, job.stream.windows, pools, world_size)
             return [{DATASET: split} for split in hands.streaming_split(world_size, equal=False)]
 
     return Dealing()

@@ -12,7 +12,7 @@ from cluster.site import Site, SiteError
 from mllm.recipes import RECIPES
 from pipelines.corpora import Corpus
 from pipelines.manifest import plan
-from pipelines.tiling import decode
+from pipelines.pictures import decode
 from pipelines.types import Chunk, Document, Image, Reason, Rejected, SkipSample
 
 

@@ -54,7 +54,7 @@ class Step:
 class Deal:
     """Iterates over steps. The stream is read by a thread that keeps a hand ready, so that reading hides behind training.
 
-    `shape` is that of one tile, for the empty packs which fill up a rank's share.
+    `empty` is the pack which fills up a rank's share.
     """
 
     AHEAD = 1
@@ -66,13 +66,13 @@ class Deal:
         packs_per_step: int,
         rank: int,
         world: int,
-        shape: tuple[int, ...],
+        empty: Pack,
         group: dist.ProcessGroup | None,
     ) -> None:
         self.packs_per_step = packs_per_step
         self.rank = rank
         self.world = world
-        self.shape = shape
+        self.empty = empty
         self.group = group
         self.expected = start
         self.read = 0  # packs of the stream, all ranks', that the hands so far speak of
@@ -122,7 +122,7 @@ class Deal:
             following = self._check(together)
             # Where a step spans two windows one rank may hold a pack more than another: all go through as many.
             most = max(accumulation(self.packs_per_step, self.world), *(len(rank) for rank in everyone), 0)
-            mine += [Pack.empty(self.shape)] * (most - len(mine))
+            mine += [self.empty] * (most - len(mine))
             yield Step(mine, together, waited, following, together[-1].of)
 
     def _check(self, together: list[Held]) -> Position:

@@ -37,12 +37,12 @@ def index_missing(site: Site, corpora: Sequence[Corpus], console: Console, logs:
             index_corpus(site, corpus, planned, console, logs, site.homes(uris)[-1])
 
 
-def index_corpus(
-    site: Site, corpus: Corpus, planned: Planned, console: Console, logs: Path, home: str
-) -> Manifest:
+def index_corpus(site: Site, corpus: Corpus, planned: Planned, console: Console, logs: Path, home: str) -> Manifest:
     """Scan the plan's missing shards and write them to `home`. Raises ValueError for a shard not in the corpus's format."""
     for uri, words in planned.changed.items():
-        console.print(f"{corpus.name}: {uri} has changed: {words}; it is indexed again, and runs begun before will not go on")
+        console.print(
+            f"{corpus.name}: {uri} has changed: {words}; it is indexed again, and runs begun before will not go on"
+        )
     scanned: list[Shard] = []
     with _progress(console) as progress:
         bar = progress.add_task(f"indexing {corpus.name}", total=len(planned.missing), rows="")
@@ -84,7 +84,7 @@ def _scans(site: Site, corpus: Corpus, uris: Sequence[str], home: str, logs: Pat
     if len(uris) == 1 or _bytes(corpus, uris) <= SMALL:
         yield from (scan(corpus, uri, home) for uri in uris)
         return
-    with ray_running(site.ray_address, site.preprocessors + 1, logs):
+    with ray_running(site.ray_address, site.pools.preprocessors[1] + 1, logs):
         yield from _remote(site, corpus, uris, home)
 
 

@@ -40,7 +40,7 @@ def train(recipe: Recipe, site: Site, name: str | None, console: Console) -> Run
         _paths(folder, console)
         return folder
     try:
-        with ray_running(site.ray_address, site.workers + site.preprocessors + 1, folder.logs), live:
+        with ray_running(site.ray_address, site.cpus(recipe), folder.logs), live:
             controller.run()
         console.print("writing export and report")
         _export(controller, site)

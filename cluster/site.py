@@ -33,13 +33,13 @@ import fsspec
 from pydantic import Field, TypeAdapter, ValidationError
 
 from mllm.recipe import Recipe, Stage
-from pipelines.corpora import Corpus
 from pipelines import storage
+from pipelines.corpora import Corpus
 from pipelines.manifest import Manifest, beside, expand, index
 from pipelines.order import Drawn, Order
 from pipelines.storage import Storage
 from pipelines.types import Limits, spec
-from pipelines.windows import Stream
+from pipelines.windows import Pools, Stream
 
 EXAMPLE = Path(__file__).resolve().parent.parent / "examples" / "site.toml"
 
@@ -48,19 +48,50 @@ class SiteError(ValueError):
     """The site does not have what a recipe needs; the message names both."""
 
 
+Positive = Annotated[int, Field(ge=1)]
+Actors = Positive | tuple[Positive, Positive]
+"""So many actors, or from so few to so many as Ray Data finds it needs."""
+
+
+@spec
+class Annotators:
+    """Actors that hold the models of a recipe's annotators, and the share of a GPU that each may have."""
+
+    actors: Actors = 1
+    gpus: Annotated[float, Field(ge=0)] = 0.0
+
+
 @spec
 class Site:
-    """`runs` and `cache` are folders; `workers` trainers and `preprocessors` actors; `ray_address` None starts a local Ray."""
+    """`runs` and `cache` are folders; `workers` trainers, `preprocessors` and `annotators` actors.
+
+    `ray_address` None starts a local Ray.
+    """
 
     runs: str = "runs"
     cache: str = ".cache/mllm"
     workers: Annotated[int, Field(ge=1)] = 1
-    preprocessors: Annotated[int, Field(ge=1)] = 1
+    preprocessors: Actors = 1
+    annotators: Annotators = Annotators()
     ray_address: str | None = None
     storage: Storage = Storage()
     limits: Limits = Limits()
     corpora: dict[str, str | list[str]] = field(default_factory=dict)
     weights: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def pools(self) -> Pools:
+        """The actors that make packs."""
+        return Pools(
+            preprocessors=_range(self.preprocessors),
+            annotators=_range(self.annotators.actors),
+            gpus=self.annotators.gpus,
+        )
+
+    def cpus(self, recipe: Recipe) -> int:
+        """Logical CPUs that a run of `recipe` needs of a Ray of its own."""
+        annotators = self.pools.annotators[1] if any(stage.annotators for stage in recipe.stages) else 0
+        return self.workers + self.pools.preprocessors[1] + 2 * annotators + 1
 
     def folder(self, name: str) -> str:
         """The folder (or hub id) of weights or a tokenizer by its name in a recipe."""
@@ -142,7 +173,13 @@ class Site:
             limits=self.limits,
             storage=self.storage,
             grouping=stage.grouping,
+            annotators=stage.annotators,
+            folders=self.weights,
         )
+
+
+def _range(actors: int | tuple[int, int]) -> tuple[int, int]:
+    return (actors, actors) if isinstance(actors, int) else actors
 
 
 def _check_address(corpus: str, address: str) -> None:

@@ -24,6 +24,7 @@ from cluster.metrics import Evaluation, PackRecord, RunFolder, SourceLoss, StepR
 from cluster.schedule import learning_rate_factor, progress
 from mllm import evaluate
 from mllm.recipe import Recipe, Source, Stage
+from pipelines.annotate import OfPacks
 from pipelines.types import Measured, Pack, Picture, Rejected, spec
 from pipelines.windows import PackWindows, Stream
 
@@ -101,7 +102,7 @@ def _train(job: StageJob) -> None:
     rank, world = dist.get_rank(), dist.get_world_size()
     resumed = job.resume_from()
     state = checkpoint.read_state(resumed) if resumed else TrainState()
-    control = dist.new_group(backend="gloo")  # small objects go beside the gradients, never through the GPU
+    control: Any = dist.new_group(backend="gloo")  # small objects go beside the gradients, never through the GPU
     shard = ray.train.get_dataset_shard(DATASET)
     assert shard is not None  # Ray Train's type allows for runs without data
     deal = Deal(
@@ -110,7 +111,7 @@ def _train(job: StageJob) -> None:
         job.stage.packs_per_step,
         rank,
         world,
-        job.recipe.tiling.shape,
+        _empty(job),
         control,
     )
 
@@ -146,6 +147,14 @@ def _steps(job: StageJob, engine: Engine, deal: Deal, state: TrainState) -> None
         f"stage {job.stage.name!r}: the stream ended at {state.progress:.1%} after {state.step} steps; "
         "its mixture is smaller than its duration asks, give the duration in epochs"
     )
+
+
+def _empty(job: StageJob) -> Pack:
+    """What fills up a rank's share of a step: the same kind of pack as all others, so that every rank runs the same modules."""
+    pack = Pack.empty(job.recipe.tiling.shape)
+    for annotator in job.stage.annotators:
+        pack = annotator.empty(pack) if isinstance(annotator, OfPacks) else pack
+    return pack
 
 
 def _device() -> torch.device:
@@ -296,7 +305,7 @@ def evaluation_of(engine: Engine, held_out: Stream, recipe: Recipe, stage: str, 
     documents = [
         document
         for k in range(held_out.windows or 0)
-        for document in windows.documents(held_out.order.window(k))
+        for document in windows.documents(windows.rows(k))
         if isinstance(document, Measured)
     ]
     documents.sort(key=lambda document: (document.source, document.id.shard, document.id.row))

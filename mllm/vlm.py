@@ -27,8 +27,13 @@ class VLM:
 
     def layout(self, tiling: Tiling) -> VisionLayout:
         """The numbers that the pipeline needs. Raises ValueError when tiling and encoder do not fit."""
+        if tiling.join != "tiles":
+            raise ValueError(
+                f"tiling {tiling.kind!r} needs features joined as {tiling.join!r}, and this model lays tiles one after the "
+                "other; take resize, pad or dynamic_tiles"
+            )
         patches = self.encoder.arch.tokens(tiling.size)
-        return VisionLayout(tile=tiling.size, tokens_per_tile=self.connector.tokens(patches))
+        return VisionLayout(shape=tiling.shape, tokens_per_tile=self.connector.tokens(patches))
 
     def build(self, folder: Folder = str) -> VisionLanguageModel:
         """The module, float32, on the current default device; `folder` finds the weights that the parts name."""
@@ -46,10 +51,16 @@ class VisionLanguageModel(nn.Module):
         self.fusion = spec.fusion
 
     def forward(self, batch: Batch) -> Float[Tensor, "T D"]:
-        visual = self.connector(self.encoder(batch.tiles))
+        visual = self.connector(self._features(batch))
         text = self.lm.embed(batch.input_ids)
         fused = self.fusion.merge(text, visual, batch.visual, batch.visual_count)
         return self.lm(fused, batch.positions, batch.cu_seqlens, batch.max_seqlen)
+
+    def _features(self, batch: Batch) -> Float[Tensor, "N P Dv"]:
+        """The encoder's features: computed here, or by an annotator in the pipeline, where it is frozen."""
+        if batch.features is None:
+            return self.encoder(batch.tiles)
+        return batch.features.to(next(self.connector.parameters()).dtype)
 
     def parts(self) -> dict[str, list[nn.Parameter]]:
         """Parameters by the names that `Stage.tune` uses, from the coarse to the exact.

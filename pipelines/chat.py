@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from pipelines.types import Measured, Picture, Role, Text, spec
+from pipelines.types import Codes, Measured, Picture, Role, Text, spec
 
 
 @spec
@@ -93,9 +93,9 @@ class Vicuna:
 Template = Annotated[ChatML | Vicuna, Field(discriminator="kind")]
 
 
-def render(document: Measured, template: ChatML | Vicuna, prompt: bool = False) -> list[Span | Picture]:
+def render(document: Measured, template: ChatML | Vicuna, prompt: bool = False) -> list[Span | Picture | Codes]:
     """`document` as spans and images in reading order; with `prompt`, open for the assistant to answer."""
-    spans: list[Span | Picture] = []
+    spans: list[Span | Picture | Codes] = []
     conversation = any(segment.role is not None for segment in document.segments)
     if conversation and template.system and document.segments[0].role != "system":
         spans += [*template.before("system"), Span(text=template.system, learn=False), *template.after("system")]
@@ -108,5 +108,5 @@ def render(document: Measured, template: ChatML | Vicuna, prompt: bool = False) 
     return spans
 
 
-def _role(segment: Text | Picture) -> Role | None:
+def _role(segment: Text | Picture | Codes) -> Role | None:
     return segment.role

@@ -17,6 +17,7 @@ from pipelines.types import (
     IMAGE_TOKEN,
     NOT_LEARNED,
     Budget,
+    Codes,
     Measured,
     Picture,
     Reason,
@@ -123,7 +124,7 @@ class Encoder:
         """
         if document.label is not None:
             return [self._classified(document)]
-        if not any(isinstance(s, Text) and s.text.strip() for s in document.segments):
+        if not any(isinstance(s, Codes) or (isinstance(s, Text) and s.text.strip()) for s in document.segments):
             raise SkipSample(Reason.EMPTY)
         if document.rejected:
             return [self._preference(document)]
@@ -167,13 +168,18 @@ class Encoder:
         if self.codec.eos and not conversation and not prompt:
             spans.append(Span(text=self.codec.eos, learn=document.label is None, special=True))
         parts: list[Part] = []
-        for is_image, run in groupby(spans, key=lambda part: isinstance(part, Picture)):
-            if is_image:
-                parts += [self._image(picture) for picture in run if isinstance(picture, Picture)]
-            else:
+        for is_text, run in groupby(spans, key=lambda part: isinstance(part, Span)):
+            if is_text:
                 ids, learn = self.codec.encode([span for span in run if isinstance(span, Span)])
                 parts.append(Part(ids=ids, learn=learn))
+            else:
+                parts += [self._visual(part) for part in run if not isinstance(part, Span)]
         return parts
+
+    def _visual(self, part: Picture | Codes) -> Part:
+        if isinstance(part, Picture):
+            return self._image(part)
+        return Part(ids=np.array(part.ids, np.int32), learn=np.full(len(part.ids), part.learn))
 
     def _image(self, picture: Picture) -> Part:
         length, tiles = self.layout.tokens(picture.cut), picture.cut.tiles

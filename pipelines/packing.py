@@ -73,7 +73,11 @@ def _nearest(
 
 
 def _best(
-    mine: NDArray[np.float64], fits: NDArray[np.int64], room: NDArray[np.float64], weights: NDArray[np.float64], pairs: bool
+    mine: NDArray[np.float64],
+    fits: NDArray[np.int64],
+    room: NDArray[np.float64],
+    weights: NDArray[np.float64],
+    pairs: bool,
 ) -> list[int]:
     """The sample of `fits` that comes nearest to filling `room`; with `pairs`, or the two that do, once few more will fit."""
     single = ((room - mine[fits]) ** 2) @ weights

@@ -122,8 +122,10 @@ def read(uri: str, start: int | None = None, stop: int | None = None) -> bytes:
     """
     filesystem, path = _place(uri)
     if isinstance(filesystem, AsyncFileSystem):
-        return _tried(uri, lambda: _awaited(filesystem, lambda: filesystem._cat_file(path, start=start, end=stop)))
-    return _tried(uri, lambda: filesystem.cat_file(path, start=start, end=stop))
+        data = _tried(uri, lambda: _awaited(filesystem, lambda: filesystem._cat_file(path, start=start, end=stop)))
+    else:
+        data = _tried(uri, lambda: filesystem.cat_file(path, start=start, end=stop))
+    return bytes(data)
 
 
 def read_many(ranges: Sequence[tuple[str, int | None, int | None]]) -> list[bytes | None]:
@@ -204,7 +206,7 @@ def glob(pattern: str) -> dict[str, Stat]:
     """Files whose address matches `pattern` (`*`, `**`, `?`), in order, with what one listing tells of each."""
     filesystem, path = _place(pattern)
     _tried(pattern, filesystem.invalidate_cache)
-    found: dict[str, dict[str, Any]] = _tried(pattern, lambda: filesystem.glob(path, detail=True))
+    found: Any = _tried(pattern, lambda: filesystem.glob(path, detail=True))  # a dict, as `detail` asks
     named = {filesystem.unstrip_protocol(p) if "://" in pattern else p: info for p, info in found.items()}
     return {name: _stat(info) for name, info in sorted(named.items()) if info["type"] == "file"}
 
@@ -245,10 +247,10 @@ class _Blocks(io.RawIOBase):
         return len(data)
 
 
-def _awaited(filesystem: AsyncFileSystem, request: Callable[[], Coroutine[Any, Any, T]]) -> T:
+def _awaited(filesystem: AsyncFileSystem, request: Callable[[], Coroutine[Any, Any, Any]]) -> Any:
     """One request of an asynchronous file system, given up at the deadline."""
 
-    async def bounded() -> T:
+    async def bounded() -> Any:
         return await asyncio.wait_for(request(), _Current.storage.deadline)
 
     return sync(filesystem.loop, bounded)

@@ -1,6 +1,6 @@
 """A stream of packs as a Ray Data dataset, in order, from any position. The only file of this floor that imports Ray.
 
-    window numbers --actor pool, one window a call--> hands --streaming_split(W)--> rank i mod W
+    window numbers [--annotators--> rows] --actors, one window a call--> hands [--annotators-->] --streaming_split(W)--> ranks
 
 A *hand* is what one rank gets of a run of neighbouring packs of one window: pack number n of a window goes to rank n mod W. A
 run has a hand for each rank, in the order of ranks, even an empty one; so hand i of the stream is rank i mod W's, and every
@@ -30,8 +30,9 @@ from numpy.typing import NDArray
 from ray.data import ActorPoolStrategy, DataContext, Datasource, ExecutionOptions, ReadTask
 from ray.data.block import BlockMetadata
 
+from pipelines.annotate import OfDocuments, OfPacks, Rows
 from pipelines.types import Hand, Position
-from pipelines.windows import PackWindows, Stream, single_threaded
+from pipelines.windows import PackWindows, Pools, Stream, single_threaded
 
 if TYPE_CHECKING:
     from ray.data import DataIterator, Dataset
@@ -46,8 +47,21 @@ HANDS_AHEAD = 8
 """Hands that an actor may have made and Ray Data not yet taken; the default, 2, leaves actors idle between rounds."""
 
 
+class _Reader:
+    """An actor with annotators of documents: window numbers in, the windows' rows out."""
+
+    def __init__(self, stream: Stream) -> None:
+        self.windows = PackWindows(stream)
+        _ = self.windows.of_documents  # loaded before the first window comes
+
+    def __call__(self, batch: dict[str, NDArray[np.int64]]) -> Iterator[pa.Table]:
+        for k in batch["window"]:
+            rows = pickle.dumps(self.windows.rows(int(k)), protocol=5)
+            yield pa.table({"window": [int(k)], "rows": _cell(rows)})
+
+
 class _Packer:
-    """The actor: window numbers in, hands out."""
+    """The actor that packs: window numbers in, with their rows if others read them; hands out."""
 
     def __init__(self, stream: Stream, start: Position, world: int) -> None:
         single_threaded()
@@ -55,20 +69,35 @@ class _Packer:
         self.start = start
         self.world = world
 
-    def __call__(self, batch: dict[str, NDArray[np.int64]]) -> Iterator[pa.Table]:
-        for k in batch["window"]:
-            first = self.start.pack if int(k) == self.start.window else 0
-            yield from hands(self.windows, int(k), first, self.world)
+    def __call__(self, table: pa.Table) -> Iterator[pa.Table]:
+        for row, k in enumerate(table["window"].to_pylist()):
+            read = "rows" in table.column_names
+            rows = pickle.loads(_bytes(table, "rows", row)) if read else self.windows.rows(k)
+            first = self.start.pack if k == self.start.window else 0
+            yield from hands(self.windows, k, rows, first, self.world)
 
 
-def hands(windows: PackWindows, k: int, first: int, world: int) -> Iterator[pa.Table]:
-    """Hands of window k from pack `first` on, in the order in which they are dealt."""
-    plan = windows.plan(k)
-    of = max(1, len(plan.groups))
+class _Annotator:
+    """An actor with annotators of packs: hands in, hands out."""
+
+    def __init__(self, stream: Stream) -> None:
+        self.windows = PackWindows(stream)
+        _ = self.windows.of_packs
+
+    def __call__(self, table: pa.Table) -> Iterator[pa.Table]:
+        for row in range(len(table)):
+            hand = from_table(table, row)
+            hand = replace(hand, packs=tuple(self.windows.annotated(pack) for pack in hand.packs))
+            yield to_table(hand, np.concatenate([pack.tiles for pack in hand.packs]) if hand.packs else None)
+
+
+def hands(windows: PackWindows, k: int, rows: Rows, first: int, world: int) -> Iterator[pa.Table]:
+    """Hands of window k, which has `rows`, from pack `first` on, in the order in which they are dealt."""
+    plan = windows.plan(k, rows)
     budget, shape = windows.stream.budget, windows.stream.tiling.shape
     each = max(1, min(MOST_PACKS, HAND_BYTES // (budget.tiles * prod(shape) + 16 * budget.tokens)))
-    for start in range(first, of, each * world):
-        stop = min(of, start + each * world)
+    for start in range(first, plan.packs, each * world):
+        stop = min(plan.packs, start + each * world)
         for rank in range(world):
             numbers = [n for n in range(start, stop) if n % world == rank]
             tiles = np.empty((sum(plan.tiles(n) for n in numbers), *shape), np.uint8)
@@ -76,7 +105,7 @@ def hands(windows: PackWindows, k: int, first: int, world: int) -> Iterator[pa.T
             for n in numbers:
                 packs.append(windows.cut(plan, n, tiles[at:]))
                 at += len(packs[-1].tiles)
-            yield to_table(Hand(window=k, of=of, first=start, last=stop, packs=tuple(packs)), tiles[:at])
+            yield to_table(Hand(window=k, of=plan.packs, first=start, last=stop, packs=tuple(packs)), tiles[:at])
 
 
 class _Windows(Datasource):
@@ -105,8 +134,8 @@ def execution_options() -> ExecutionOptions:
     return ExecutionOptions(preserve_order=True)
 
 
-def dataset(stream: Stream, start: Position, stop: int | None, actors: int, world: int) -> Dataset:
-    """Hands for `world` ranks from `start` on, up to window `stop` or without end, made by `actors` preprocessing actors.
+def dataset(stream: Stream, start: Position, stop: int | None, pools: Pools, world: int) -> Dataset:
+    """Hands for `world` ranks from `start` on, up to window `stop` or without end, made by the actors of `pools`.
 
     Split it with `streaming_split(world, equal=False)`; each row is a hand as `to_table` writes it.
     """
@@ -116,35 +145,57 @@ def dataset(stream: Stream, start: Position, stop: int | None, actors: int, worl
     context._max_num_blocks_in_streaming_gen_buffer = HANDS_AHEAD
     context.enable_progress_bars = False
     context.print_on_execution_start = False
-    return ray.data.read_datasource(_Windows(start.window, stop), override_num_blocks=1, num_cpus=0).map_batches(
-        _Packer,
-        fn_constructor_args=(stream, start, world),
-        batch_size=1,
-        compute=ActorPoolStrategy(size=actors, max_tasks_in_flight_per_actor=4),
-    )
+    preprocess = {"compute": _pool(pools.preprocessors), "batch_size": 1, "batch_format": "pyarrow"}
+    annotate = {**preprocess, "compute": _pool(pools.annotators), "num_gpus": pools.gpus or None}
+    rows = ray.data.read_datasource(_Windows(start.window, stop), override_num_blocks=1, num_cpus=0)
+    if any(isinstance(annotator, OfDocuments) for annotator in stream.annotators):
+        rows = rows.map_batches(_Reader, fn_constructor_args=(stream,), **annotate)
+    rows = rows.map_batches(_Packer, fn_constructor_args=(stream, start, world), **preprocess)
+    if any(isinstance(annotator, OfPacks) for annotator in stream.annotators):
+        rows = rows.map_batches(_Annotator, fn_constructor_args=(stream,), **annotate)
+    return rows
+
+
+def _pool(actors: tuple[int, int]) -> ActorPoolStrategy:
+    """Actors that always have the next window waiting beside the one they work on."""
+    fewest, most = actors
+    return ActorPoolStrategy(min_size=fewest, max_size=most, initial_size=fewest, max_tasks_in_flight_per_actor=4)
 
 
 def hands_of(rows: DataIterator) -> Iterator[Hand]:
     """One rank's hands. The packs' tiles lie in the object store and cannot be written to."""
-    for table in rows.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
+    for table in rows.iter_batches(batch_size=1, batch_format="pyarrow", prefetch_batches=0):
         for row in range(len(table)):
             yield from_table(table, row)
 
 
-def to_table(hand: Hand, tiles: NDArray[np.uint8]) -> pa.Table:
-    """One row: `tiles`, the bytes of all packs' tiles, not copied; `rest`, all else."""
+def to_table(hand: Hand, tiles: NDArray[np.uint8] | None) -> pa.Table:
+    """One row: `tiles`, the bytes of all packs' tiles, not copied; `features`, likewise; `rest`, all else."""
+    if tiles is None:
+        tiles = np.zeros(0, np.uint8)
     counts = [len(pack.tiles) for pack in hand.packs]
-    bare = replace(hand, packs=tuple(replace(pack, tiles=tiles[:0]) for pack in hand.packs))
-    rest = pickle.dumps((bare, counts, tiles.shape[1:]), protocol=5)
-    return pa.table({"tiles": _cell(tiles.reshape(-1).data), "rest": _cell(rest)})
+    features = [pack.features for pack in hand.packs if pack.features is not None]
+    depth = [len(part) for part in features]
+    bare = replace(hand, packs=tuple(replace(p, tiles=p.tiles[:0], features=None) for p in hand.packs))
+    joined = np.concatenate(features) if features else np.zeros(0, np.uint16)
+    rest = pickle.dumps((bare, counts, tiles.shape[1:], depth, joined.shape[1:]), protocol=5)
+    cells = {"tiles": tiles.reshape(-1).data, "features": joined.reshape(-1).view(np.uint8).data, "rest": rest}
+    return pa.table({name: _cell(data) for name, data in cells.items()})
 
 
 def from_table(table: pa.Table, row: int) -> Hand:
     """Read what `to_table` wrote. Only ever called on blocks that this job's own actors made."""
-    hand, counts, shape = pickle.loads(_bytes(table, "rest", row))
-    tiles = np.frombuffer(_bytes(table, "tiles", row), np.uint8).reshape(sum(counts), *shape)
-    parts = np.split(tiles, np.cumsum(counts)[:-1]) if counts else []
-    return replace(hand, packs=tuple(replace(p, tiles=part) for p, part in zip(hand.packs, parts, strict=True)))
+    hand, counts, shape, depth, feature_shape = pickle.loads(_bytes(table, "rest", row))
+    tiles = _parts(np.frombuffer(_bytes(table, "tiles", row), np.uint8), counts, shape)
+    if not depth:
+        return replace(hand, packs=tuple(replace(p, tiles=t) for p, t in zip(hand.packs, tiles, strict=True)))
+    features = _parts(np.frombuffer(_bytes(table, "features", row), np.uint16), depth, feature_shape)
+    packs = zip(hand.packs, tiles, features, strict=True)
+    return replace(hand, packs=tuple(replace(p, tiles=t, features=f) for p, t, f in packs))
+
+
+def _parts(flat: NDArray, counts: list[int], shape: tuple[int, ...]) -> list[NDArray]:
+    return np.split(flat.reshape(sum(counts), *shape), np.cumsum(counts)[:-1]) if counts else []
 
 
 def _cell(data: memoryview | bytes) -> pa.Array:

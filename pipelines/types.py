@@ -8,6 +8,7 @@ Shape letters: T tokens of a pack, S documents in it, N tiles, I images, H x W p
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -177,6 +178,15 @@ class Frames:
 
 
 @spec
+class Codes:
+    """A picture as tokens of the vocabulary, int ids in reading order (VQ codes, shifted to where the vocabulary has them)."""
+
+    ids: tuple[int, ...]
+    role: Role | None = None
+    learn: bool = True
+
+
+@spec
 class Video:
     """A video as stored: the encoded file, or its frames as encoded images in order; and which of them are shown."""
 
@@ -207,7 +217,7 @@ class Document:
 
     id: RowId
     source: int
-    segments: tuple[Text | Image | Video, ...]
+    segments: tuple[Text | Image | Video | Codes, ...]
     rejected: tuple[Text, ...] = ()
     label: int | None = None
     regions: tuple[Region, ...] = ()
@@ -217,8 +227,10 @@ class Document:
 class Cut:
     """How one picture is cut, known from its size alone: a grid of tiles, and perhaps the whole picture beside it.
 
-    `height` and `width` are the picture's own, `canvas` the (height, width) that it is resized to for the grid. A tiling of
-    fixed tiles has `rows * cols` of them; one of patches has `canvas` / `patch` patches instead, and the same of `overview`.
+    `height` and `width` are the picture's own, `canvas` the (height, width) that it is resized to for the grid, so that each
+    slice of it is `canvas` / (`rows`, `cols`). A tiling of fixed tiles has `rows * cols` of them and one for `overview`; one
+    of patches has `canvas` / `patch` patches instead, and the same of `overview`. With `scales` the picture is cut once
+    at each: scale s gives s x s tiles, and the grid is that of the largest.
     """
 
     height: int
@@ -228,6 +240,7 @@ class Cut:
     canvas: tuple[int, int]
     overview: tuple[int, int] | None = None
     patch: int | None = None
+    scales: tuple[int, ...] = ()
 
     @property
     def numbers(self) -> tuple[int, int, int, int, int]:
@@ -237,9 +250,24 @@ class Cut:
     @property
     def tiles(self) -> int:
         """Rows that the picture takes in a pack's `tiles`: what the tile budget counts."""
+        if self.scales:
+            return sum(scale * scale for scale in self.scales)
         if self.patch is None:
             return self.rows * self.cols + (self.overview is not None)
         return sum(h // self.patch * (w // self.patch) for h, w in (self.canvas, self.overview or (0, 0)))
+
+    def unpadded(self, side: int) -> tuple[int, int, int, int]:
+        """Top, left, rows and columns of the features that show the picture, each tile of the grid having side x side.
+
+        The picture lies in the middle of the canvas, its aspect kept, and the features beside it show padding (LLaVA-NeXT's
+        `unpad_image`, in whole numbers: both margins are cut by the smaller of the two).
+        """
+        high, wide = self.rows * side, self.cols * side
+        if self.width * high > self.height * wide:
+            top = (high - self.height * wide // self.width) // 2
+            return top, 0, high - 2 * top, wide
+        left = (wide - self.width * high // self.height) // 2
+        return 0, left, high, wide - 2 * left
 
 
 @spec
@@ -261,23 +289,101 @@ class Measured:
 
     id: RowId
     source: int
-    segments: tuple[Text | Picture, ...]
+    segments: tuple[Text | Picture | Codes, ...]
     rejected: tuple[Text, ...] = ()
     label: int | None = None
     regions: tuple[Region, ...] = ()
     more: tuple[RowId, ...] = ()
 
 
+Join = Literal["tiles", "unpad", "scales", "slices", "patches"]
+"""How the features of a picture's tiles become its run of tokens; `VisionLayout.tokens` says what each one counts."""
+
+
+@spec
+class Separators:
+    """Positions of a picture that hold marks beside its features; the model owns their embeddings.
+
+    `picture`: around the whole (Qwen-VL's `<img>` and `</img>`: 2). `slice`: around the overview and each slice (MiniCPM-V's
+    start and end: 2). `group`: around all the slices together, where there are several (MiniCPM-V 2.0: 2). `column`: between
+    neighbours in a row of slices (LLaVA-UHD's comma: 1). `row`: between two rows of slices (their newline: 1).
+    """
+
+    picture: int = 0
+    slice: int = 0
+    group: int = 0
+    column: int = 0
+    row: int = 0
+
+
 @spec
 class VisionLayout:
-    """All that the pipeline must know of a model: the side of its tiles in pixels and the tokens each one becomes."""
+    """All that the pipeline must know of a model: the shape of one row of `tiles` and the tokens that a picture becomes.
 
-    tile: int
+    `shape` is (3, side, side) for fixed tiles and (3 * patch * patch,) for patches. `merge` is the side of the square of
+    patches that becomes one token where `join` is "patches". Raises ValueError when the numbers contradict one another.
+    """
+
+    shape: tuple[int, ...]
     tokens_per_tile: int
+    join: Join = "tiles"
+    merge: int = 1
+    separators: Separators = Separators()
+
+    def __post_init__(self) -> None:
+        if self.join == "unpad" and self.side**2 != self.tokens_per_tile:
+            raise ValueError(
+                f"join='unpad' cuts margins off a square of features, and {self.tokens_per_tile} tokens a tile are none; "
+                "take a connector that keeps the grid"
+            )
+
+    @property
+    def tile(self) -> int:
+        """Side of a fixed tile in pixels. Raises ValueError where the rows of `tiles` are patches."""
+        if len(self.shape) != 3:
+            raise ValueError(
+                f"rows of {self.shape[0]} numbers are patches, which have no side as tiles do; use `shape`"
+            )
+        return self.shape[-1]
+
+    @property
+    def side(self) -> int:
+        """Side of the square of tokens that a tile becomes, rounded down."""
+        return math.isqrt(self.tokens_per_tile)
 
     def tokens(self, cut: Cut) -> int:
-        """Positions that a picture takes in the sequence; the planner, packer and model all ask here."""
-        return cut.tiles * self.tokens_per_tile
+        """Positions that a picture takes in the sequence; the planner, packer and model all ask here.
+
+        tiles: every tile's tokens, one after the other. unpad: the overview's, then the grid's without its padding and one
+        newline a row; a tile alone has no newline. scales: those of one tile, scales being joined over channels.
+        slices: `tokens_per_tile` for the overview and for each slice, whatever their shapes. patches: one a square of `merge`
+        x `merge` patches. Separators are added to each.
+        """
+        return self.separators.picture + self._features(cut)
+
+    def _features(self, cut: Cut) -> int:
+        match self.join:
+            case "tiles":
+                return cut.tiles * self.tokens_per_tile
+            case "unpad":
+                if cut.overview is None:
+                    return cut.tiles * self.tokens_per_tile
+                _, _, rows, cols = cut.unpadded(self.side)
+                return self.tokens_per_tile + rows * (cols + 1)
+            case "scales":
+                return self.tokens_per_tile
+            case "slices":
+                return self._slices(cut)
+            case "patches":
+                square = (cut.patch or 1) * self.merge
+                return cut.canvas[0] // square * (cut.canvas[1] // square)
+
+    def _slices(self, cut: Cut) -> int:
+        marks = self.separators
+        slices = cut.rows * cut.cols
+        each = (slices + (cut.overview is not None)) * (self.tokens_per_tile + marks.slice)
+        between = marks.column * cut.rows * (cut.cols - 1) + marks.row * (cut.rows - 1)
+        return each + between + (marks.group if slices > 1 else 0)
 
 
 @spec
@@ -336,7 +442,8 @@ class Pack:
     a tile); `cuts` int32 (I, 7) of each picture: its tiles, its positions, rows and columns of its grid, whether an
     overview comes too, its height and width. `at` is the pack's place in the order and `of` the number of packs in its
     window; `rows` were trained on here, `dropped` rows are named by the pack that they would have been in, or by the
-    window's first.
+    window's first. Annotators may add `features`, bfloat16 as uint16 (N, P, D), of the frozen encoder in place of the tiles,
+    and `references` float32 (S,), each document's log-probability under a reference model.
     """
 
     at: Position
@@ -354,6 +461,8 @@ class Pack:
     cuts: NDArray[np.int32]
     rows: tuple[RowId, ...]
     dropped: tuple[Rejected, ...] = ()
+    features: NDArray[np.uint16] | None = None
+    references: NDArray[np.float32] | None = None
 
     @classmethod
     def of_samples(
@@ -401,7 +510,7 @@ class Pack:
 
     @property
     def digest(self) -> int:
-        """CRC-32 of everything the model sees, so that two runs can be compared pack by pack."""
+        """CRC-32 of all that the pipeline itself made, so that two runs can be compared pack by pack."""
         crc = 0
         parts = (
             self.input_ids,
@@ -429,6 +538,11 @@ class Hand:
     packs: tuple[Pack, ...]
 
 
+def _lively(features: NDArray[np.uint16]) -> NDArray[np.uint16]:
+    """As with tiles: a batch without pictures carries the features of one blank, so that every rank runs the same modules."""
+    return features if len(features) else np.zeros((1, *features.shape[1:]), np.uint16)
+
+
 @dataclass(slots=True)
 class Batch:
     """A pack as tensors on a device, with no batch dimension.
@@ -436,7 +550,8 @@ class Batch:
     `input_ids`, `labels`, `positions` int64 (T,); `visual` bool (T,) marks positions that hold visual features;
     `cu_seqlens` int32 (S+1,); `sources`, `classes` int64, `branches` int8, `weights` float32, all (S,); `cuts` int32 (I, 7)
     as in `Pack`; `tiles` uint8 (max(N, 1), 3, H, W) -- a batch without images carries one blank tile, whose features the
-    model multiplies by zero, so that every rank runs the same modules.
+    model multiplies by zero, so that every rank runs the same modules. `features` bfloat16 (max(N, 1), P, D) and
+    `references` float32 (S,) where annotators made them.
     """
 
     input_ids: Tensor
@@ -452,6 +567,8 @@ class Batch:
     weights: Tensor
     tiles: Tensor
     cuts: Tensor
+    features: Tensor | None = None
+    references: Tensor | None = None
 
     @classmethod
     def of(cls, pack: Pack, device: torch.device | str = "cpu") -> Self:
@@ -478,6 +595,8 @@ class Batch:
             weights=on(np.ones(1, np.float32) if blank else pack.weights),
             tiles=on(tiles),
             cuts=on(pack.cuts),
+            features=None if pack.features is None else on(_lively(pack.features).view(np.int16)).view(torch.bfloat16),
+            references=None if pack.references is None else on(np.zeros(1) if blank else pack.references),
         )
 
     def document_of_token(self) -> Tensor:

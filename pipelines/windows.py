@@ -10,15 +10,16 @@ resumed window decodes nothing of the packs before, and an actor holds the files
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import field, replace
 from functools import cached_property
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from pipelines import packing, storage, tiling
+from pipelines import packing, pictures, storage
+from pipelines.annotate import Annotator, OfDocuments, OfPacks, Rows
 from pipelines.chat import Template
 from pipelines.corpora import Corpus
 from pipelines.encode import Encoder, TextCodec
@@ -27,6 +28,7 @@ from pipelines.storage import Storage
 from pipelines.tiling import Tiling
 from pipelines.types import (
     Budget,
+    Document,
     Limits,
     Measured,
     Pack,
@@ -46,7 +48,8 @@ from pipelines.types import (
 class Stream:
     """All that decides which packs a stage sees: a value that travels to the preprocessing actors.
 
-    `corpora` are the order's sources, one by one; `tokenizer` is a folder; `bos` and `eos` are tokens by name.
+    `corpora` are the order's sources, one by one; `tokenizer` is a folder; `bos` and `eos` are tokens by name; `folders` are
+    where annotators find weights that they name.
     """
 
     order: Order
@@ -60,6 +63,8 @@ class Stream:
     eos: str | None
     loss_weights: tuple[float, ...]
     grouping: packing.Grouping = "mixed"
+    annotators: tuple[Annotator, ...] = ()
+    folders: dict[str, str] = field(default_factory=dict)
     limits: Limits = Limits()
     storage: Storage = Storage()
 
@@ -73,6 +78,15 @@ class Stream:
 
 
 @spec
+class Pools:
+    """Actors that make packs, fewest and most: `preprocessors` have a core each; `annotators` hold models, on `gpus` each."""
+
+    preprocessors: tuple[int, int] = (1, 1)
+    annotators: tuple[int, int] = (1, 1)
+    gpus: float = 0.0
+
+
+@spec
 class Plan:
     """A window before its pictures are decoded: the samples of each pack, in order, and the rows that were dropped."""
 
@@ -80,13 +94,18 @@ class Plan:
     groups: tuple[tuple[Sample, ...], ...]
     dropped: tuple[Rejected, ...]
 
+    @property
+    def packs(self) -> int:
+        """Packs of the window: at least one, so that a window whose rows were all dropped keeps its place in the order."""
+        return max(1, len(self.groups))
+
     def tiles(self, number: int) -> int:
         """Tiles of pack `number`."""
         return sum(sample.tiles for sample in self.groups[number]) if self.groups else 0
 
 
 class PackWindows:
-    """Makes the packs of any window of a stream."""
+    """Makes the packs of any window of a stream, models of annotators included, all in this process."""
 
     def __init__(self, stream: Stream) -> None:
         self.stream = stream
@@ -97,20 +116,46 @@ class PackWindows:
         s = self.stream
         return Encoder(TextCodec(s.tokenizer, s.bos, s.eos), s.template, s.layout, s.budget)
 
+    @cached_property
+    def of_documents(self) -> list[Callable[[Rows], Rows]]:
+        """The stream's annotators of documents, their models loaded."""
+        return [a.documents(self._folder) for a in self.stream.annotators if isinstance(a, OfDocuments)]
+
+    @cached_property
+    def of_packs(self) -> list[Callable[[Pack], Pack]]:
+        """The stream's annotators of packs, their models loaded."""
+        return [a.packs(self._folder) for a in self.stream.annotators if isinstance(a, OfPacks)]
+
+    def _folder(self, name: str) -> str:
+        return self.stream.folders.get(name, name)
+
     def packs(self, k: int, first: int = 0) -> Iterator[Pack]:
         """The packs of window k from number `first` on; a window has at least one. Raises StorageError."""
-        plan = self.plan(k)
-        for number in range(first, max(1, len(plan.groups))):
-            yield self.cut(plan, number)
+        plan = self.plan(k, self.rows(k))
+        for number in range(first, plan.packs):
+            yield self.annotated(self.cut(plan, number))
 
-    def plan(self, k: int) -> Plan:
-        """Which samples make which pack of window k."""
+    def rows(self, k: int) -> Rows:
+        """The rows of window k as read, in reading order, annotators of documents applied."""
+        rows: Rows = list(self._read(self.stream.order.window(k)))
+        for annotate in self.of_documents:
+            rows = annotate(rows)
+        return rows
+
+    def plan(self, k: int, rows: Rows) -> Plan:
+        """Which samples make which pack of window k, which has `rows`."""
         s = self.stream
-        samples, dropped = self.samples(s.order.window(k))
+        samples, dropped = self.samples(rows)
         rng = random.Random(f"{s.order.seed} packs {k}")
         rng.shuffle(samples)
         groups = packing.plan(samples, s.budget, rng, s.grouping)
         return Plan(window=k, groups=tuple(map(tuple, groups)), dropped=tuple(dropped))
+
+    def annotated(self, pack: Pack) -> Pack:
+        """The pack with what the stream's annotators add."""
+        for annotate in self.of_packs:
+            pack = annotate(pack)
+        return pack
 
     def cut(self, plan: Plan, number: int, out: NDArray[np.uint8] | None = None) -> Pack:
         """Pack `number` of a planned window, its pictures decoded, into `out` if that is given (with room enough).
@@ -119,7 +164,7 @@ class PackWindows:
         """
         at = Position(window=plan.window, pack=number)
         dropped = plan.dropped if number == 0 else ()
-        if not plan.groups:  # all rows were dropped; the window keeps its place in the order
+        if not plan.groups:
             return Pack.empty(self.stream.tiling.shape, at, dropped)
         samples, of = plan.groups[number], len(plan.groups)
         try:
@@ -130,20 +175,20 @@ class PackWindows:
 
     def pixels(self, samples: Sequence[Sample], out: NDArray[np.uint8] | None = None) -> NDArray[np.uint8]:
         """Tiles of the samples' pictures in order, uint8 (N, *shape of a tile). Raises SkipSample when one is broken."""
-        pictures = [picture for sample in samples for picture in sample.pictures]
+        shown = [picture for sample in samples for picture in sample.pictures]
         if out is None:
             out = np.empty((sum(sample.tiles for sample in samples), *self.stream.tiling.shape), np.uint8)
-        once = list({id(picture): picture for picture in pictures}.values())
-        if len(once) == len(pictures):
-            return tiling.pixels(pictures, self.stream.tiling, out[: sum(sample.tiles for sample in samples)])
-        return self._repeated(pictures, once, out)
+        once = list({id(picture): picture for picture in shown}.values())
+        if len(once) == len(shown):
+            return pictures.pixels(shown, self.stream.tiling, out[: sum(sample.tiles for sample in samples)])
+        return self._repeated(shown, once, out)
 
-    def _repeated(self, pictures: list[Picture], once: list[Picture], out: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    def _repeated(self, shown: list[Picture], once: list[Picture], out: NDArray[np.uint8]) -> NDArray[np.uint8]:
         """Pictures that come several times (both answers of a preference row show them) are decoded once."""
-        tiles = tiling.pixels(once, self.stream.tiling)
+        tiles = pictures.pixels(once, self.stream.tiling)
         ends = np.cumsum([0, *(picture.cut.tiles for picture in once)])
         places = {id(picture): slice(ends[i], ends[i + 1]) for i, picture in enumerate(once)}
-        return np.concatenate([tiles[places[id(p)]] for p in pictures], out=out[: sum(p.cut.tiles for p in pictures)])
+        return np.concatenate([tiles[places[id(p)]] for p in shown], out=out[: sum(p.cut.tiles for p in shown)])
 
     def _sound(self, samples: Sequence[Sample]) -> tuple[list[Sample], list[Rejected]]:
         kept: list[Sample] = []
@@ -157,11 +202,11 @@ class PackWindows:
                 kept.append(sample)
         return kept, broken
 
-    def samples(self, window: Window) -> tuple[list[Sample], list[Rejected]]:
-        """Samples of the window's rows in reading order, and the rows that were dropped."""
+    def samples(self, rows: Rows) -> tuple[list[Sample], list[Rejected]]:
+        """Samples of `rows`, in their order, and the rows that were dropped."""
         samples: list[Sample] = []
         dropped: list[Rejected] = []
-        for row in self.documents(window):
+        for row in self.documents(rows):
             if isinstance(row, Rejected):
                 dropped.append(row)
                 continue
@@ -174,33 +219,34 @@ class PackWindows:
                 samples += found if weight == 1 else [replace(sample, weight=weight) for sample in found]
         return samples, dropped
 
-    def documents(self, window: Window) -> Iterator[Measured | Rejected]:
-        """The window's rows as measured documents; rows of a grouped source come joined."""
+    def documents(self, rows: Rows) -> Iterator[Measured | Rejected]:
+        """`rows` measured; those of a grouped source come joined."""
         groups = {i: source.group for i, source in enumerate(self.stream.order.sources) if source.group > 1}
-        open_groups: dict[int, list[Measured]] = {source: [] for source in groups}
-        for row in self._rows(window):
+        waiting: dict[int, list[Measured]] = {source: [] for source in groups}
+        for row in map(self._measured, rows):
             if isinstance(row, Rejected) or row.source not in groups:
                 yield row
                 continue
-            group = open_groups[row.source]
+            group = waiting[row.source]
             group.append(row)
             if len(group) == groups[row.source]:
                 yield joined(group)
                 group.clear()
-        yield from (joined(group) for group in open_groups.values() if group)
+        yield from (joined(group) for group in waiting.values() if group)
 
-    def _rows(self, window: Window) -> Iterator[Measured | Rejected]:
+    def _measured(self, row: Document | Rejected) -> Measured | Rejected:
+        if isinstance(row, Rejected):
+            return row
+        try:
+            return pictures.measure(row, self.stream.tiling, self.stream.limits)
+        except SkipSample as skip:
+            return Rejected(row=row.id, reason=skip.reason, detail=skip.detail)
+
+    def _read(self, window: Window) -> Iterator[Document | Rejected]:
         s = self.stream
         for chunk in window.chunks:
             shard = s.order.sources[chunk.source].manifest.shards[chunk.shard]
-            for row in s.corpora[chunk.source].read(shard, chunk):
-                if isinstance(row, Rejected):
-                    yield row
-                    continue
-                try:
-                    yield tiling.measure(row, s.tiling, s.limits)
-                except SkipSample as skip:
-                    yield Rejected(row=row.id, reason=skip.reason, detail=skip.detail)
+            yield from s.corpora[chunk.source].read(shard, chunk, s.limits)
 
 
 def joined(rows: Sequence[Measured]) -> Measured:

@@ -65,7 +65,7 @@ def packs(stream: Stream) -> PackWindows:
 
 @pytest.fixture
 def layout() -> VisionLayout:
-    return VisionLayout(tile=96, tokens_per_tile=36)
+    return VisionLayout(shape=(3, 96, 96), tokens_per_tile=36)
 
 
 @pytest.fixture

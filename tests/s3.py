@@ -35,7 +35,9 @@ class Server:
 
     @property
     def storage(self) -> Storage:
-        return Storage(endpoint=f"http://127.0.0.1:{self.port}", region="us-east-1", key=KEY, secret=SECRET, deadline=20)
+        return Storage(
+            endpoint=f"http://127.0.0.1:{self.port}", region="us-east-1", key=KEY, secret=SECRET, deadline=20
+        )
 
     def upload(self, source: Path, to: str) -> None:
         """Copy a file, or a folder's files, to `s3://bucket/to`."""
@@ -78,7 +80,9 @@ def _wait(server: Server, process: subprocess.Popen[bytes], log: Path) -> None:
             return
         except Exception as error:
             if process.poll() is not None or time.monotonic() > end:
-                raise RuntimeError(f"the S3 server did not start: {error}; its log ends: {log.read_text()[-800:]}") from error
+                raise RuntimeError(
+                    f"the S3 server did not start: {error}; its log ends: {log.read_text()[-800:]}"
+                ) from error
             time.sleep(0.2)
 
 

@@ -19,7 +19,7 @@ def hands_for(windows: PackWindows, rank: int, world: int, start: Position) -> l
     hands: list[Hand] = []
     for k in range(start.window, 3):
         first = start.pack if k == start.window else 0
-        tables = list(stream_hands(windows, k, first, world))
+        tables = list(stream_hands(windows, k, windows.rows(k), first, world))
         hands += [from_table(table, 0) for table in tables[rank::world]]
     return hands
 
@@ -27,7 +27,7 @@ def hands_for(windows: PackWindows, rank: int, world: int, start: Position) -> l
 def steps(stream: Stream, per_step: int, start: Position) -> list[tuple[list[int], int, Position]]:
     rank, world = dist.get_rank(), dist.get_world_size()
     hands = hands_for(PackWindows(stream), rank, world, start)
-    deal = Deal(hands, start, per_step, rank, world, (3, 96, 96), None)
+    deal = Deal(hands, start, per_step, rank, world, Pack.empty((3, 96, 96)), None)
     return [([held.digest for held in step.all], len(step.mine), step.following) for step in deal]
 
 
@@ -70,7 +70,7 @@ def test_a_gap_a_repeat_and_a_swap_are_found_and_named(packs: PackWindows, fault
         "swap": [*order[:2], order[3], order[2], *order[4:]],
     }
     with Alone(), pytest.raises(OrderError, match=r"should be Position\(window=0, pack=\d\) .* and is Position"):
-        list(Deal([hand(pack) for pack in broken[fault]], Position(), 4, 0, 1, (3, 96, 96), None))
+        list(Deal([hand(pack) for pack in broken[fault]], Position(), 4, 0, 1, Pack.empty((3, 96, 96)), None))
 
 
 def test_what_the_stream_raises_reaches_the_loop(packs: PackWindows) -> None:
@@ -79,4 +79,4 @@ def test_what_the_stream_raises_reaches_the_loop(packs: PackWindows) -> None:
         raise OSError("the disk is gone")
 
     with Alone(), pytest.raises(OSError, match="the disk is gone"):
-        list(Deal(failing(), Position(), 2, 0, 1, (3, 96, 96), None))
+        list(Deal(failing(), Position(), 2, 0, 1, Pack.empty((3, 96, 96)), None))

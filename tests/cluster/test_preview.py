@@ -70,7 +70,7 @@ def stream_of(corpus: Corpus, pattern: str, cache: Path) -> Stream:
         corpora=(corpus,),
         tiling=Pad(size=96),
         template=ChatML(),
-        layout=VisionLayout(tile=96, tokens_per_tile=36),
+        layout=VisionLayout(shape=(3, 96, 96), tokens_per_tile=36),
         budget=Budget(tokens=512, tiles=14),
         tokenizer=str(EXAMPLES / "tokenizer"),
         bos="<|endoftext|>",

@@ -22,7 +22,7 @@ def model(recipe: Recipe) -> VisionLanguageModel:
 
 
 def samples_of(packs: PackWindows) -> list[Sample]:
-    samples, dropped = packs.samples(packs.stream.order.window(0))
+    samples, dropped = packs.samples(packs.rows(0))
     assert not dropped
     return [s for s in samples if s.tiles and len(s.input_ids) < 120][:3] + [s for s in samples if not s.tiles][:2]
 

@@ -32,7 +32,7 @@ from pipelines.types import (
 from tests.conftest import CORPUS, ROOT
 
 TOKENIZER = str(ROOT / "examples" / "tokenizer")
-LAYOUT = VisionLayout(tile=4, tokens_per_tile=5)
+LAYOUT = VisionLayout(shape=(3, 4, 4), tokens_per_tile=5)
 ROW = RowId(corpus="c", shard="s", epoch=0, row=0)
 
 

@@ -9,7 +9,7 @@ from cluster.site import Site
 from mllm.recipe import Epochs, Recipe
 from pipelines.stream import dataset, hands_of
 from pipelines.types import Hand, Position
-from pipelines.windows import PackWindows, Stream
+from pipelines.windows import PackWindows, Pools, Stream
 
 WINDOWS = 5
 
@@ -20,7 +20,7 @@ def expected(packs: PackWindows, start: Position) -> list[tuple[Position, int]]:
 
 
 def dealt(stream: Stream, start: Position, world: int) -> list[list[Hand]]:
-    splits = dataset(stream, start, WINDOWS, actors=2, world=world).streaming_split(world, equal=False)
+    splits = dataset(stream, start, WINDOWS, Pools(preprocessors=(2, 2)), world).streaming_split(world, equal=False)
     ranks: list[list[Hand]] = [[] for _ in range(world)]
 
     def read(rank: int) -> None:
