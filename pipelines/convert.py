@@ -32,57 +32,22 @@ from pipelines.types import Limits, spec
 HTML_SUFFIXES = ("html", "htm", "xhtml")
 MARKDOWN_SUFFIXES = ("md", "markdown")
 
-DROPPED = frozenset(
-    ("script", "style", "nav", "header", "footer", "noscript", "template", "svg", "form", "head", "button")
-)
+
+def _words(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+DROPPED = _words("script style nav header footer noscript template svg form head button")
 """Elements that hold no text of the page, with all that is in them."""
 
-BLOCKS = frozenset(
-    [
-        "address",
-        "article",
-        "aside",
-        "blockquote",
-        "br",
-        "caption",
-        "dd",
-        "details",
-        "div",
-        "dl",
-        "dt",
-        "fieldset",
-        "figcaption",
-        "figure",
-        "h1",
-        "h2",
-        "h3",
-        "h4",
-        "h5",
-        "h6",
-        "hr",
-        "li",
-        "main",
-        "ol",
-        "p",
-        "pre",
-        "section",
-        "summary",
-        "table",
-        "tbody",
-        "td",
-        "th",
-        "thead",
-        "tr",
-        "ul",
-    ]  # a word a line would fill the page
+BLOCKS = _words(
+    "address article aside blockquote br caption dd details div dl dt fieldset figcaption figure h1 h2 h3 h4 h5 h6 hr li main "
+    "ol p pre section summary table tbody td th thead tr ul"
 )
 """Elements that end a sentence where they begin and where they end."""
 
-VOID = frozenset("area base br col embed hr img input link meta param source track wbr".split())  # noqa: SIM905
-
-ABBREVIATIONS = frozenset(
-    "e.g. i.e. etc. cf. vs. fig. figs. eq. no. nos. vol. pp. dr. mr. mrs. ms. prof. st. approx.".split()  # noqa: SIM905
-)
+VOID = _words("area base br col embed hr img input link meta param source track wbr")
+ABBREVIATIONS = _words("e.g. i.e. etc. cf. vs. fig. figs. eq. no. nos. vol. pp. dr. mr. mrs. ms. prof. st. approx.")
 
 PLACE = "\ufffc"
 """Unicode's stand-in for an object within text: marks where an image is until sentences are known."""
