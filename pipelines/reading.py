@@ -303,7 +303,7 @@ def _after(pattern: re.Pattern[bytes], data: bytes, place: int) -> int:
 
 def json_object(data: bytes, limits: Limits = LIMITS) -> dict[str, Any]:
     """One JSON object, as a line of jsonl or as an item of a list with the comma that follows it."""
-    row = json_value(data.strip().removesuffix(b","), limits)
+    row = json_value(data.removeprefix(b"\xef\xbb\xbf").strip().removesuffix(b","), limits)
     if not isinstance(row, dict):
         raise SkipSample(Reason.BAD_JSON, f"expected an object, found {type(row).__name__}")
     return row
