@@ -265,8 +265,9 @@ class _Page(HTMLParser):
             for _ in range(sentence.count(PLACE)):
                 source, alt = self.waiting.pop(0)
                 self.images.append((source, alt, len(self.sentences)))
-            if said := sentence.replace(PLACE, "").strip("\n" if self.preformatted else None):
-                self.sentences += [said] if said.strip() else []
+            said = sentence.replace(PLACE, "")
+            said = said if self.preformatted else " ".join(said.split())
+            self.sentences += [said] if said.strip() else []
 
 
 def split_sentences(text: str) -> Iterator[str]:

@@ -8,6 +8,7 @@ import json
 import tarfile
 from collections.abc import Iterable, Iterator
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -173,13 +174,14 @@ def every_format(folder: Path) -> Iterator[tuple[Corpus, Path]]:
     )
     yield Obelics(name="obelics"), write_parquet(folder / "obelics.parquet", obelics_rows())
     yield Conversations(name="llava"), CORPUS / "instruct" / "llava_instruct_heldout.json"
+    which = "<image_00> or <image_01>?"
     yield (
         Conversations(name="minicpm", images="images"),
         write_lines(
             folder / "minicpm.jsonl",
             [
-                {"image": {"<image_00>": a, "<image_01>": b}, "conversations": talk}
-                for (a, _), (b, _) in zip(named, named[1:], strict=False)
+                {"image": {"<image_00>": a, "<image_01>": b}, "conversations": chat(which, "The first.")}
+                for (a, _), (b, _) in pairwise(named)
             ],
         ),
     )
@@ -188,20 +190,8 @@ def every_format(folder: Path) -> Iterator[tuple[Corpus, Path]]:
         write_lines(
             folder / "clips.jsonl",
             [
-                {
-                    "video": "clip.mp4",
-                    "conversations": [
-                        {"from": "human", "value": "<video>\nWhat?"},
-                        {"from": "gpt", "value": "A rabbit."},
-                    ],
-                },
-                {
-                    "video": "clip/",
-                    "conversations": [
-                        {"from": "human", "value": "<image>\nWhat?"},
-                        {"from": "gpt", "value": "Clip art."},
-                    ],
-                },
+                {"video": "clip.mp4", "conversations": talk("<video>\nWhat?", "A rabbit.")},
+                {"video": "clip/", "conversations": talk("<image>\nWhat?", "Clip art.")},
                 {"q": "What is it?", "a": "A rabbit.", "video_id": "clip"},
             ],
         ),
