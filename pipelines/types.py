@@ -67,6 +67,11 @@ class Reason(StrEnum):
     UNSAFE_PATH = "path leads out of the corpus"
     REMOTE_IMAGE = "image is an address on the web"
     FILTERED = "left out by a filter"
+    TOO_MANY_PICTURES = "too many pictures"
+    DAMAGED_SHARD = "shard is damaged here"
+    DUPLICATE = "page may be a duplicate"
+    BAD_BOX = "box is not inside the picture"
+    SAME_ANSWERS = "both answers are the same"
 
 
 class SkipSample(Exception):
