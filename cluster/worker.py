@@ -25,7 +25,7 @@ from cluster.schedule import learning_rate_factor, progress
 from mllm import evaluate
 from mllm.recipe import Recipe, Source, Stage
 from pipelines.annotate import OfPacks
-from pipelines.types import Measured, Pack, Picture, Rejected, spec
+from pipelines.types import Measured, Pack, Picture, Rejected, Text, spec
 from pipelines.windows import PackWindows, Stream
 
 DATASET = "packs"
@@ -337,7 +337,7 @@ def _answers(engine: Engine, windows: PackWindows, documents: list[Measured]) ->
             source=name,
             row=question.id.label(),
             image=_png(windows.pixels([prompt])[0]),
-            prompt=" ".join(s.text.strip() for s in question.segments if not isinstance(s, Picture)).strip(),
+            prompt=" ".join(s.text.strip() for s in question.segments if isinstance(s, Text)).strip(),
             expected=expected[:400],
             written=codec.decode(tokens).strip(),
         )
