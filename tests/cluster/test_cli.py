@@ -100,5 +100,5 @@ def test_data_check_names_each_bad_row(tmp_path: Path, capsys: pytest.CaptureFix
         main(["data", "check", "example-pairs", "--site", str(tmp_path / "site.toml")])
     assert end.value.code == 1
     told = capsys.readouterr().out
-    assert told.splitlines()[0].startswith("example-pairs/00000.tar row 0: image file is truncated")
+    assert told.splitlines()[0].startswith("example-pairs/00000.tar row 0: file is not an image")
     assert "91 good rows with 91 images in 1 shards, 1 bad" in told
