@@ -352,7 +352,8 @@ def _save(found: ShardIndex, uri: str) -> None:
 @lru_cache(maxsize=64)
 def _load(uri: str) -> ShardIndex:
     with np.load(io.BytesIO(storage.read(uri)), allow_pickle=False) as arrays:
-        return ShardIndex(**{name: arrays[name] if name in arrays else None for name in _ARRAYS})
+        found: dict[str, Any] = {name: arrays.get(name) for name in _ARRAYS}
+    return ShardIndex(**found)
 
 
 def expand(pattern: str) -> list[str]:
