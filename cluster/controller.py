@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from cluster import checkpoint
+from cluster import checkpoint, quarantine
 from cluster.journal import (
     Journal,
     RunFailed,
@@ -92,6 +92,8 @@ class Controller:
             words = str(error) if isinstance(error, RunError) else f"{type(error).__name__}: {error}"
             self.journal.append(RunFailed(time=time.time(), stage=stage, error=words))
             raise
+        finally:
+            quarantine.write_table(self.folder)
         return self.journal.state()
 
     def finish(self) -> None:

@@ -144,6 +144,7 @@ class Stage:
     parallel: FSDP = FSDP()
     sampling: Sampling | None = None
     grouping: Grouping = "mixed"
+    annotators: tuple[()] = ()
     window: Positive = 1024
     chunk: Positive = 32
     save_every: Positive = 200

@@ -377,7 +377,7 @@ class Tally:
 
     def index(self, members: tuple[str, ...] = (), spans: array[int] | None = None) -> ShardIndex:
         """The index; without `pictures` where rows hold some that the scan did not pass."""
-        return ShardIndex(
+        return ShardIndex.of(
             starts=np.append(np.array(self.starts, np.int64), np.int64(self.end)),
             members=members,
             spans=None if spans is None else np.array(spans, np.int64).reshape(-1, 2),
@@ -626,7 +626,8 @@ def _parquet(uri: str, file: IO[bytes]) -> Any:
     import pyarrow.parquet  # takes a third of a second; most corpora do without
 
     try:
-        return pyarrow.parquet.ParquetFile(file, pre_buffer=False, buffer_size=BLOCK)
+        # Each column is read in blocks as large as one request, so that no row group lies in memory whole.
+        return pyarrow.parquet.ParquetFile(file, pre_buffer=False, buffer_size=storage.BLOCK)
     except (pyarrow.ArrowException, OSError) as error:
         if _from_storage(error):
             raise

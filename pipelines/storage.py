@@ -122,7 +122,7 @@ def read(uri: str, start: int | None = None, stop: int | None = None) -> bytes:
     """
     filesystem, path = _place(uri)
     if isinstance(filesystem, AsyncFileSystem):
-        data = _tried(uri, lambda: _awaited(filesystem, lambda: filesystem._cat_file(path, start=start, end=stop)))
+        data: Any = _tried(uri, lambda: _awaited(filesystem, lambda: filesystem._cat_file(path, start=start, end=stop)))
     else:
         data = _tried(uri, lambda: filesystem.cat_file(path, start=start, end=stop))
     return bytes(data)

@@ -116,11 +116,12 @@ class RowId:
 
 @spec
 class Rejected:
-    """A row that was dropped, and why."""
+    """A row that was dropped, and why; `sha` is the SHA-256 of the row as it lies in its shard, where rows are bytes there."""
 
     row: RowId
     reason: Reason
     detail: str = ""
+    sha: str = ""
 
     def label(self) -> str:
         return f"{self.row.label()}: {self.reason}" + (f" ({self.detail})" if self.detail else "")

@@ -9,6 +9,7 @@ resumed window decodes nothing of the packs before, and an actor holds the files
 
 from __future__ import annotations
 
+import hashlib
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import field, replace
@@ -23,6 +24,7 @@ from pipelines.annotate import Annotator, OfDocuments, OfPacks, Rows
 from pipelines.chat import Template
 from pipelines.corpora import Corpus
 from pipelines.encode import Encoder, TextCodec
+from pipelines.manifest import Shard
 from pipelines.order import Order
 from pipelines.storage import Storage
 from pipelines.tiling import Tiling
@@ -163,7 +165,7 @@ class PackWindows:
         A sample whose picture is broken is left out and named.
         """
         at = Position(window=plan.window, pack=number)
-        dropped = plan.dropped if number == 0 else ()
+        dropped = tuple(map(self._signed, plan.dropped)) if number == 0 else ()
         if not plan.groups:
             return Pack.empty(self.stream.tiling.shape, at, dropped)
         samples, of = plan.groups[number], len(plan.groups)
@@ -171,7 +173,7 @@ class PackWindows:
             return Pack.of_samples(samples, self.pixels(samples, out), at, of, dropped)
         except SkipSample:
             kept, broken = self._sound(samples)
-            return Pack.of_samples(kept, self.pixels(kept, out), at, of, (*dropped, *broken))
+            return Pack.of_samples(kept, self.pixels(kept, out), at, of, (*dropped, *map(self._signed, broken)))
 
     def pixels(self, samples: Sequence[Sample], out: NDArray[np.uint8] | None = None) -> NDArray[np.uint8]:
         """Tiles of the samples' pictures in order, uint8 (N, *shape of a tile). Raises SkipSample when one is broken."""
@@ -189,6 +191,20 @@ class PackWindows:
         ends = np.cumsum([0, *(picture.cut.tiles for picture in once)])
         places = {id(picture): slice(ends[i], ends[i + 1]) for i, picture in enumerate(once)}
         return np.concatenate([tiles[places[id(p)]] for p in shown], out=out[: sum(p.cut.tiles for p in shown)])
+
+    def _signed(self, rejected: Rejected) -> Rejected:
+        """With the digest of the row's bytes: a person who mends a shard can tell whether it is the same row still."""
+        shard = self._shards[rejected.row.corpus, rejected.row.shard]
+        if rejected.sha or shard.uri.endswith(".parquet"):
+            return rejected
+        starts, row = shard.load().starts, rejected.row.row
+        data = storage.read(shard.uri, int(starts[row]), int(starts[row + 1]))
+        return replace(rejected, sha=hashlib.sha256(data).hexdigest())
+
+    @cached_property
+    def _shards(self) -> dict[tuple[str, str], Shard]:
+        manifests = [source.manifest for source in self.stream.order.sources]
+        return {(manifest.corpus, shard.name): shard for manifest in manifests for shard in manifest.shards}
 
     def _sound(self, samples: Sequence[Sample]) -> tuple[list[Sample], list[Rejected]]:
         kept: list[Sample] = []

@@ -43,9 +43,9 @@ from pipelines.corpora import (
     Thousandths,
     Videos,
 )
-from pipelines.manifest import Shard, expand
+from pipelines.manifest import Shard, expand, scan
 from pipelines.reading import Tape, json_items
-from pipelines.types import Chunk, Document, Frames, Image, Limits, Reason, Region, Rejected, Text, Video
+from pipelines.types import Chunk, Codes, Document, Frames, Image, Limits, Reason, Region, Rejected, Text, Video
 from tests.conftest import CORPUS
 from tests.pipelines.shards import (
     CLIP,
@@ -221,6 +221,7 @@ def test_a_tar_that_breaks_off_keeps_its_whole_rows(tmp_path: Path) -> None:
         ({"text_list": ["", " "]}, Reason.EMPTY),
         ({"text_list": ["a literal <image> in the text"], "image_info": []}, Reason.LITERAL_IMAGE),
         ({"text_list": None}, Reason.MISSING_FIELD),
+        ({"text_list": ["one", None], "image_info": []}, Reason.MISSING_FIELD),
     ],
 )
 def test_a_bad_page_is_dropped_alone_and_named(tmp_path: Path, change: dict[str, object], reason: Reason) -> None:
@@ -308,11 +309,11 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Corpus, 
     folder = tmp_path_factory.mktemp("shards")
     found = {}
     for corpus, uri in every_format(folder):
-        index = corpus.scan(str(uri))
-        file = folder / f"{type(corpus).__name__}-{corpus.name}.npz"
-        spans = np.zeros((0, 2), np.int64) if index.spans is None else index.spans
-        np.savez(file, starts=index.starts, members=np.array(index.members, np.str_), spans=spans)
-        found[file.stem] = corpus, str(uri), Shard(uri=str(uri), rows=index.rows, index=str(file), stamp="")
+        found[f"{type(corpus).__name__}-{corpus.name}"] = (
+            corpus,
+            str(uri),
+            scan(corpus, str(uri), str(folder / "index")),
+        )
     return found
 
 
@@ -523,6 +524,10 @@ def test_blank_lines_carriage_returns_a_mark_and_a_missing_last_newline_are_no_r
     (tmp_path / "t.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "one"}\r\n\r\n  \n{"text": "two"}\n\n{"text": "three"}')
     rows = rows_of(TextOnly(name="text"), tmp_path / "t.jsonl")
     assert [row.segments[0].text for row in rows if isinstance(row, Document)] == ["one", "two", "three"]  # type: ignore[union-attr]
+    starts = TextOnly(name="text").scan(str(tmp_path / "t.jsonl")).starts.tolist()
+    for block in (1, 2, 5, 17):  # wherever the blocks of a scan end
+        with mock.patch("pipelines.reading.BLOCK", block):
+            assert TextOnly(name="text").scan(str(tmp_path / "t.jsonl")).starts.tolist() == starts
     (tmp_path / "none.jsonl").write_bytes(b"\n\n")
     assert rows_of(TextOnly(name="text"), tmp_path / "none.jsonl") == []
 
@@ -537,6 +542,19 @@ def test_scanning_holds_a_row_and_not_the_shard(tmp_path: Path) -> None:
     tracemalloc.stop()
     assert index.rows == 10_000
     assert peak < 8 * 2**20 < (tmp_path / "t.json").stat().st_size
+
+
+@pytest.mark.parametrize("name", ["t.jsonl", "t.json"])
+def test_a_row_too_large_to_hold_is_stepped_over(tmp_path: Path, name: str) -> None:
+    rows = [{"text": "one"}, {"text": "x" * 5000}, {"text": "three"}]
+    lines = [json.dumps(row) for row in rows]
+    (tmp_path / name).write_text("\n".join(lines) if name == "t.jsonl" else f"[{', '.join(lines)}]")
+    small = Limits(bytes=1000)
+    with mock.patch("pipelines.reading.LIMITS", small), mock.patch("pipelines.reading.BLOCK", 100):
+        index = TextOnly(name="text").scan(str(tmp_path / name))
+    assert index.characters is not None
+    assert index.characters.tolist() == [3, 0, 5]
+    assert only(rows_of(TextOnly(name="text"), tmp_path / name, small)).reason is Reason.HUGE_FILE
 
 
 def only(rows: list[Document | Rejected]) -> Rejected:
@@ -738,7 +756,7 @@ def test_obelics_pages_alternate_as_they_were(shards: dict[str, tuple[Corpus, st
     for row, source in zip(corpus.read(shard, chunk_of(shard)), obelics_rows(), strict=True):
         assert isinstance(row, Document)
         nodes = zip(source["images_bytes"], source["texts"], strict=True)
-        shown = [s.text.strip() if isinstance(s, Text) else s.data for s in row.segments]
+        shown = [s.text.strip() if isinstance(s, Text) else s.data for s in row.segments if not isinstance(s, Codes)]
         assert shown == [body or text.strip() for body, text in nodes if body or text.strip()]
 
 

@@ -2,14 +2,19 @@
 
 import threading
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from cluster.site import Site
 from mllm.recipe import Epochs, Recipe
+from pipelines import storage
+from pipelines.storage import Storage
 from pipelines.stream import dataset, hands_of
 from pipelines.types import Hand, Position
 from pipelines.windows import PackWindows, Pools, Stream
+from tests.conftest import CORPUS
+from tests.s3 import BUCKET, Server
 
 WINDOWS = 5
 
@@ -49,6 +54,28 @@ def test_pack_n_of_a_window_goes_to_rank_n_mod_the_number_of_ranks(
             (hand.window, hand.first, hand.last) for hand in ranks[0]
         ]
     assert sum(hand.last - hand.first for hand in ranks[0]) == len(order)
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_corpus_on_s3_gives_the_packs_that_it_gives_on_disk(
+    stream: Stream, packs: PackWindows, site: Site, recipe: Recipe, s3: Server, tmp_path: Path
+) -> None:
+    """Also the order's fingerprint is the same: a run may go on after its corpora have moved."""
+    s3.upload(CORPUS, "examples")
+    moved = {
+        name: [uri.replace(str(CORPUS), f"s3://{BUCKET}/examples") for uri in site.shards(name)]
+        for name in site.corpora
+    }
+    storage.use(s3.storage)
+    try:
+        there = replace(site, corpora=moved, storage=s3.storage, cache=str(tmp_path / "cache"))
+        remote = there.stream(recipe, recipe.stage("pretrain"))
+        assert {shard.uri[:5] for source in remote.order.sources for shard in source.manifest.shards} == {"s3://"}
+        assert remote.order.fingerprint == stream.order.fingerprint
+        (hands,) = dealt(remote, Position(), 1)
+    finally:
+        storage.use(Storage())
+    assert [(pack.at, pack.digest) for hand in hands for pack in hand.packs] == expected(packs, Position())
 
 
 def test_a_window_packs_the_same_whoever_asks(stream: Stream) -> None:
