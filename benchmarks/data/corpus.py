@@ -38,13 +38,15 @@ SHORTEST, LONGEST = 16, 1200
 
 
 def corpus(cache: Path, rows: int = ROWS) -> Path:
-    """The folder with `tar/00000.tar` and so on; made unless it is there already."""
+    """The folder with `tar/00000.tar` and so on; made unless it is there already, as it would be made now."""
     folder = cache / f"data-{rows}"
-    if not (folder / "made").is_file():
+    settings = repr((HEIGHT, WIDTH, QUALITY, GRAIN, MEAN_TOKENS, SIGMA, SHORTEST, LONGEST, SHARD_ROWS))
+    made = folder / "made"
+    if not made.is_file() or made.read_text() != settings:
         shutil.rmtree(folder, ignore_errors=True)
         (folder / "tar").mkdir(parents=True)
         write_tars(folder / "tar", rows)
-        (folder / "made").touch()
+        made.write_text(settings)
     return folder
 
 
@@ -77,6 +79,14 @@ def repeated(source: Path, target: Path, rows: int) -> Path:
     for number, uri in enumerate(islice(cycle(shards(source)), rows // SHARD_ROWS)):
         link(Path(uri), target / f"{number:05d}.tar")
     return target
+
+
+def warm(folder: Path) -> None:
+    """Read every file once, so that the page cache holds it."""
+    for file in {path.stat().st_ino: path for path in folder.rglob("*") if path.is_file()}.values():
+        with file.open("rb") as opened:
+            while opened.read(2**22):
+                pass
 
 
 def link(source: Path, target: Path) -> None:

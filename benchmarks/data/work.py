@@ -9,10 +9,10 @@ import json
 import multiprocessing
 import os
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cache
 from pathlib import Path
-from typing import TypedDict
+from typing import Any, TypedDict
 
 import torch
 from tokenizers import Tokenizer
@@ -85,12 +85,17 @@ def counted(batches: Iterable[Batch]) -> Iterator[tuple[int, int]]:
         yield len(batch["pixels"]), int(batch["lengths"].sum())
 
 
+def began() -> float:
+    """When the command was given; now, where nobody said so."""
+    return float(os.environ.get(STARTED) or time.monotonic())
+
+
 def consumed(counts: Iterable[tuple[int, int]], rows: int) -> Report:
     """Take batches in this process until `rows` images have come, and forget them."""
     events: list[tuple[float, int]] = []
     first = images_seen = tokens_seen = 0
     for count, tokens in counts:
-        first = first or time.monotonic() - float(os.environ.get(STARTED, time.monotonic()))
+        first = first or time.monotonic() - began()
         images_seen += count
         tokens_seen += tokens
         events.append((time.monotonic(), images_seen))
@@ -110,7 +115,7 @@ def steady(events: list[tuple[float, int]]) -> float:
     return (end[1] - begin[1]) / (end[0] - begin[0]) if end[0] > begin[0] else float("nan")
 
 
-def tell(report: Report) -> None:
+def tell(report: Mapping[str, Any]) -> None:
     """The last line of standard output; then gone, whatever threads a loader may have left."""
     print(json.dumps(report), flush=True)
     os._exit(0)

@@ -15,7 +15,7 @@ def main() -> None:
     if word == "prepare":
         if hasattr(module, "prepare"):
             module.prepare(Path(folder), int(rows))
-        return
+        tell({})
     tell(consumed(counted(module.batches(Path(folder), int(rows))), int(rows)))
 
 

@@ -1,5 +1,6 @@
 """Megatron-Energon: the tars with the metadata of `energon prepare`, a task encoder that gets the raw bytes."""
-# pyright: reportMissingImports=false -- megatron.energon is in the competitors' environment only
+# megatron.energon is in the competitors' environment only:
+# pyright: reportMissingImports=false
 
 from __future__ import annotations
 
@@ -28,7 +29,13 @@ def prepare(corpus: Path, rows: int) -> None:  # noqa: ARG001 -- it repeats by i
     if (folder / ".nv-meta" / "dataset.yaml").is_file():
         return
     repeated(corpus / "tar", folder, SHARD_ROWS * len(shards(corpus / "tar")))
-    command = [str(Path(sys.executable).parent / "energon"), "prepare", str(folder), "--non-interactive", "--no-progress"]
+    command = [
+        str(Path(sys.executable).parent / "energon"),
+        "prepare",
+        str(folder),
+        "--non-interactive",
+        "--no-progress",
+    ]
     command += ["--split-ratio", "1,0,0", "--sample-type", "CaptioningSample", "--num-workers", str(WORKERS)]
     command += ["--field-map", '{"image": "jpg", "caption": "txt"}', "--force-overwrite"]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)

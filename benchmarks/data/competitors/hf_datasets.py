@@ -1,5 +1,6 @@
 """HF datasets, streaming: parquet shards on local disk, pictures as bytes, in torch's DataLoader."""
-# pyright: reportMissingImports=false -- datasets is in the competitors' environment only
+# datasets is in the competitors' environment only:
+# pyright: reportMissingImports=false
 
 from __future__ import annotations
 

@@ -1,5 +1,6 @@
 """LitData: optimised chunks on local disk through StreamingDataset and StreamingDataLoader."""
-# pyright: reportMissingImports=false -- litdata is in the competitors' environment only
+# litdata is in the competitors' environment only:
+# pyright: reportMissingImports=false
 
 from __future__ import annotations
 

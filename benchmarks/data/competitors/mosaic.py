@@ -1,5 +1,6 @@
 """mosaicml-streaming: MDS shards on local disk through StreamingDataset, in order."""
-# pyright: reportMissingImports=false -- streaming is in the competitors' environment only
+# streaming is in the competitors' environment only:
+# pyright: reportMissingImports=false
 
 from __future__ import annotations
 

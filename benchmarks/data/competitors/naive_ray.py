@@ -15,7 +15,7 @@ from benchmarks.data.corpus import shards
 from benchmarks.data.work import BATCH, WORKERS, Batch, collate, prepared
 
 
-def rows(batch: dict[str, Any]) -> dict[str, Any]:
+def rows(batch: Any) -> Any:
     collated = collate(prepared(*pair) for pair in zip(batch["jpg"], batch["txt"], strict=True))
     longest = torch.zeros(len(batch["jpg"]), LONGEST, dtype=torch.int64)
     longest[:, : collated["tokens"].shape[1]] = collated["tokens"]

@@ -1,5 +1,6 @@
 """webdataset in torch's DataLoader."""
-# pyright: reportMissingImports=false -- webdataset is in the competitors' environment only
+# webdataset is in the competitors' environment only:
+# pyright: reportMissingImports=false
 
 from __future__ import annotations
 
