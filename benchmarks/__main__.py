@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from benchmarks.common import CACHE, HERE, Row, Section, machine
@@ -63,7 +64,7 @@ def show(section: Section, console: Console) -> None:
     for place, head in enumerate(HEAD):
         table.add_column(head, justify="right" if place in (1, 3, 4) else "left")
     for row in section.rows:
-        table.add_row(*row.cells())
+        table.add_row(*map(escape, row.cells()))
     console.print(table)
     for fact in section.facts:
         console.print(f"  {fact}", markup=False)

@@ -1,4 +1,4 @@
-"""Images a second that reach a trainer: ourselves beside six libraries and beside the limit, on the same tars and cores.
+"""Images a second that reach a trainer: ourselves beside seven other loaders and the limit, same rows, same cores.
 
 The limit is two bare processes that read a tar, decode, resize to 336 x 336, tokenise, and hand nothing over. Every loader does
 that same work through the same functions (simplejpeg, torch's antialiased bicubic on uint8, the same tokenizer) in two workers,
@@ -43,6 +43,9 @@ STRICT = "mllm, packed in strict order"
 LOOSE = "mllm, packed, order as it comes"
 BUCKETED = "mllm, packed in strict order, from S3"
 OURS = {LIMIT: "limit", STRICT: "strict", LOOSE: "loose", BUCKETED: "s3"}
+PART = {"s3": "tar"}
+"""The bucket holds each shard once and is gone round; on disk a shard has as many names as it is read."""
+
 PEERS = tuple(COMPETITORS.values())
 
 PYTHON = CACHE / "venv-competitors" / "bin" / "python"
@@ -116,7 +119,7 @@ def rounds(folder: Path, size: Size) -> tuple[Found, dict[str, str]]:
         attempt(failed, title, lambda name=name: competitor(name, "prepare", folder, size))
     warm(folder)
     turns: list[tuple[str, Callable[[], Outcome]]] = [
-        *((title, lambda what=what: ours(what, folder, "many", size)) for title, what in OURS.items()),
+        *((title, lambda w=what: ours(w, folder, PART.get(w, "many"), size)) for title, what in OURS.items()),
         *((title, lambda n=name: competitor(n, "run", folder, size)) for name, title in COMPETITORS.items()),
     ]
     for number in range(size.rounds):
