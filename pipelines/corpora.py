@@ -95,7 +95,7 @@ class CaptionList:
 
     A first line that spells the columns is stepped over. One column is the caption (`caption` or `text`), one the picture's
     path (`filename`, `image` or `path`) below `images`, which is by default the list's own folder (FROMAGe, LLaMA-Adapter).
-    A cell cannot hold a line break.
+    A cell cannot hold a line break. Rows that name a `url` instead are refused: img2dataset makes `Pairs` of them.
     """
 
     kind: Literal["caption_list"] = "caption_list"
@@ -116,7 +116,7 @@ class CaptionList:
         return read_rows(self.name, shard, chunk, limits, draft, columns=self.columns)
 
     def _draft(self, folder: str, row: Row) -> Draft:
-        image = _awaited(folder, _first(row, "filename", "image", "path"))
+        image = _awaited(folder, _first(row, "filename", "image", "path", "url"))
         return Draft(segments=(image, Text(text="\n" + _some(_first(row, "caption", "text")))))
 
 
@@ -224,7 +224,9 @@ class Interleaved:
         listed = row.get("image_info")
         if not isinstance(sentences, list) or not isinstance(listed, list):
             raise SkipSample(Reason.MISSING_FIELD, "text_list or image_info")
-        if not any(isinstance(sentence, str) and sentence.strip() for sentence in sentences):
+        if not all(isinstance(sentence, str) for sentence in sentences):
+            raise SkipSample(Reason.MISSING_FIELD, "text_list holds what is no string")
+        if not any(sentence.strip() for sentence in sentences):
             raise SkipSample(Reason.EMPTY)
         if self.drop_duplicates and row.get("could_have_url_duplicate"):
             raise SkipSample(Reason.DUPLICATE, str(row.get("url", ""))[:80])
@@ -245,9 +247,9 @@ class Interleaved:
                 if text:
                     segments.append(Text(text=text))
                 segments += before[place]
-                text = "\n" + _web(str(sentence).strip())
+                text = "\n" + _web(sentence.strip())
             else:
-                text += (" " if text else "") + _web(str(sentence).strip())
+                text += (" " if text else "") + _web(sentence.strip())
         return Draft(segments=(*segments, Text(text=text)))
 
     def _image(self, find: Callable[[str], File], info: Row) -> Segment:

@@ -221,6 +221,7 @@ def test_a_tar_that_breaks_off_keeps_its_whole_rows(tmp_path: Path) -> None:
         ({"text_list": ["", " "]}, Reason.EMPTY),
         ({"text_list": ["a literal <image> in the text"], "image_info": []}, Reason.LITERAL_IMAGE),
         ({"text_list": None}, Reason.MISSING_FIELD),
+        ({"text_list": ["one", None], "image_info": []}, Reason.MISSING_FIELD),
     ],
 )
 def test_a_bad_page_is_dropped_alone_and_named(tmp_path: Path, change: dict[str, object], reason: Reason) -> None:
@@ -523,6 +524,10 @@ def test_blank_lines_carriage_returns_a_mark_and_a_missing_last_newline_are_no_r
     (tmp_path / "t.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "one"}\r\n\r\n  \n{"text": "two"}\n\n{"text": "three"}')
     rows = rows_of(TextOnly(name="text"), tmp_path / "t.jsonl")
     assert [row.segments[0].text for row in rows if isinstance(row, Document)] == ["one", "two", "three"]  # type: ignore[union-attr]
+    starts = TextOnly(name="text").scan(str(tmp_path / "t.jsonl")).starts.tolist()
+    for block in (1, 2, 5, 17):  # wherever the blocks of a scan end
+        with mock.patch("pipelines.reading.BLOCK", block):
+            assert TextOnly(name="text").scan(str(tmp_path / "t.jsonl")).starts.tolist() == starts
     (tmp_path / "none.jsonl").write_bytes(b"\n\n")
     assert rows_of(TextOnly(name="text"), tmp_path / "none.jsonl") == []
 
@@ -537,6 +542,19 @@ def test_scanning_holds_a_row_and_not_the_shard(tmp_path: Path) -> None:
     tracemalloc.stop()
     assert index.rows == 10_000
     assert peak < 8 * 2**20 < (tmp_path / "t.json").stat().st_size
+
+
+@pytest.mark.parametrize("name", ["t.jsonl", "t.json"])
+def test_a_row_too_large_to_hold_is_stepped_over(tmp_path: Path, name: str) -> None:
+    rows = [{"text": "one"}, {"text": "x" * 5000}, {"text": "three"}]
+    lines = [json.dumps(row) for row in rows]
+    (tmp_path / name).write_text("\n".join(lines) if name == "t.jsonl" else f"[{', '.join(lines)}]")
+    small = Limits(bytes=1000)
+    with mock.patch("pipelines.reading.LIMITS", small), mock.patch("pipelines.reading.BLOCK", 100):
+        index = TextOnly(name="text").scan(str(tmp_path / name))
+    assert index.characters is not None
+    assert index.characters.tolist() == [3, 0, 5]
+    assert only(rows_of(TextOnly(name="text"), tmp_path / name, small)).reason is Reason.HUGE_FILE
 
 
 def only(rows: list[Document | Rejected]) -> Rejected:
@@ -601,6 +619,31 @@ def test_a_path_that_leads_nowhere_or_out_drops_its_row_alone(tmp_path: Path, na
     found = rows_of(CaptionList(name="list"), folder / "c.jsonl", Limits(bytes=100_000))
     assert only(found).reason is reason
     assert only(found).row.row == 1
+
+
+def test_an_empty_object_is_a_bad_picture_and_no_fault_of_the_storage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """S3 answers 416 to any range of an object without bytes."""
+    ((good, caption),) = write_pictures(tmp_path, 1)
+    (tmp_path / "empty.jpg").touch()
+    rows = [{"caption": caption, "image": name} for name in (good, "empty.jpg", "gone.jpg")]
+    many = storage.read_many
+
+    def strict(ranges: Any) -> Any:
+        if any(uri.endswith("empty.jpg") for uri, _, _ in ranges):
+            raise storage.StorageError("no answer") from OSError(22, "The requested range is not satisfiable")
+        return many(ranges)
+
+    monkeypatch.setattr(storage, "read_many", strict)
+    first, second, third = rows_of(CaptionList(name="list"), write_lines(tmp_path / "c.jsonl", rows))
+    assert isinstance(first, Document)
+    assert isinstance(second, Document)  # the decoder says what it is
+    assert second.segments[0] == Image(data=b"")
+    assert isinstance(third, Rejected)
+    monkeypatch.setattr(storage, "read_many", mock.Mock(side_effect=storage.StorageError("an outage")))
+    with pytest.raises(storage.StorageError, match="an outage"):
+        rows_of(CaptionList(name="list"), tmp_path / "c.jsonl")
 
 
 # --- tars -------------------------------------------------------------------------------------------------------------
