@@ -199,7 +199,7 @@ def _fetch(files: Iterable[File], limits: Limits) -> dict[File, bytes | None]:
 
 
 def _ranges(files: list[File], limits: Limits) -> list[bytes | None]:
-    """One round of requests, without those for no bytes at all, which S3 refuses (416) as it does any range of an empty object."""
+    """One round of requests, without those for no bytes: S3 refuses them (416), as it does any range of an empty object."""
     ranges = [(f.uri, f.start, limits.bytes + 1 if f.stop is None else f.stop) for f in files]
     empty = {n for n, (_, start, stop) in enumerate(ranges) if stop <= start}
     try:

@@ -454,7 +454,7 @@ values = st.recursive(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(st.lists(st.dictionaries(outer_keys, values, max_size=5) | values, min_size=1, max_size=4))
 def test_no_row_of_json_is_anything_but_a_document_or_a_rejection(rows: list[object]) -> None:
     with tempfile.TemporaryDirectory() as folder:
@@ -483,7 +483,7 @@ anything = st.recursive(
 )
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=120, deadline=None)
 @given(
     st.lists(anything, max_size=6),
     st.sampled_from([None, 0, 1, "\t"]),
