@@ -266,7 +266,7 @@ def main(argv: list[str] | None = None) -> None:
         prog="mllm",
         description="Train multimodal language models on Ray.",
         args=words,
-        config=(tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes, tyro.conf.FlagConversionOff),
+        config=(tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes, tyro.conf.FlagCreatePairsOff),
     )
     from cluster.controller import RunError
     from cluster.site import SiteError

@@ -94,8 +94,8 @@ class CaptionList:
     """A list of loose pictures and their captions: csv or tsv with these `columns` in order, or jsonl with them as keys.
 
     A first line that spells the columns is stepped over. One column is the caption (`caption` or `text`), one the picture's
-    path (`filename`, `image` or `path`) below `images`, which is by default the list's own folder (FROMAGe, LLaMA-Adapter). A
-    cell cannot hold a line break. Rows that name a `url` instead are refused: img2dataset makes `Pairs` of them.
+    path (`filename`, `image` or `path`) below `images`, which is by default the list's own folder (FROMAGe, LLaMA-Adapter).
+    A cell cannot hold a line break. Rows that name a `url` instead are refused: img2dataset makes `Pairs` of them.
     """
 
     kind: Literal["caption_list"] = "caption_list"

@@ -11,6 +11,7 @@ and one round of concurrent requests for everything they refer to. Memory holds 
 from __future__ import annotations
 
 import csv
+import errno
 import glob
 import io
 import json
@@ -193,9 +194,33 @@ def _fetch(files: Iterable[File], limits: Limits) -> dict[File, bytes | None]:
     for file in dict.fromkeys(files):
         groups.setdefault(storage.scheme(file.uri), []).append(file)
     for group in groups.values():
-        ranges = [(f.uri, f.start, limits.bytes + 1 if f.stop is None else f.stop) for f in group]
-        found.update(zip(group, storage.read_many(ranges), strict=True))
+        found.update(zip(group, _ranges(group, limits), strict=True))
     return found
+
+
+def _ranges(files: list[File], limits: Limits) -> list[bytes | None]:
+    """One round of requests, without those for no bytes: S3 refuses them (416), as it does any range of an empty object."""
+    ranges = [(f.uri, f.start, limits.bytes + 1 if f.stop is None else f.stop) for f in files]
+    empty = {n for n, (_, start, stop) in enumerate(ranges) if stop <= start}
+    try:
+        return _read_but(empty, ranges)
+    except storage.StorageError as error:
+        if not isinstance(error.__cause__, OSError) or error.__cause__.errno != errno.EINVAL:
+            raise
+    empty |= {n for n, file in enumerate(files) if file.stop is None and _size(file.uri) == 0}
+    return _read_but(empty, ranges)
+
+
+def _read_but(empty: set[int], ranges: list[tuple[str, int, int]]) -> list[bytes | None]:
+    found = iter(storage.read_many([part for n, part in enumerate(ranges) if n not in empty]))
+    return [b"" if n in empty else next(found) for n in range(len(ranges))]
+
+
+def _size(uri: str) -> int | None:
+    try:
+        return storage.stat(uri).size
+    except FileNotFoundError:
+        return None
 
 
 def _filled(

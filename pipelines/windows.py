@@ -13,7 +13,8 @@ import hashlib
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import field, replace
-from functools import cached_property
+from functools import cached_property, partial
+from itertools import chain
 
 import numpy as np
 import torch
@@ -259,10 +260,21 @@ class PackWindows:
             return Rejected(row=row.id, reason=skip.reason, detail=skip.detail)
 
     def _read(self, window: Window) -> Iterator[Document | Rejected]:
+        """The window's rows, chunk by chunk; chunks on remote storage are fetched before they are needed."""
         s = self.stream
+        reads = []
+        remote = False
         for chunk in window.chunks:
             shard = s.order.sources[chunk.source].manifest.shards[chunk.shard]
-            yield from s.corpora[chunk.source].read(shard, chunk, s.limits)
+            remote = remote or storage.scheme(shard.uri) != "file"
+            reads.append(partial(s.corpora[chunk.source].read, shard, chunk, s.limits))
+        if not remote or s.storage.ahead < 1:
+            return chain.from_iterable(read() for read in reads)
+        return chain.from_iterable(storage.ahead([partial(_listed, read) for read in reads], s.storage.ahead))
+
+
+def _listed(read: Callable[[], Iterator[Document | Rejected]]) -> list[Document | Rejected]:
+    return list(read())
 
 
 def joined(rows: Sequence[Measured]) -> Measured:

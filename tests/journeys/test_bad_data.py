@@ -65,6 +65,15 @@ def test_a_few_bad_rows_are_dropped_and_counted(site: Site, recipe: Recipe, tmp_
     assert f"{len(table)} rows dropped" in told.getvalue()
     assert "image is missing" in told.getvalue()
 
+    # Killed before it noted its end, and its data changed meanwhile: the run says what changed instead of going on.
+    for event in [*folder.root.glob("journal/*stage_finished*"), *folder.root.glob("journal/*run_finished*")]:
+        event.unlink()
+    (tmp_path / "talk.json").write_bytes(text.replace(b"gone.jpg", b"lost.jpg"))
+    with pytest.raises(
+        RunError, match=r"'sft' began with other data: example-instructions/talk\.json has other contents"
+    ):
+        trained_on(tmp_path / "talk.json", site, recipe)
+
 
 def item_bytes(text: bytes, row: int) -> bytes:
     """The row as it lies in the file: the item, and what separates it from the next."""

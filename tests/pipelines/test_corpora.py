@@ -454,7 +454,7 @@ values = st.recursive(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(st.lists(st.dictionaries(outer_keys, values, max_size=5) | values, min_size=1, max_size=4))
 def test_no_row_of_json_is_anything_but_a_document_or_a_rejection(rows: list[object]) -> None:
     with tempfile.TemporaryDirectory() as folder:
@@ -483,7 +483,7 @@ anything = st.recursive(
 )
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=120, deadline=None)
 @given(
     st.lists(anything, max_size=6),
     st.sampled_from([None, 0, 1, "\t"]),
@@ -619,6 +619,31 @@ def test_a_path_that_leads_nowhere_or_out_drops_its_row_alone(tmp_path: Path, na
     found = rows_of(CaptionList(name="list"), folder / "c.jsonl", Limits(bytes=100_000))
     assert only(found).reason is reason
     assert only(found).row.row == 1
+
+
+def test_an_empty_object_is_a_bad_picture_and_no_fault_of_the_storage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """S3 answers 416 to any range of an object without bytes."""
+    ((good, caption),) = write_pictures(tmp_path, 1)
+    (tmp_path / "empty.jpg").touch()
+    rows = [{"caption": caption, "image": name} for name in (good, "empty.jpg", "gone.jpg")]
+    many = storage.read_many
+
+    def strict(ranges: Any) -> Any:
+        if any(uri.endswith("empty.jpg") for uri, _, _ in ranges):
+            raise storage.StorageError("no answer") from OSError(22, "The requested range is not satisfiable")
+        return many(ranges)
+
+    monkeypatch.setattr(storage, "read_many", strict)
+    first, second, third = rows_of(CaptionList(name="list"), write_lines(tmp_path / "c.jsonl", rows))
+    assert isinstance(first, Document)
+    assert isinstance(second, Document)  # the decoder says what it is
+    assert second.segments[0] == Image(data=b"")
+    assert isinstance(third, Rejected)
+    monkeypatch.setattr(storage, "read_many", mock.Mock(side_effect=storage.StorageError("an outage")))
+    with pytest.raises(storage.StorageError, match="an outage"):
+        rows_of(CaptionList(name="list"), tmp_path / "c.jsonl")
 
 
 # --- tars -------------------------------------------------------------------------------------------------------------
