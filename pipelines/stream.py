@@ -30,9 +30,10 @@ from numpy.typing import NDArray
 from ray.data import ActorPoolStrategy, DataContext, Datasource, ExecutionOptions, ReadTask
 from ray.data.block import BlockMetadata
 
+from ops import images
 from pipelines.annotate import OfDocuments, OfPacks, Rows
 from pipelines.types import Hand, Position
-from pipelines.windows import PackWindows, Pools, Stream, settle
+from pipelines.windows import PackWindows, Pools, Stream
 
 if TYPE_CHECKING:
     from ray.data import DataIterator, Dataset
@@ -64,7 +65,7 @@ class _Packer:
     """The actor that packs: window numbers in, with their rows if others read them; hands out."""
 
     def __init__(self, stream: Stream, start: Position, world: int) -> None:
-        settle()
+        images.settle()
         self.windows = PackWindows(stream)
         self.start = start
         self.world = world

@@ -9,17 +9,14 @@ resumed window decodes nothing of the packs before, and an actor holds the files
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
 import random
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
 from dataclasses import field, replace
 from functools import cached_property, partial
 from itertools import chain
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from pipelines import packing, pictures, storage
@@ -284,20 +281,3 @@ def joined(rows: Sequence[Measured]) -> Measured:
     gap = Text(text="\n\n", learn=False)
     segments = [segment for row in rows for segment in (gap, *row.segments)][1:]
     return replace(rows[0], segments=tuple(segments), more=tuple(row.id for row in rows[1:]))
-
-
-def settle() -> None:
-    """Make this process one of many: one core, and memory that is kept.
-
-    Torch's own threads would fight with the trainers for the other cores. The C library gives a picture's memory back to the
-    system after each use and faults it in again for the next; told to keep it, decoding is a few per cent faster.
-    """
-    torch.set_num_threads(1)
-    with suppress(OSError, AttributeError):  # other C libraries have no such call
-        allocator = ctypes.CDLL(None).mallopt
-        allocator(M_TRIM_THRESHOLD, 2**28)
-        allocator(M_MMAP_THRESHOLD, 2**25)
-
-
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
-"""glibc's names for how much free memory is kept, and from what size on a block is the system's own (mallopt(3))."""

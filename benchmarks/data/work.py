@@ -59,7 +59,7 @@ def prepared(picture: bytes, caption: bytes | str) -> Row:
 
 @cache
 def settle() -> None:
-    torch.set_num_threads(1)
+    images.settle()
     if multiprocessing.parent_process() is not None:
         os.nice(max(0, NICE - os.nice(0)))
 
