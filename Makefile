@@ -1,13 +1,15 @@
 # make demo    train the smoke recipe through VILA's three stages on this machine
 # make test    the tests          make check   lint, format, types, floors
 # make bench   the benchmarks     make real    the three stages with small real weights
+# make bench-data                 data loading beside other libraries, which get an environment of their own
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 WORKERS ?= 2
+COMPETITORS := benchmarks/.cache/venv-competitors
 
-.PHONY: demo test check bench real format clean
+.PHONY: demo test check bench bench-data real format clean
 
 demo: $(VENV)/.installed
 	$(BIN)/mllm train vila_smoke --workers $(WORKERS)
@@ -23,6 +25,9 @@ check: $(VENV)/.installed-dev
 
 bench: $(VENV)/.installed
 	$(BIN)/python -m benchmarks
+
+bench-data: $(VENV)/.installed-dev $(COMPETITORS)/.installed
+	$(BIN)/python -m benchmarks data $(if $(QUICK),--quick)
 
 real: $(VENV)/.installed-real
 	$(BIN)/python examples/real/prepare.py .cache/weights
@@ -48,4 +53,11 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 
 $(VENV)/.installed-real: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[real]"
+	touch $@
+
+# torch first here too; the rest is pinned whole, because some of it asks for what does not fit (the file says what).
+$(COMPETITORS)/.installed: benchmarks/data/requirements.txt constraints.txt
+	test -x $(COMPETITORS)/bin/python || $(PYTHON) -m venv $(COMPETITORS)
+	$(COMPETITORS)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(COMPETITORS)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r benchmarks/data/requirements.txt
 	touch $@

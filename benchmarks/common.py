@@ -22,20 +22,35 @@ CACHE = HERE / ".cache"
 
 @dataclass
 class Row:
-    """One line of a table: all repetitions of one number."""
+    """One line of a table: all repetitions of one number, none where it could not be had (the note says why).
+
+    A goal is for the median.
+    """
 
     name: str
     unit: str
     values: list[float]
     note: str = ""
+    at_least: float | None = None
+    at_most: float | None = None
 
     @property
     def median(self) -> float:
-        return median(self.values)
+        return median(self.values) if self.values else float("nan")
+
+    @property
+    def met(self) -> bool:
+        """Whether the goal, if there is one, is reached; what could not be measured reaches none."""
+        above = self.at_least is None or self.median >= self.at_least
+        return above and (self.at_most is None or self.median <= self.at_most)
 
     def cells(self) -> list[str]:
         spread = f"{number(min(self.values))} to {number(max(self.values))}" if len(self.values) > 1 else ""
-        return [self.name, number(self.median), self.unit, spread, str(len(self.values)), self.note]
+        goals = [f">= {self.at_least:g}"] if self.at_least is not None else []
+        goals += [f"<= {self.at_most:g}"] if self.at_most is not None else []
+        met = ("yes" if self.met else "no") if goals else ""
+        middle = number(self.median) if self.values else "none"
+        return [self.name, middle, self.unit, spread, str(len(self.values)), " and ".join(goals), met, self.note]
 
 
 @dataclass
@@ -48,8 +63,16 @@ class Section:
     facts: list[str] = field(default_factory=list)
     seconds: float = 0.0
 
-    def add(self, name: str, unit: str, values: Sequence[float], note: str = "") -> None:
-        self.rows.append(Row(name, unit, list(values), note))
+    def add(
+        self,
+        name: str,
+        unit: str,
+        values: Sequence[float],
+        note: str = "",
+        at_least: float | None = None,
+        at_most: float | None = None,
+    ) -> None:
+        self.rows.append(Row(name, unit, list(values), note, at_least, at_most))
 
 
 def number(value: float) -> str:

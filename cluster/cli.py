@@ -142,6 +142,25 @@ class Check:
 
 
 @dataclass
+class Quarantine:
+    """Show the rows that a run dropped, by corpus and reason."""
+
+    run: Positional[str]
+    rows: bool = False
+    """Every row by name."""
+    site: SiteFile = None
+
+    def __call__(self) -> None:
+        from rich.console import Console
+
+        from cluster import quarantine
+        from cluster.run import open_run
+
+        folder, _, _ = open_run(_site(self.site), self.run)
+        sys.exit(quarantine.show(folder, Console(highlight=False), self.rows))
+
+
+@dataclass
 class Preview:
     """Write a page that shows packs as a person would read them: text, tiles, which tokens are learned."""
 
@@ -231,6 +250,7 @@ Command = (
     | Annotated[Index, subcommand("data index")]
     | Annotated[Check, subcommand("data check")]
     | Annotated[Preview, subcommand("data preview")]
+    | Annotated[Quarantine, subcommand("data quarantine")]
     | Annotated[Evaluate, subcommand("eval")]
     | Annotated[Export, subcommand("export")]
     | Annotated[Report, subcommand("report")]
@@ -246,7 +266,7 @@ def main(argv: list[str] | None = None) -> None:
         prog="mllm",
         description="Train multimodal language models on Ray.",
         args=words,
-        config=(tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes, tyro.conf.FlagConversionOff),
+        config=(tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes, tyro.conf.FlagCreatePairsOff),
     )
     from cluster.controller import RunError
     from cluster.site import SiteError

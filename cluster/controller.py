@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import platform
 import threading
 import time
@@ -11,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from cluster import checkpoint
+from cluster import checkpoint, quarantine
 from cluster.journal import (
     Journal,
     RunFailed,
@@ -92,6 +93,8 @@ class Controller:
             words = str(error) if isinstance(error, RunError) else f"{type(error).__name__}: {error}"
             self.journal.append(RunFailed(time=time.time(), stage=stage, error=words))
             raise
+        finally:
+            quarantine.write_table(self.folder)
         return self.journal.state()
 
     def finish(self) -> None:
@@ -159,6 +162,7 @@ class Controller:
             steps=planned_steps(job.stage),
             parts=tuple(describe(model, job.stage.tune)),
         )
+        self._same_shards(job)
         self.journal.append(started)
         self.watcher.stage_started(started)
         last = job.resume_from()
@@ -178,6 +182,30 @@ class Controller:
         self.watcher.stage_finished(
             finished, self.folder.evaluation(name, "before"), self.folder.evaluation(name, "after")
         )
+
+    def _same_shards(self, job: StageJob) -> None:
+        """Note what the stage reads when it begins; when it goes on, name the shards that are not what they were."""
+        now = {
+            f"{s.manifest.corpus}/{shard.name}": shard.digest
+            for s in job.stream.order.sources
+            for shard in s.manifest.shards
+        }
+        file = self.folder.root / "shards" / f"{job.stage.name}.json"
+        if not checkpoint.checkpoints(self.folder.checkpoints(job.stage.name)) or not file.is_file():
+            write_atomically(file, json.dumps(now, indent=1).encode())
+            return
+        before: dict[str, str] = json.loads(file.read_bytes())
+        changes = [f"{name} is new" for name in sorted(now.keys() - before.keys())]
+        changes += [f"{name} is gone" for name in sorted(before.keys() - now.keys())]
+        changes += [
+            f"{name} has other contents" for name in sorted(now.keys() & before.keys()) if now[name] != before[name]
+        ]
+        if changes:
+            raise RunError(
+                f"stage {job.stage.name!r} began with other data: {'; '.join(changes[:5])}"
+                + (f"; and {len(changes) - 5} more" if len(changes) > 5 else "")
+                + "; put them back, or train under another --run"
+            )
 
     def _unevaluated(self, job: StageJob) -> bool:
         return job.held_out is not None and self.folder.evaluation(job.stage.name, "after") is None

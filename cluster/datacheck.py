@@ -36,9 +36,11 @@ def index(name: str, site: Site, console: Console, next_to_corpus: bool, again: 
     planned = plan(corpus, uris, (home,) if next_to_corpus else site.homes(uris))
     manifest = indexing.index_corpus(site, corpus, planned, console, logs, home)
     shards = manifest.shards
+    known = [s.pictures for s in shards if s.pictures is not None]
     console.print(
         f"{name}: {manifest.rows:,} rows in {len(shards):,} shards, {sum(s.bytes for s in shards) / 2**20:,.1f} MiB, "
-        f"{sum(s.pictures for s in shards):,} pictures, {sum(s.characters for s in shards):,} characters; "
+        f"{sum(known):,} pictures{' or more' if len(known) < len(shards) else ''}, "
+        f"{sum(s.characters for s in shards):,} characters; "
         f"{len(planned.missing):,} scanned now, index in {home}",
         soft_wrap=True,
     )

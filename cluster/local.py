@@ -63,7 +63,8 @@ def ray_running(address: str | None, cpus: int, logs: Path) -> Iterator[None]:
     if address:
         ray.init(address=address, **options)
     else:
-        ray.init(address="local", num_cpus=cpus, include_dashboard=False, object_store_memory=OBJECT_STORE, **options)
+        store = min(OBJECT_STORE, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 5)
+        ray.init(address="local", num_cpus=cpus, include_dashboard=False, object_store_memory=store, **options)
     divert_ray_logging()
     try:
         yield
@@ -71,5 +72,6 @@ def ray_running(address: str | None, cpus: int, logs: Path) -> Iterator[None]:
         ray.shutdown()
 
 
-OBJECT_STORE = 512 * 2**20
-"""Bytes of shared memory for packs in flight on a laptop."""
+OBJECT_STORE = 2**31
+"""Bytes of shared memory for packs in flight on a laptop, if that is no more than a fifth of its memory. Only what is in
+flight is used; but Ray Data keeps to a part of it, and with a quarter of this holds its actors back."""

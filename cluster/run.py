@@ -26,7 +26,6 @@ def train(recipe: Recipe, site: Site, name: str | None, console: Console) -> Run
     Everything that can be wrong before a worker starts is said before one does.
     """
     from cluster.live import Live, summary
-    from cluster.report import write_report
 
     folder = RunFolder(Path(site.runs) / (name or recipe.name))
     quieten(folder.logs)
@@ -49,10 +48,20 @@ def train(recipe: Recipe, site: Site, name: str | None, console: Console) -> Run
         console.print("stopped; the same command goes on from the last checkpoint")
         raise
     finally:
-        write_report(folder, recipe, controller.journal.state())
+        _report(controller, console)
     console.print(summary(folder, recipe, controller.journal.state()))
     _paths(folder, console)
     return folder
+
+
+def _report(controller: Controller, console: Console) -> None:
+    """Write the report, whatever became of the run; a fault of the report must not hide the run's own."""
+    from cluster.report import write_report
+
+    try:
+        write_report(controller.folder, controller.recipe, controller.journal.state())
+    except Exception as error:
+        console.print(f"the report could not be written ({type(error).__name__}: {error}); try: mllm report")
 
 
 def _paths(folder: RunFolder, console: Console) -> None:

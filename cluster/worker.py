@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from cluster import checkpoint
+from cluster import checkpoint, quarantine
 from cluster.checkpoint import Manifest, ShardTally, TrainState
 from cluster.deal import Deal, Held, Step
 from cluster.engines import Engine, StepReport, build_engine
@@ -25,7 +25,7 @@ from cluster.schedule import learning_rate_factor, progress
 from mllm import evaluate
 from mllm.recipe import Recipe, Source, Stage
 from pipelines.annotate import OfPacks
-from pipelines.types import Measured, Pack, Picture, Rejected, spec
+from pipelines.types import Measured, Pack, Picture, Rejected, Text, spec
 from pipelines.windows import PackWindows, Stream
 
 DATASET = "packs"
@@ -203,19 +203,21 @@ def _tally(job: StageJob, before: dict[str, ShardTally], held: list[Held]) -> di
             old = tally.get(shard, ShardTally())
             tally[shard] = ShardTally(seen=old.seen + 1, dropped=old.dropped + 1)
             fresh.append(rejected)
+    if fresh and dist.get_rank() == 0:
+        quarantine.append(job.folder, job.stage.name, fresh)
     limits = {source.corpus.name: source for source in job.stage.mixture}
     for rejected in fresh:
-        _check_share(limits[rejected.row.corpus], tally, rejected)
+        _check_share(limits[rejected.row.corpus], tally, rejected, job.folder.root.name)
     return tally
 
 
-def _check_share(source: Source, tally: dict[str, ShardTally], last: Rejected) -> None:
+def _check_share(source: Source, tally: dict[str, ShardTally], last: Rejected, run: str) -> None:
     shard = f"{last.row.corpus}/{last.row.shard}"
     found = tally[shard]
     if found.seen >= source.min_rows and found.dropped > source.max_bad * found.seen:
         raise TooManyBadRows(
             f"shard {shard}: {found.dropped} of {found.seen} rows were dropped, more than the {source.max_bad:.0%} that its "
-            f"source allows (max_bad); the last was {last.label()}. See them all with: mllm data check {last.row.corpus}"
+            f"source allows (max_bad); the last was {last.label()}. See them with: mllm data quarantine {run}"
         )
 
 
@@ -337,7 +339,7 @@ def _answers(engine: Engine, windows: PackWindows, documents: list[Measured]) ->
             source=name,
             row=question.id.label(),
             image=_png(windows.pixels([prompt])[0]),
-            prompt=" ".join(s.text.strip() for s in question.segments if not isinstance(s, Picture)).strip(),
+            prompt=" ".join(s.text.strip() for s in question.segments if isinstance(s, Text)).strip(),
             expected=expected[:400],
             written=codec.decode(tokens).strip(),
         )

@@ -7,16 +7,17 @@ parts: anything else                                                    ->  enco
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from mllm.connectors import MLP
 from mllm.encoders import ClipVision
 from mllm.lm import CausalLM
-from mllm.recipe import Recipe, dump
+from mllm.recipe import Recipe, dump, load
 from mllm.vlm import VisionLanguageModel
 from pipelines.tiling import Pad
 
@@ -128,3 +129,59 @@ def _tokenizer(folder: str, lm: CausalLM) -> Any:
     if text.pad_token is None:
         text.pad_token = text.eos_token
     return text
+
+
+def read_back(folder: Path) -> VisionLanguageModel:
+    """The model that `export` wrote to `folder`, float32, on CPU. Raises FileNotFoundError when it is no export of ours."""
+    if not (folder / "recipe.json").is_file():
+        raise FileNotFoundError(f"{folder} has no recipe.json; name a folder that `mllm export` wrote")
+    recipe = load((folder / "recipe.json").read_bytes())
+    spec = recipe.model
+    bare = replace(
+        spec,
+        encoder=replace(spec.encoder, weights=None),
+        lm=replace(spec.lm, weights=None, tokenizer=spec.lm.text_codec),
+    )
+    model = bare.build()
+    state = _from_llava(folder, model) if format_of(recipe) == "llava" else _from_parts(folder)
+    model.load_state_dict({name: value.float() for name, value in state.items()}, strict=True)
+    return model
+
+
+def _from_llava(folder: Path, model: VisionLanguageModel) -> dict[str, torch.Tensor]:
+    """Our names of what lies under transformers', rows that were added to the vocabulary left away."""
+    stored = _tensors(folder)
+    rows = model.lm.model.config.vocab_size
+    found: dict[str, torch.Tensor] = {}
+    for name, value in model.state_dict().items():
+        theirs = _llava_name(name)
+        tensor = stored[theirs] if theirs in stored else stored[TIED]  # a tied head is stored once
+        found[name] = tensor[:rows] if value.shape[0] == rows and tensor.shape[0] > rows else tensor
+    return found
+
+
+TIED = "model.language_model.embed_tokens.weight"
+
+
+def _llava_name(name: str) -> str:
+    part, _, rest = name.partition(".")
+    if part == "encoder":
+        return f"model.vision_tower.{rest.removeprefix('tower.tower.')}"
+    if part == "connector":
+        layer, _, kind = rest.removeprefix("layers.").partition(".")
+        return f"model.multi_modal_projector.linear_{1 if layer == '0' else 2}.{kind}"
+    inner = rest.removeprefix("model.")
+    return inner if inner.startswith("lm_head") else f"model.language_model.{inner.removeprefix('model.')}"
+
+
+def _from_parts(folder: Path) -> dict[str, torch.Tensor]:
+    found = {f"encoder.tower.tower.{name}": value for name, value in _tensors(folder / "encoder").items()}
+    found |= {f"connector.{name}": value for name, value in load_file(folder / "connector.safetensors").items()}
+    lm = {f"lm.model.{name}": value for name, value in _tensors(folder / "lm").items()}
+    if "lm.model.lm_head.weight" not in lm:
+        lm["lm.model.lm_head.weight"] = lm["lm.model.model.embed_tokens.weight"]
+    return found | lm
+
+
+def _tensors(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: value for file in sorted(folder.glob("*.safetensors")) for name, value in load_file(file).items()}

@@ -19,6 +19,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, TypeAdapter, ValidationError
 
+from mllm.annotators import Annotator, FrozenFeatures
 from mllm.objectives import NextToken, Objective
 from mllm.vlm import VLM
 from pipelines.corpora import Corpus
@@ -128,7 +129,8 @@ class Stage:
 
     `context` is the length of a pack in tokens and `max_tiles` its tiles; a step is `tokens_per_step // context` packs,
     whatever the number of workers. `window` rows are shuffled and packed together, read in runs of `chunk`. `sampling` None
-    goes by weight where sources have one, else by size; `grouping` says which samples may share a pack.
+    goes by weight where sources have one, else by size; `grouping` says which samples may share a pack; `annotators` are
+    models that run in the pipeline.
     """
 
     name: str
@@ -144,6 +146,7 @@ class Stage:
     parallel: FSDP = FSDP()
     sampling: Sampling | None = None
     grouping: Grouping = "mixed"
+    annotators: tuple[Annotator, ...] = ()
     window: Positive = 1024
     chunk: Positive = 32
     save_every: Positive = 200
@@ -194,6 +197,7 @@ class Recipe:
         if twice or not names:
             raise ValueError(f"recipe {self.name!r}: stages need names of their own, found {names}")
         layout = self.model.layout(self.tiling)  # tiling and encoder must fit
+        self._features_are_the_models()
         for stage in self.stages:
             if layout.tokens_per_tile >= stage.context:
                 raise ValueError(
@@ -204,6 +208,25 @@ class Recipe:
                 raise ValueError(
                     f"stage {stage.name!r}: context={stage.context} exceeds the language model's {self.model.lm.arch.context}"
                 )
+
+    def _features_are_the_models(self) -> None:
+        """Features made in the pipeline must be those that the model's own encoder would make."""
+        tuned: str | None = None
+        for stage in self.stages:
+            tuned = stage.name if any(part.split(".")[0] == "encoder" for part in stage.tune) else tuned
+            for annotator in stage.annotators:
+                if not isinstance(annotator, FrozenFeatures):
+                    continue
+                if tuned is not None:
+                    raise ValueError(
+                        f"stage {stage.name!r} takes frozen features and stage {tuned!r} tunes the encoder; "
+                        "leave one of them away"
+                    )
+                if annotator.encoder != self.model.encoder or annotator.encoder.weights is None:
+                    raise ValueError(
+                        f"stage {stage.name!r}: frozen_features must have the model's own encoder, with weights; it has "
+                        f"{annotator.encoder.weights!r} and the model {self.model.encoder.weights!r}"
+                    )
 
     def stage(self, name: str) -> Stage:
         return next(stage for stage in self.stages if stage.name == name)

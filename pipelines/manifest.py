@@ -15,6 +15,7 @@ import hashlib
 import io
 import re
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
 from functools import lru_cache
 from typing import IO, Any, Protocol
 
@@ -36,14 +37,14 @@ class ShardIndex:
 
     Files in the archive beside the shard, if any, are found by `names`, uint64 (n,), sorted hashes of their names, at
     `spans`, int64 (n, 2): offset, size. Where a scan learns them cheaply: `characters` of each row's text, int32 (rows,),
-    and the `pictures` of all rows, int32 (n, 3): row, height, width, as stored.
+    and the `pictures` of all rows, int32 (n, 3): row, height, width, as stored; None where it did not pass them.
     """
 
     starts: NDArray[np.int64]
     names: NDArray[np.uint64]
     spans: NDArray[np.int64]
     characters: NDArray[np.int32]
-    pictures: NDArray[np.int32]
+    pictures: NDArray[np.int32] | None
 
     @classmethod
     def of(
@@ -70,7 +71,7 @@ class ShardIndex:
             names=names,
             spans=(np.zeros((0, 2), np.int64) if spans is None else spans)[chosen].reshape(-1, 2),
             characters=np.zeros(0, np.int32) if characters is None else characters,
-            pictures=np.zeros((0, 3), np.int32) if pictures is None else pictures,
+            pictures=pictures,
         )
 
     @property
@@ -105,7 +106,7 @@ class Shard:
     digest: str = ""
     bytes: int = 0
     characters: int = 0
-    pictures: int = 0
+    pictures: int | None = None
 
     @property
     def name(self) -> str:
@@ -144,7 +145,7 @@ class Scannable(Protocol):
 
     def files(self, uri: str) -> tuple[str, ...]: ...
 
-    def scan(self, uri: str, open: Opener) -> ShardIndex: ...
+    def scan(self, uri: str, open: Opener) -> ShardIndex: ...  # noqa: A002 -- what it stands for
 
 
 @spec
@@ -188,18 +189,19 @@ def scan(corpus: Scannable, uri: str, home: str) -> Shard:
     Raises ValueError when the file is not in the corpus's format, StorageError.
     """
     stamp = _stamps(corpus, (uri,))[uri]
-    files: dict[str, _Hashed] = {}
+    with ExitStack() as opened:
+        files: dict[str, _Hashed] = {}
 
-    def opener(part: str) -> IO[bytes]:
-        files[part] = _Hashed(storage.open_file(part))
-        return io.BufferedReader(files[part], 2**20)
+        def opener(part: str) -> IO[bytes]:
+            files[part] = _Hashed(opened.enter_context(storage.open_file(part)))
+            return io.BufferedReader(files[part], 2**20)
 
-    found = corpus.scan(uri, opener)
-    digest = hashlib.sha256()
-    for part in corpus.files(uri):
-        if part not in files:
-            files[part] = _Hashed(storage.open_file(part))
-        digest.update(files[part].finish())
+        found = corpus.scan(uri, opener)
+        digest = hashlib.sha256()
+        for part in corpus.files(uri):
+            if part not in files:
+                opener(part)
+            digest.update(files[part].finish())
     index = f"{_folder(corpus, home)}/{hashlib.sha256(f'{uri} {stamp}'.encode()).hexdigest()[:24]}.npz"
     _save(found, index)
     return Shard(
@@ -210,7 +212,7 @@ def scan(corpus: Scannable, uri: str, home: str) -> Shard:
         digest=digest.hexdigest(),
         bytes=sum(file.hashed for file in files.values()),
         characters=int(found.characters.sum()),
-        pictures=len(found.pictures),
+        pictures=None if found.pictures is None else len(found.pictures),
     )
 
 
@@ -292,7 +294,7 @@ LISTED = 8
 
 
 class _Hashed(io.RawIOBase):
-    """A file that is hashed as it is read, whatever its reader skips or reads twice."""
+    """A file that is hashed as it is read, whatever its reader skips or reads twice, and even when that has closed it."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self.file = file
@@ -334,27 +336,24 @@ class _Hashed(io.RawIOBase):
     def finish(self) -> bytes:
         """The digest of the whole file, what was not read yet included."""
         self._hash_up_to(2**63 - 1)
-        self.file.close()
         return self.digest.digest()
+
+
+_ARRAYS = ("starts", "names", "spans", "characters", "pictures")
 
 
 def _save(found: ShardIndex, uri: str) -> None:
     buffer = io.BytesIO()
-    np.savez(
-        buffer,
-        starts=found.starts,
-        names=found.names,
-        spans=found.spans,
-        characters=found.characters,
-        pictures=found.pictures,
-    )
+    arrays = {name: getattr(found, name) for name in _ARRAYS}
+    np.savez(buffer, **{name: array for name, array in arrays.items() if array is not None})
     storage.write(uri, buffer.getvalue())
 
 
 @lru_cache(maxsize=64)
 def _load(uri: str) -> ShardIndex:
     with np.load(io.BytesIO(storage.read(uri)), allow_pickle=False) as arrays:
-        return ShardIndex(**{name: arrays[name] for name in ("starts", "names", "spans", "characters", "pictures")})
+        found: dict[str, Any] = {name: arrays.get(name) for name in _ARRAYS}
+    return ShardIndex(**found)
 
 
 def expand(pattern: str) -> list[str]:

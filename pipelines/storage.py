@@ -13,11 +13,14 @@ Credentials come from the usual AWS chain, or from the site file through `use`; 
 from __future__ import annotations
 
 import asyncio
+import errno
 import io
 import os
 import random
 import time
-from collections.abc import Callable, Coroutine, Sequence
+from collections import deque
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import field
 from functools import lru_cache
 from typing import IO, Any, TypeVar
@@ -51,7 +54,8 @@ class StorageError(OSError):
 class Storage:
     """How storage is reached: S3's address and keys where the usual AWS chain (environment, profile, role) does not say.
 
-    `deadline` is the seconds that one request may take before it is tried again. Keys do not show when this is printed.
+    `deadline` is the seconds that one request may take before it is tried again; `ahead` the chunks of rows that are read from
+    remote storage before they are needed. Keys do not show when this is printed.
     """
 
     endpoint: str | None = None
@@ -59,6 +63,7 @@ class Storage:
     key: str | None = field(default=None, repr=False)
     secret: str | None = field(default=None, repr=False)
     deadline: float = 30.0
+    ahead: int = 4
 
     def s3(self) -> dict[str, Any]:
         """Arguments of s3fs. It gets no retries of its own: two layers of them would multiply."""
@@ -120,12 +125,25 @@ def read(uri: str, start: int | None = None, stop: int | None = None) -> bytes:
 
     Raises FileNotFoundError, PermissionError or, after `ATTEMPTS`, StorageError.
     """
+    if start is not None and start == stop:
+        return b""  # which S3 cannot be asked for
     filesystem, path = _place(uri)
     if isinstance(filesystem, AsyncFileSystem):
-        data = _tried(uri, lambda: _awaited(filesystem, lambda: filesystem._cat_file(path, start=start, end=stop)))
+        data: Any = _tried(uri, lambda: _awaited(filesystem, lambda: _range(filesystem, path, start, stop)))
     else:
         data = _tried(uri, lambda: filesystem.cat_file(path, start=start, end=stop))
     return bytes(data)
+
+
+async def _range(filesystem: AsyncFileSystem, path: str, start: int | None, stop: int | None) -> Any:
+    """S3 refuses any range of an empty file, and any that begins behind a file's end; on a disk both are empty."""
+    try:
+        return await filesystem._cat_file(path, start=start, end=stop)
+    except OSError as error:
+        beyond = error.errno == errno.EINVAL or "InvalidRange" in str(error) or "416" in str(error)
+        if start is None or not beyond or (await filesystem._info(path))["size"] > start:
+            raise
+        return b""
 
 
 def read_many(ranges: Sequence[tuple[str, int | None, int | None]]) -> list[bytes | None]:
@@ -142,7 +160,7 @@ def read_many(ranges: Sequence[tuple[str, int | None, int | None]]) -> list[byte
         uri, start, stop = ranges[number]
         async with gate:
             try:
-                request = filesystem._cat_file(str(filesystem._strip_protocol(uri)), start=start, end=stop)
+                request = _range(filesystem, str(filesystem._strip_protocol(uri)), start, stop)
                 found[number] = await asyncio.wait_for(request, _Current.storage.deadline)
             except FileNotFoundError:
                 pass
@@ -256,8 +274,26 @@ def _awaited(filesystem: AsyncFileSystem, request: Callable[[], Coroutine[Any, A
     return sync(filesystem.loop, bounded)
 
 
+def ahead(calls: Iterable[Callable[[], T]], depth: int) -> Iterator[T]:
+    """Results of `calls` in their order, up to `depth` of them made before they are asked for, in threads."""
+    with ThreadPoolExecutor(depth) as pool:
+        waiting: deque[Future[T]] = deque()
+        try:
+            for call in calls:
+                waiting.append(pool.submit(call))
+                if len(waiting) > depth:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            for future in waiting:
+                future.cancel()
+
+
 FINAL = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
 """Answers that waiting does not change."""
+
+FINAL_NUMBERS = (errno.ENAMETOOLONG, errno.ELOOP, errno.ENOSPC)
 
 
 def _tried(uri: str, request: Callable[[], T]) -> T:
@@ -283,7 +319,7 @@ def _tried(uri: str, request: Callable[[], T]) -> T:
 
 def _transient(error: Exception) -> bool:
     """Whether another attempt may fare better. S3's client raises its own kinds for broken connections, which are no OSError."""
-    if isinstance(error, FINAL):
+    if isinstance(error, FINAL) or (isinstance(error, OSError) and error.errno in FINAL_NUMBERS):
         return False
     package = type(error).__module__.partition(".")[0]
     return isinstance(error, (OSError, TimeoutError)) or package in ("botocore", "aiobotocore", "aiohttp")

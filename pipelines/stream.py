@@ -30,9 +30,10 @@ from numpy.typing import NDArray
 from ray.data import ActorPoolStrategy, DataContext, Datasource, ExecutionOptions, ReadTask
 from ray.data.block import BlockMetadata
 
+from ops import images
 from pipelines.annotate import OfDocuments, OfPacks, Rows
 from pipelines.types import Hand, Position
-from pipelines.windows import PackWindows, Pools, Stream, single_threaded
+from pipelines.windows import PackWindows, Pools, Stream
 
 if TYPE_CHECKING:
     from ray.data import DataIterator, Dataset
@@ -64,7 +65,7 @@ class _Packer:
     """The actor that packs: window numbers in, with their rows if others read them; hands out."""
 
     def __init__(self, stream: Stream, start: Position, world: int) -> None:
-        single_threaded()
+        images.settle()
         self.windows = PackWindows(stream)
         self.start = start
         self.world = world
@@ -205,4 +206,8 @@ def _cell(data: memoryview | bytes) -> pa.Array:
 
 
 def _bytes(table: pa.Table, column: str, row: int) -> pa.Buffer:
-    return table.column(column)[row].as_buffer()
+    """One cell where it lies; Arrow's scalars copy it."""
+    (cells,) = table.slice(row, 1).column(column).chunks
+    _, ends, data = cells.buffers()
+    start, stop = np.frombuffer(ends, np.int64)[cells.offset : cells.offset + 2].tolist()
+    return data.slice(start, stop - start)

@@ -67,6 +67,11 @@ class Reason(StrEnum):
     UNSAFE_PATH = "path leads out of the corpus"
     REMOTE_IMAGE = "image is an address on the web"
     FILTERED = "left out by a filter"
+    TOO_MANY_PICTURES = "too many pictures"
+    DAMAGED_SHARD = "shard is damaged here"
+    DUPLICATE = "page may be a duplicate"
+    BAD_BOX = "box is not inside the picture"
+    SAME_ANSWERS = "both answers are the same"
 
 
 class SkipSample(Exception):
@@ -111,11 +116,12 @@ class RowId:
 
 @spec
 class Rejected:
-    """A row that was dropped, and why."""
+    """A row that was dropped, and why; `sha` is the SHA-256 of the row as it lies in its shard, where rows are bytes there."""
 
     row: RowId
     reason: Reason
     detail: str = ""
+    sha: str = ""
 
     def label(self) -> str:
         return f"{self.row.label()}: {self.reason}" + (f" ({self.detail})" if self.detail else "")

@@ -9,13 +9,14 @@ resumed window decodes nothing of the packs before, and an actor holds the files
 
 from __future__ import annotations
 
+import hashlib
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import field, replace
-from functools import cached_property
+from functools import cached_property, partial
+from itertools import chain
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from pipelines import packing, pictures, storage
@@ -23,6 +24,7 @@ from pipelines.annotate import Annotator, OfDocuments, OfPacks, Rows
 from pipelines.chat import Template
 from pipelines.corpora import Corpus
 from pipelines.encode import Encoder, TextCodec
+from pipelines.manifest import Shard
 from pipelines.order import Order
 from pipelines.storage import Storage
 from pipelines.tiling import Tiling
@@ -163,7 +165,7 @@ class PackWindows:
         A sample whose picture is broken is left out and named.
         """
         at = Position(window=plan.window, pack=number)
-        dropped = plan.dropped if number == 0 else ()
+        dropped = tuple(map(self._signed, plan.dropped)) if number == 0 else ()
         if not plan.groups:
             return Pack.empty(self.stream.tiling.shape, at, dropped)
         samples, of = plan.groups[number], len(plan.groups)
@@ -171,7 +173,7 @@ class PackWindows:
             return Pack.of_samples(samples, self.pixels(samples, out), at, of, dropped)
         except SkipSample:
             kept, broken = self._sound(samples)
-            return Pack.of_samples(kept, self.pixels(kept, out), at, of, (*dropped, *broken))
+            return Pack.of_samples(kept, self.pixels(kept, out), at, of, (*dropped, *map(self._signed, broken)))
 
     def pixels(self, samples: Sequence[Sample], out: NDArray[np.uint8] | None = None) -> NDArray[np.uint8]:
         """Tiles of the samples' pictures in order, uint8 (N, *shape of a tile). Raises SkipSample when one is broken."""
@@ -189,6 +191,20 @@ class PackWindows:
         ends = np.cumsum([0, *(picture.cut.tiles for picture in once)])
         places = {id(picture): slice(ends[i], ends[i + 1]) for i, picture in enumerate(once)}
         return np.concatenate([tiles[places[id(p)]] for p in shown], out=out[: sum(p.cut.tiles for p in shown)])
+
+    def _signed(self, rejected: Rejected) -> Rejected:
+        """With the digest of the row's bytes: a person who mends a shard can tell whether it is the same row still."""
+        shard = self._shards[rejected.row.corpus, rejected.row.shard]
+        if rejected.sha or shard.uri.endswith(".parquet"):
+            return rejected
+        starts, row = shard.load().starts, rejected.row.row
+        data = storage.read(shard.uri, int(starts[row]), int(starts[row + 1]))
+        return replace(rejected, sha=hashlib.sha256(data).hexdigest())
+
+    @cached_property
+    def _shards(self) -> dict[tuple[str, str], Shard]:
+        manifests = [source.manifest for source in self.stream.order.sources]
+        return {(manifest.corpus, shard.name): shard for manifest in manifests for shard in manifest.shards}
 
     def _sound(self, samples: Sequence[Sample]) -> tuple[list[Sample], list[Rejected]]:
         kept: list[Sample] = []
@@ -243,10 +259,21 @@ class PackWindows:
             return Rejected(row=row.id, reason=skip.reason, detail=skip.detail)
 
     def _read(self, window: Window) -> Iterator[Document | Rejected]:
+        """The window's rows, chunk by chunk; chunks on remote storage are fetched before they are needed."""
         s = self.stream
+        reads = []
+        remote = False
         for chunk in window.chunks:
             shard = s.order.sources[chunk.source].manifest.shards[chunk.shard]
-            yield from s.corpora[chunk.source].read(shard, chunk, s.limits)
+            remote = remote or storage.scheme(shard.uri) != "file"
+            reads.append(partial(s.corpora[chunk.source].read, shard, chunk, s.limits))
+        if not remote or s.storage.ahead < 1:
+            return chain.from_iterable(read() for read in reads)
+        return chain.from_iterable(storage.ahead([partial(_listed, read) for read in reads], s.storage.ahead))
+
+
+def _listed(read: Callable[[], Iterator[Document | Rejected]]) -> list[Document | Rejected]:
+    return list(read())
 
 
 def joined(rows: Sequence[Measured]) -> Measured:
@@ -254,8 +281,3 @@ def joined(rows: Sequence[Measured]) -> Measured:
     gap = Text(text="\n\n", learn=False)
     segments = [segment for row in rows for segment in (gap, *row.segments)][1:]
     return replace(rows[0], segments=tuple(segments), more=tuple(row.id for row in rows[1:]))
-
-
-def single_threaded() -> None:
-    """Each actor takes one core: torch's own threads would fight with the trainers for the others."""
-    torch.set_num_threads(1)

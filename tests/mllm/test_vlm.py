@@ -124,3 +124,12 @@ def test_weights_of_another_shape_are_refused(recipe: Recipe, tmp_path: Path) ->
         wider.build(lambda _: str(tmp_path))
     same = replace(recipe.model.lm, weights="mine").build(lambda _: str(tmp_path))
     assert torch.equal(same.head, model.lm.head)
+
+
+def test_a_loss_weight_counts_a_documents_tokens_so_many_times(model: VisionLanguageModel, packs: PackWindows) -> None:
+    samples = samples_of(packs)[:2]
+    doubled = together(packs, [replace(samples[0], weight=2.0), samples[1]])
+    output = NextToken()(model, Batch.of(doubled))
+    losses, tokens = output.documents[:, 0], output.documents[:, 1]
+    assert output.sum.item() == pytest.approx(float(2 * losses[0] + losses[1]), rel=1e-5)
+    assert output.weight.item() == pytest.approx(float(2 * tokens[0] + tokens[1]))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -45,6 +46,40 @@ def test_many_ranges_come_back_in_order_and_what_is_not_there_as_none(root: str)
     wanted = [(f"{root}/{'ab'[i % 2]}.bin", 7 * i, 7 * i + 5) for i in range(40)]
     found = storage.read_many([*wanted, (f"{root}/none.bin", 0, 1), (f"{root}/deep", None, None)])
     assert found == [*((DATA * 2)[start:stop] for _, start, stop in wanted), None, None]
+
+
+def test_an_empty_file_and_a_range_behind_the_end_are_empty(root: str) -> None:
+    storage.write(f"{root}/empty.bin", b"")
+    assert storage.read(f"{root}/empty.bin", 0, 100) == b""
+    assert storage.read(f"{root}/a.bin", len(DATA) + 500, len(DATA) + 600) == b""
+    assert storage.read(f"{root}/a.bin", 7, 7) == b""
+    assert storage.read_many([(f"{root}/empty.bin", 0, 9), (f"{root}/a.bin", 0, 2)]) == [b"", DATA[:2]]
+
+
+def test_reads_ahead_come_in_order_and_no_more_of_them_than_asked() -> None:
+    begun: list[int] = []
+
+    def read(number: int) -> int:
+        begun.append(number)
+        return number
+
+    results = storage.ahead((partial(read, n) for n in range(50)), depth=3)
+    assert next(results) == 0
+    time.sleep(0.05)
+    assert max(begun) <= 4
+    assert list(results) == list(range(1, 50))
+
+
+def test_a_failed_read_ahead_is_raised_where_it_is_needed() -> None:
+    def read(number: int) -> int:
+        if number == 5:
+            raise StorageError("gone")
+        return number
+
+    results = storage.ahead((partial(read, n) for n in range(9)), depth=4)
+    assert [next(results) for _ in range(5)] == [0, 1, 2, 3, 4]
+    with pytest.raises(StorageError, match="gone"):
+        next(results)
 
 
 def test_an_opened_file_is_read_and_sought_in(root: str) -> None:

@@ -1,15 +1,21 @@
 """The same packs in the same order through Ray Data, from any position, dealt to any number of ranks."""
 
 import threading
+from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from cluster.site import Site
 from mllm.recipe import Epochs, Recipe
+from pipelines import storage
+from pipelines.storage import Storage, StorageError
 from pipelines.stream import dataset, hands_of
 from pipelines.types import Hand, Position
 from pipelines.windows import PackWindows, Pools, Stream
+from tests.conftest import CORPUS
+from tests.s3 import BUCKET, Proxy, Server
 
 WINDOWS = 5
 
@@ -49,6 +55,60 @@ def test_pack_n_of_a_window_goes_to_rank_n_mod_the_number_of_ranks(
             (hand.window, hand.first, hand.last) for hand in ranks[0]
         ]
     assert sum(hand.last - hand.first for hand in ranks[0]) == len(order)
+
+
+@pytest.fixture(scope="module")
+def uploaded(s3: Server) -> Server:
+    """The S3 server with the example corpus on it."""
+    s3.upload(CORPUS, "examples")
+    return s3
+
+
+def moved(site: Site, how: Storage, cache: Path) -> Site:
+    """The site whose corpora lie on S3."""
+    corpora = {
+        name: [uri.replace(str(CORPUS), f"s3://{BUCKET}/examples") for uri in site.shards(name)]
+        for name in site.corpora
+    }
+    storage.use(how)
+    return replace(site, corpora=corpora, storage=how, cache=str(cache))
+
+
+@pytest.fixture
+def as_before() -> Iterator[None]:
+    yield
+    storage.use(Storage())
+
+
+@pytest.mark.usefixtures("ray_cluster", "as_before")
+def test_a_corpus_on_s3_gives_the_packs_that_it_gives_on_disk(
+    stream: Stream, packs: PackWindows, site: Site, recipe: Recipe, uploaded: Server, tmp_path: Path
+) -> None:
+    """Also the order's fingerprint is the same: a run may go on after its corpora have moved."""
+    remote = moved(site, uploaded.storage, tmp_path / "cache").stream(recipe, recipe.stage("pretrain"))
+    assert {shard.uri[:5] for source in remote.order.sources for shard in source.manifest.shards} == {"s3://"}
+    assert remote.order.fingerprint == stream.order.fingerprint
+    (hands,) = dealt(remote, Position(), 1)
+    storage.use(Storage())
+    assert [(pack.at, pack.digest) for hand in hands for pack in hand.packs] == expected(packs, Position())
+
+
+@pytest.mark.usefixtures("as_before")
+def test_a_storm_of_faults_changes_neither_rows_nor_order_and_an_outage_stops_the_stream(
+    stream: Stream, site: Site, recipe: Recipe, uploaded: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(storage, "PAUSE", 0.02)
+    remote = moved(site, uploaded.storage, tmp_path / "cache").stream(recipe, recipe.stage("pretrain"))
+    proxy = Proxy(uploaded.port, faults=["", "503", "", "", "truncate", "", "refuse"] * 60)
+    shaky = PackWindows(replace(remote, storage=proxy.storage()))
+    got = [(pack.digest, pack.rows, pack.dropped) for k in range(3) for pack in shaky.packs(k)]
+    assert {"503", "truncate", "refuse"} <= set(proxy.met)
+    proxy.faults[:] = ["503"] * 500
+    with pytest.raises(StorageError, match="not the data"):
+        list(shaky.packs(4))
+    proxy.close()
+    storage.use(Storage())
+    assert got == [(p.digest, p.rows, p.dropped) for k in range(3) for p in PackWindows(stream).packs(k)]
 
 
 def test_a_window_packs_the_same_whoever_asks(stream: Stream) -> None:

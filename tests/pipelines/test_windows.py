@@ -5,12 +5,18 @@ from __future__ import annotations
 import io
 import tarfile
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
+import pytest
+
+from cluster.site import Site
+from mllm.recipe import Recipe
 from pipelines.corpora import Pairs
 from pipelines.manifest import index
 from pipelines.order import Drawn, Order
-from pipelines.types import Budget, Reason
+from pipelines.packing import Grouping
+from pipelines.types import IMAGE_TOKEN, Budget, Reason
 from pipelines.windows import PackWindows, Stream
 from tests.conftest import CORPUS
 
@@ -59,3 +65,37 @@ def test_a_window_whose_rows_were_all_dropped_keeps_its_place(stream: Stream, tm
     (pack,) = PackWindows(replace(stream, corpora=(Pairs(name="pairs"),), order=order, loss_weights=(1.0,))).packs(0)
     assert pack.learned == 0
     assert [rejected.reason for rejected in pack.dropped] == [Reason.MISSING_IMAGE] * 3
+
+
+def test_grouped_pairs_are_one_document_and_every_row_is_told(stream: Stream, tmp_path: Path) -> None:
+    manifest = index(Pairs(name="pairs"), [str(CORPUS / "pairs/00000.tar")], str(tmp_path))
+    order = Order(seed=0, sources=(Drawn(manifest=manifest, group=4),), window_rows=32, chunk_rows=8, epochs=1)
+    grouped = replace(
+        stream, corpora=(Pairs(name="pairs"),), order=order, budget=Budget(tokens=512, tiles=8), loss_weights=(1.0,)
+    )
+    packs = [pack for k in range(order.windows or 0) for pack in PackWindows(grouped).packs(k)]
+    assert sorted(row.row for pack in packs for row in pack.rows) == list(range(92))
+    documents = [stop - start for pack in packs for start, stop in pairwise(pack.cu_seqlens)]
+    assert len(documents) == 23
+    assert sum(len(pack.tiles) for pack in packs) == 92
+
+
+@pytest.mark.parametrize("grouping", ["mixed", "modality", "source"])
+def test_packs_hold_what_their_grouping_allows(site: Site, recipe: Recipe, grouping: Grouping) -> None:
+    stage = replace(recipe.stage("sft"), grouping=grouping, window=64)
+    packs = list(PackWindows(site.stream(recipe, stage)).packs(0))
+    sources = [set(pack.sources.tolist()) for pack in packs]
+    with_pictures = [
+        {bool((pack.input_ids[start:stop] == IMAGE_TOKEN).any()) for start, stop in pairwise(pack.cu_seqlens)}
+        for pack in packs
+    ]
+    assert all(len(kinds) == 1 for kinds in with_pictures) == (grouping != "mixed")
+    assert all(len(kinds) == 1 for kinds in sources) == (grouping != "mixed")  # one of the two sources has no pictures
+
+
+def test_the_loss_weight_of_a_source_travels_with_its_documents(site: Site, recipe: Recipe) -> None:
+    stage = recipe.stage("sft")
+    first, second = stage.mixture
+    stage = replace(stage, mixture=(replace(first, loss_weight=0.5), second))
+    for pack in PackWindows(site.stream(recipe, stage)).packs(0):
+        assert pack.weights.tolist() == [0.5 if source == 0 else 1.0 for source in pack.sources]

@@ -1,0 +1,338 @@
+"""Models in the pipeline, small and of random weights: what they change, what they leave, and that they repeat themselves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from mllm.annotators import DiscreteCodes, FrozenFeatures, Recaption, ReferenceLogProbs, ScoreFilter
+from mllm.encoders import Encoder
+from mllm.export import export
+from mllm.objectives import NextToken
+from mllm.recipe import Recipe, RecipeError, dump, load, override
+from mllm.vlm import VisionLanguageModel
+from pipelines.annotate import OfDocuments, OfPacks
+from pipelines.corpora import Pairs
+from pipelines.manifest import index
+from pipelines.types import Batch, Chunk, Codes, Document, Image, Pack, Reason, Rejected, RowId, Text
+from pipelines.windows import PackWindows, Stream
+from tests.conftest import CORPUS, ROOT
+
+TOKENIZER = str(ROOT / "examples" / "tokenizer")
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> list[Document | Rejected]:
+    """Eight real pairs, a row that was dropped before, one with a broken picture, and one without pictures."""
+    corpus = Pairs(name="pairs")
+    (shard,) = index(corpus, [str(CORPUS / "pairs/00000.tar")], str(tmp_path_factory.mktemp("cache"))).shards
+    read = list(corpus.read(shard, Chunk(source=0, shard=0, epoch=0, start=0, stop=8)))
+    at = RowId(corpus="pairs", shard="x", epoch=0, row=0)
+    broken = Document(id=at, source=0, segments=(Image(data=b"no picture"), Text(text="\nbroken")))
+    words = Document(id=replace(at, row=1), source=0, segments=(Text(text="words alone"),))
+    return [*read, Rejected(row=at, reason=Reason.EMPTY), broken, words]
+
+
+def tokenizer_into(folder: Path) -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(TOKENIZER)
+    tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.save_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory: pytest.TempPathFactory) -> str:
+    from transformers import AutoTokenizer, CLIPConfig, CLIPModel
+
+    folder = tmp_path_factory.mktemp("clip")
+    text = {
+        "vocab_size": len(AutoTokenizer.from_pretrained(TOKENIZER)),
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "max_position_embeddings": 24,
+    }
+    vision = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "image_size": 32,
+        "patch_size": 8,
+    }
+    torch.manual_seed(0)
+    CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=16)).save_pretrained(folder)
+    tokenizer_into(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def blip(tmp_path_factory: pytest.TempPathFactory) -> str:
+    from transformers import BlipConfig, BlipForConditionalGeneration
+
+    folder = tmp_path_factory.mktemp("blip")
+    text = {
+        "vocab_size": 2048,
+        "hidden_size": 32,
+        "encoder_hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "bos_token_id": 5,
+        "sep_token_id": 6,
+        "eos_token_id": 6,
+        "pad_token_id": 0,
+    }
+    vision = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "image_size": 32,
+        "patch_size": 8,
+    }
+    torch.manual_seed(3)
+    BlipForConditionalGeneration(BlipConfig(text_config=text, vision_config=vision)).save_pretrained(folder)
+    tokenizer_into(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def codebook(tmp_path_factory: pytest.TempPathFactory) -> str:
+    from transformers.models.chameleon.configuration_chameleon import ChameleonVQVAEConfig
+    from transformers.models.chameleon.modeling_chameleon import ChameleonVQVAE
+
+    folder = tmp_path_factory.mktemp("codes")
+    torch.manual_seed(0)
+    config = ChameleonVQVAEConfig(
+        embed_dim=8,
+        num_embeddings=64,
+        latent_channels=8,
+        resolution=32,
+        base_channels=32,
+        channel_multiplier=[1, 1],
+        num_res_blocks=1,
+    )
+    ChameleonVQVAE(config).save_pretrained(folder)
+    return str(folder)
+
+
+def annotated(annotator: OfDocuments, rows: list[Document | Rejected]) -> list[Document | Rejected]:
+    return list(annotator.documents(str)(rows))
+
+
+def untouched(before: list[Document | Rejected], after: list[Document | Rejected]) -> None:
+    """Rows that no annotator may change: the one dropped before, and the one without pictures."""
+    assert len(after) == len(before)
+    assert after[8] == before[8]
+    assert after[10] == before[10]
+    broken = after[9]
+    assert isinstance(broken, Rejected)
+    assert broken.reason is Reason.NOT_AN_IMAGE
+
+
+def test_a_filter_drops_the_pairs_below_and_says_both_numbers(clip: str, rows: list[Document | Rejected]) -> None:
+    everything = annotated(ScoreFilter(weights=clip, at_least=-1), rows)
+    untouched(rows, everything)
+    assert everything[:8] == rows[:8]
+    nothing = annotated(ScoreFilter(weights=clip, at_least=1), rows)
+    scores = []
+    for row in nothing[:8]:
+        assert isinstance(row, Rejected)
+        assert row.reason is Reason.FILTERED
+        scores.append(float(row.detail.split()[1].rstrip(";")))
+    middle = sorted(scores)[4] + 5e-4
+    half = annotated(ScoreFilter(weights=clip, at_least=middle), rows)
+    assert [isinstance(row, Document) for row in half[:8]] == [score >= middle for score in scores]
+    assert 0 < sum(isinstance(row, Document) for row in half[:8]) < 8
+
+
+def test_a_filter_takes_pictures_out_of_a_page_and_keeps_the_page(clip: str, rows: list[Document | Rejected]) -> None:
+    pairs = [row for row in rows[:8] if isinstance(row, Document)]
+    page = replace(pairs[0], segments=tuple(segment for pair in pairs for segment in pair.segments))
+    alone = annotated(ScoreFilter(weights=clip, at_least=1), list(rows))
+    scores = [float(row.detail.split()[1].rstrip(";")) for row in alone[:8] if isinstance(row, Rejected)]
+    middle = sorted(scores)[4] + 5e-4
+    (kept,) = annotated(ScoreFilter(weights=clip, at_least=middle), [page])
+    assert isinstance(kept, Document)
+    shown = [segment for segment in kept.segments if isinstance(segment, Image)]
+    assert shown == [pair.segments[0] for pair, score in zip(pairs, scores, strict=True) if score >= middle]
+    assert [s for s in kept.segments if isinstance(s, Text)] == [pair.segments[1] for pair in pairs]
+
+
+@pytest.mark.parametrize("mode", ["replace", "add", "either"])
+def test_captions_are_written_greedily_and_the_same_each_time(
+    blip: str, rows: list[Document | Rejected], mode: str
+) -> None:
+    annotator = replace(Recaption(weights=blip, tokens=6), mode=mode)
+    once, again = annotated(annotator, rows), annotated(annotator, list(reversed(rows)))
+    assert once == list(reversed(again))
+    changed = 0
+    for before, after in zip(rows[:8], once[:8], strict=True):
+        assert isinstance(before, Document)
+        assert isinstance(after, Document)
+        old, new = before.segments[1], after.segments[1]
+        assert isinstance(old, Text)
+        assert isinstance(new, Text)
+        changed += old != new
+        assert new.text.startswith(old.text) or mode != "add"
+    assert changed == 8 if mode != "either" else 0 < changed < 8
+    assert once[8] == rows[8]
+    assert once[10] == rows[10]
+
+
+def test_pictures_become_codes_of_the_vocabulary(codebook: str, rows: list[Document | Rejected]) -> None:
+    annotator = DiscreteCodes(weights=codebook, size=32, first=1000, before=(7,), after=(8,))
+    coded = annotated(annotator, rows)
+    untouched(rows, coded)
+    found = set()
+    for before, after in zip(rows[:8], coded[:8], strict=True):
+        assert isinstance(before, Document)
+        assert isinstance(after, Document)
+        picture, caption = after.segments
+        assert caption == before.segments[1]
+        assert isinstance(picture, Codes)
+        assert (picture.ids[0], picture.ids[-1]) == (7, 8)
+        assert len(picture.ids) == 2 + 16 * 16
+        assert all(1000 <= code < 1064 for code in picture.ids[1:-1])
+        found.add(picture.ids)
+    assert len(found) > 1
+    assert annotated(annotator, rows) == coded
+
+
+def test_codes_are_learned_as_tokens(codebook: str, stream: Stream) -> None:
+    coded = DiscreteCodes(weights=codebook, size=32, first=1000)
+    packs = list(PackWindows(replace(stream, annotators=(coded,), budget=replace(stream.budget, tokens=1024))).packs(0))
+    assert not any(len(pack.tiles) for pack in packs)
+    assert any(((pack.labels >= 1000) & (pack.labels < 1064)).sum() >= 256 for pack in packs)
+
+
+@pytest.mark.parametrize("annotator", [ScoreFilter(weights="?", at_least=0), Recaption(weights="?")])
+def test_weights_of_another_kind_are_refused_in_words(annotator: OfDocuments, codebook: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="a model of type 'chameleon_vqgan'; this annotator reads"):
+        annotator.documents(lambda _: codebook)
+    with pytest.raises(FileNotFoundError, match=r"no .*config\.json"):
+        annotator.documents(lambda _: str(tmp_path))
+
+
+@pytest.fixture(scope="module")
+def frozen(recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> tuple[Recipe, VisionLanguageModel]:
+    """The recipe with an encoder that has weights, and its model."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("tower")
+    recipe.model.build().encoder.tower.tower.save_pretrained(folder)  # type: ignore[union-attr]  # a CLIP tower here
+    with_weights = replace(
+        recipe, model=replace(recipe.model, encoder=replace(recipe.model.encoder, weights=str(folder)))
+    )
+    torch.manual_seed(0)
+    return with_weights, with_weights.model.build()
+
+
+def gradients(model: VisionLanguageModel, pack: Pack) -> tuple[float, torch.Tensor]:
+    """Loss, and the gradient of the connector."""
+    model.encoder.requires_grad_(False)
+    model.zero_grad()
+    output = NextToken()(model, Batch.of(pack))
+    output.sum.backward()
+    found = [p.grad.flatten() for p in model.connector.parameters() if p.grad is not None]
+    return output.sum.item(), torch.cat(found)
+
+
+def test_features_from_the_pipeline_give_the_trainers_loss(
+    frozen: tuple[Recipe, VisionLanguageModel], packs: PackWindows
+) -> None:
+    recipe, model = frozen
+    add = FrozenFeatures(encoder=recipe.model.encoder).packs(str)
+    for pack in list(packs.packs(0))[:4]:
+        light = add(pack)
+        assert len(light.tiles) == 0
+        assert light.features is not None
+        assert light.features.shape == (len(pack.tiles), 36, recipe.model.encoder.arch.width)
+        (loss, slope), (other, tilt) = gradients(model, pack), gradients(model, light)
+        assert other == pytest.approx(loss, rel=1e-2)
+        assert torch.nn.functional.cosine_similarity(slope, tilt, dim=0) > 0.999
+
+
+def test_cached_features_are_the_computed_ones_and_follow_contents(
+    frozen: tuple[Recipe, VisionLanguageModel], packs: PackWindows, tmp_path: Path
+) -> None:
+    encoder = frozen[0].model.encoder
+    pack = next(pack for pack in packs.packs(0) if len(pack.tiles) > 1)
+    cached = FrozenFeatures(encoder=encoder, cache=str(tmp_path))
+    plain, first = FrozenFeatures(encoder=encoder).packs(str)(pack), cached.packs(str)(pack)
+    files = {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*") if file.is_file()}
+    assert len(files) == len({tile.tobytes() for tile in pack.tiles})
+    second = cached.packs(str)(pack)
+    assert plain.features is not None
+    for other in (first, second):
+        assert other.features is not None
+        assert np.array_equal(other.features, plain.features)
+    assert {file: file.stat().st_mtime_ns for file in files} == files
+    darker = cached.packs(str)(replace(pack, tiles=pack.tiles // 2))
+    assert darker.features is not None
+    assert not np.array_equal(darker.features, plain.features)
+
+
+def test_an_empty_pack_has_features_of_nothing(frozen: tuple[Recipe, VisionLanguageModel]) -> None:
+    recipe, model = frozen
+    annotator = FrozenFeatures(encoder=recipe.model.encoder)
+    told, made = annotator.empty(Pack.empty((3, 96, 96))), annotator.packs(str)(Pack.empty((3, 96, 96)))
+    assert told.features is not None
+    assert made.features is not None
+    assert told.features.shape == made.features.shape
+    assert NextToken()(model, Batch.of(told)).weight.item() == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda e: {"encoder": replace(e, weights=None)}, "must have the model's own encoder, with weights"),
+        (lambda e: {"encoder": replace(e, layer=-1)}, "must have the model's own encoder"),
+    ],
+)
+def test_features_of_another_encoder_are_refused(
+    frozen: tuple[Recipe, VisionLanguageModel], change: Callable[[Encoder], dict[str, Encoder]], words: str
+) -> None:
+    recipe, _ = frozen
+    annotator = FrozenFeatures(**change(recipe.model.encoder))
+    first = replace(recipe.stages[0], annotators=(annotator,))
+    with pytest.raises(ValueError, match=words):
+        replace(recipe, stages=(first, *recipe.stages[1:]))
+
+
+def test_features_after_a_stage_that_tunes_the_encoder_are_refused(
+    frozen: tuple[Recipe, VisionLanguageModel],
+) -> None:
+    recipe, _ = frozen
+    first, second, *rest = recipe.stages
+    tuned = replace(first, tune={**first.tune, "encoder": next(iter(first.tune.values()))})
+    light = replace(second, annotators=(FrozenFeatures(encoder=recipe.model.encoder),))
+    with pytest.raises(ValueError, match=r"takes frozen features and stage 'align' tunes the encoder"):
+        replace(recipe, stages=(tuned, light, *rest))
+    fine = replace(recipe, stages=(replace(first, annotators=light.annotators), second, *rest))
+    assert load(dump(fine)) == fine
+    with pytest.raises(RecipeError, match="at_least"):
+        override(fine, ['stages.align.annotators=[{"kind": "score_filter", "weights": "x"}]'])
+
+
+def test_a_references_log_probabilities_are_the_models_own(recipe: Recipe, packs: PackWindows, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = recipe.model.build().eval()
+    export(recipe, model, TOKENIZER, tmp_path / "export")
+    annotator = ReferenceLogProbs(checkpoint="reference")
+    assert isinstance(annotator, OfPacks)
+    add = annotator.packs(lambda _: str(tmp_path / "export"))
+    for pack in list(packs.packs(0))[:3]:
+        output = NextToken()(model, Batch.of(pack))
+        references = add(pack).references
+        assert references is not None
+        assert references.tolist() == pytest.approx((-output.documents[:, 0]).tolist(), rel=1e-4)
+    with pytest.raises(FileNotFoundError, match=r"no recipe\.json"):
+        annotator.packs(lambda _: str(tmp_path))
