@@ -146,7 +146,7 @@ class DiscreteCodes:
     @property
     def last(self) -> int:
         """The greatest id of the vocabulary that it may write."""
-        return max(self.first + self.codes - 1, *self.before, *self.after)
+        return max((self.first + self.codes - 1, *self.before, *self.after))
 
     def documents(self, folder: Folder) -> Callable[[Rows], Rows]:
         """Load the encoder. Raises ValueError when the folder holds none of the kinds, or one of another codebook."""

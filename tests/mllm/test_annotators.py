@@ -10,16 +10,31 @@ import numpy as np
 import pytest
 import torch
 
-from mllm.annotators import DiscreteCodes, FrozenFeatures, Recaption, ReferenceLogProbs, ScoreFilter
+from mllm.annotators import Annotator, DiscreteCodes, FrozenFeatures, Recaption, ReferenceLogProbs, ScoreFilter
 from mllm.encoders import Encoder
 from mllm.export import export
 from mllm.objectives import NextToken
-from mllm.recipe import Recipe, RecipeError, dump, load, override
+from mllm.recipe import Recipe, RecipeError, dump, fingerprint, load, override
 from mllm.vlm import VisionLanguageModel
+from pipelines import pictures
 from pipelines.annotate import OfDocuments, OfPacks
 from pipelines.corpora import Pairs
 from pipelines.manifest import index
-from pipelines.types import Batch, Chunk, Codes, Document, Image, Pack, Reason, Rejected, RowId, Text
+from pipelines.types import (
+    Batch,
+    Chunk,
+    Codes,
+    Document,
+    Frames,
+    Image,
+    Pack,
+    Reason,
+    Region,
+    Rejected,
+    RowId,
+    Text,
+    Video,
+)
 from pipelines.windows import PackWindows, Stream
 from tests.conftest import CORPUS, ROOT
 
@@ -167,6 +182,62 @@ def test_a_filter_takes_pictures_out_of_a_page_and_keeps_the_page(clip: str, row
     assert [s for s in kept.segments if isinstance(s, Text)] == [pair.segments[1] for pair in pairs]
 
 
+def test_boxes_stay_with_their_pictures(clip: str, rows: list[Document | Rejected]) -> None:
+    pairs = [row for row in rows[:8] if isinstance(row, Document)]
+    boxes = tuple(Region(image=n, box=(0, 0, 1, 1), label=str(n)) for n in range(8))
+    page = replace(pairs[0], segments=tuple(s for pair in pairs for s in pair.segments), regions=boxes)
+    scores = [
+        float(r.detail.split()[1][:-1])
+        for r in annotated(ScoreFilter(weights=clip, at_least=1), pairs)
+        if isinstance(r, Rejected)
+    ]
+    middle = sorted(scores)[4] + 5e-4
+    (kept,) = annotated(ScoreFilter(weights=clip, at_least=middle), [page])
+    assert isinstance(kept, Document)
+    above = [str(n) for n, score in enumerate(scores) if score >= middle]
+    assert [(box.image, box.label) for box in kept.regions] == list(enumerate(above))
+
+
+def test_its_similarity_is_that_of_transformers_own_processor(clip: str, rows: list[Document | Rejected]) -> None:
+    import io
+
+    from PIL import Image as PILImage
+    from transformers import AutoTokenizer, CLIPModel
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+    model, tokenizer = CLIPModel.from_pretrained(clip).eval(), AutoTokenizer.from_pretrained(clip)
+    prepare = CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+    for before, after in zip(rows[:8], annotated(ScoreFilter(weights=clip, at_least=1), rows)[:8], strict=True):
+        assert isinstance(before, Document)
+        assert isinstance(after, Rejected)
+        picture, text = before.segments
+        assert isinstance(picture, Image)
+        assert isinstance(text, Text)
+        shown = prepare(PILImage.open(io.BytesIO(picture.data)).convert("RGB"), return_tensors="pt")
+        words = tokenizer([text.text.strip()], truncation=True, max_length=24, return_tensors="pt")
+        with torch.no_grad():
+            out = model(**shown, input_ids=words["input_ids"], attention_mask=words["attention_mask"])
+        expected = torch.nn.functional.cosine_similarity(out.image_embeds, out.text_embeds).item()
+        assert float(after.detail.split()[1][:-1]) == pytest.approx(expected, abs=1e-2)
+
+
+def test_a_window_of_large_pictures_is_not_held_decoded(
+    clip: str, rows: list[Document | Rejected], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown: list[int] = []
+    pixels = pictures.pixels
+
+    def counting(*arguments: object) -> object:
+        tiles = pixels(*arguments)  # type: ignore[arg-type]
+        shown.append(tiles.nbytes)
+        return tiles
+
+    monkeypatch.setattr(pictures, "pixels", counting)
+    many = [row for row in rows[:8] if isinstance(row, Document)] * 10
+    assert len(annotated(ScoreFilter(weights=clip, at_least=-1), many)) == 80
+    assert set(shown) == {3 * 32 * 32}
+
+
 @pytest.mark.parametrize("mode", ["replace", "add", "either"])
 def test_captions_are_written_greedily_and_the_same_each_time(
     blip: str, rows: list[Document | Rejected], mode: str
@@ -205,6 +276,71 @@ def test_pictures_become_codes_of_the_vocabulary(codebook: str, rows: list[Docum
         found.add(picture.ids)
     assert len(found) > 1
     assert annotated(annotator, rows) == coded
+
+
+def janus(folder: Path) -> None:
+    from transformers.models.janus.configuration_janus import JanusVQVAEConfig
+    from transformers.models.janus.modeling_janus import JanusVQVAE
+
+    small = {
+        "embed_dim": 8,
+        "latent_channels": 8,
+        "base_channels": 32,
+        "channel_multiplier": [1, 1],
+        "num_res_blocks": 1,
+    }
+    JanusVQVAE(JanusVQVAEConfig(num_embeddings=64, num_patches=16, **small)).save_pretrained(folder)
+
+
+def emu3(folder: Path) -> None:
+    from transformers.models.emu3.configuration_emu3 import Emu3VQVAEConfig
+    from transformers.models.emu3.modeling_emu3 import Emu3VQVAE
+
+    small = {
+        "embed_dim": 4,
+        "latent_channels": 4,
+        "base_channels": 32,
+        "channel_multiplier": [1, 1],
+        "num_res_blocks": 1,
+    }
+    config = Emu3VQVAEConfig(codebook_size=64, attn_resolutions=[], hidden_size=32, **small)
+    Emu3VQVAE(config).save_pretrained(folder)
+
+
+@pytest.mark.parametrize("saved", [janus, emu3])
+def test_other_codebooks_code_too_and_one_of_another_size_is_refused(
+    saved: Callable[[Path], None], tmp_path: Path, rows: list[Document | Rejected]
+) -> None:
+    torch.manual_seed(0)
+    saved(tmp_path)
+    annotator = DiscreteCodes(weights=str(tmp_path), size=32, first=1000, codes=64)
+    coded = annotated(annotator, rows)
+    untouched(rows, coded)
+    ids = [row.segments[0].ids for row in coded[:8] if isinstance(row, Document) and isinstance(row.segments[0], Codes)]
+    assert {len(some) for some in ids} == {16 * 16}
+    assert {code for some in ids for code in some} <= set(range(1000, 1064))
+    assert len(set(ids)) > 1
+    with pytest.raises(ValueError, match=r"codebook of 64 and the recipe says codes=8192"):
+        replace(annotator, codes=8192).documents(str)
+
+
+def test_a_video_becomes_the_codes_of_its_frames(codebook: str, rows: list[Document | Rejected]) -> None:
+    clip = (CORPUS / "video" / "bigbuckbunny.mp4").read_bytes()
+    video, text = Video(data=clip, frames=Frames(count=3)), Text(text="\na rabbit")
+    (_, *pair) = [row for row in rows[:2] if isinstance(row, Document)]
+    row = replace(pair[0], segments=(video, text, *pair[0].segments))
+    (coded,) = annotated(DiscreteCodes(weights=codebook, size=32, first=0, codes=64, after=(99,)), [row])
+    assert isinstance(coded, Document)
+    assert [type(segment) for segment in coded.segments] == [Codes, Codes, Codes, Text, Codes, Text]
+    assert all(
+        isinstance(s, Text) or (len(s.ids) == 257 and s.ids[-1] == 99)
+        for s in coded.segments
+        if isinstance(s, (Text, Codes))
+    )
+    broken = replace(row, segments=(Video(data=b"no video"), text))
+    (rejected,) = annotated(DiscreteCodes(weights=codebook, size=32, first=0, codes=64), [broken])
+    assert isinstance(rejected, Rejected)
+    assert rejected.reason is Reason.NOT_A_VIDEO
 
 
 def test_codes_are_learned_as_tokens(codebook: str, stream: Stream) -> None:
@@ -320,6 +456,69 @@ def test_features_after_a_stage_that_tunes_the_encoder_are_refused(
     assert load(dump(fine)) == fine
     with pytest.raises(RecipeError, match="at_least"):
         override(fine, ['stages.align.annotators=[{"kind": "score_filter", "weights": "x"}]'])
+
+
+def test_annotators_that_do_not_fit_together_are_refused(frozen: tuple[Recipe, VisionLanguageModel]) -> None:
+    recipe, _ = frozen
+    features = FrozenFeatures(encoder=recipe.model.encoder)
+    reference, codes = ReferenceLogProbs(checkpoint="x"), DiscreteCodes(weights="x", size=32, first=2000)
+
+    def having(*annotators: Annotator) -> Recipe:
+        return replace(recipe, stages=(replace(recipe.stages[0], annotators=annotators), *recipe.stages[1:]))
+
+    assert having(reference, features).stages[0].annotators == (reference, features)
+    for wrong, words in [
+        ((features, reference), "put it first"),
+        ((features, features), "one of them twice"),
+        ((codes,), "ids up to 10191 and the language model has a vocabulary of 2048"),
+    ]:
+        with pytest.raises(ValueError, match=words):
+            having(*wrong)
+
+
+def test_where_features_are_kept_is_no_part_of_what_a_stage_learns(frozen: tuple[Recipe, VisionLanguageModel]) -> None:
+    recipe, _ = frozen
+
+    def named(*annotators: Annotator) -> str:
+        stage = replace(recipe.stages[0], annotators=annotators)
+        return fingerprint(replace(recipe, stages=(stage, *recipe.stages[1:])), stage, "")
+
+    plain = FrozenFeatures(encoder=recipe.model.encoder)
+    assert named(plain) == named(replace(plain, cache="s3://somewhere"))
+    assert (
+        len(
+            {
+                named(),
+                named(plain),
+                named(ScoreFilter(weights="x", at_least=0)),
+                named(ScoreFilter(weights="x", at_least=0.1)),
+            }
+        )
+        == 4
+    )
+
+
+def test_a_damaged_cache_is_mended(
+    frozen: tuple[Recipe, VisionLanguageModel], packs: PackWindows, tmp_path: Path
+) -> None:
+    pack = next(pack for pack in packs.packs(0) if len(pack.tiles) > 1)
+    twice = replace(pack, tiles=np.concatenate([pack.tiles, pack.tiles]))
+    add = FrozenFeatures(encoder=frozen[0].model.encoder, cache=str(tmp_path)).packs(str)
+    whole = add(twice).features
+    assert whole is not None
+    assert np.array_equal(whole[: len(pack.tiles)], whole[len(pack.tiles) :])
+    files = sorted(file for file in tmp_path.rglob("*") if file.is_file())
+    before = [file.read_bytes() for file in files]
+    files[0].write_bytes(before[0][:-2])
+    files[1].write_bytes(b"")
+    again = add(twice).features
+    assert again is not None
+    assert np.allclose(bfloat16(again), bfloat16(whole), rtol=1e-2, atol=1e-2)
+    assert [len(file.read_bytes()) for file in files] == [len(data) for data in before]
+
+
+def bfloat16(bits: np.ndarray) -> np.ndarray:
+    return (bits.astype(np.uint32) << 16).view(np.float32)
 
 
 def test_a_references_log_probabilities_are_the_models_own(recipe: Recipe, packs: PackWindows, tmp_path: Path) -> None:
