@@ -111,7 +111,7 @@ def _train(job: StageJob) -> None:
         job.stage.packs_per_step,
         rank,
         world,
-        _empty(job),
+        empty_pack(job.stream),
         control,
     )
 
@@ -149,10 +149,10 @@ def _steps(job: StageJob, engine: Engine, deal: Deal, state: TrainState) -> None
     )
 
 
-def _empty(job: StageJob) -> Pack:
-    """What fills up a rank's share of a step: the same kind of pack as all others, so that every rank runs the same modules."""
-    pack = Pack.empty(job.recipe.tiling.shape)
-    for annotator in job.stage.annotators:
+def empty_pack(stream: Stream) -> Pack:
+    """What fills up a rank's share: the same kind of pack as all others, so that every rank runs the same modules."""
+    pack = Pack.empty(stream.tiling.shape)
+    for annotator in stream.annotators:
         pack = annotator.empty(pack) if isinstance(annotator, OfPacks) else pack
     return pack
 
@@ -300,7 +300,7 @@ def evaluation_of(engine: Engine, held_out: Stream, recipe: Recipe, stage: str, 
     mine = [pack for k in range(rank, held_out.windows or 0, world) for pack in windows.packs(k)]
     most = torch.tensor(len(mine), device=engine.device)
     dist.all_reduce(most, op=dist.ReduceOp.MAX)
-    mine += [Pack.empty(recipe.tiling.shape)] * (int(most) - len(mine))
+    mine += [empty_pack(held_out)] * (int(most) - len(mine))
     sums = evaluate.source_sums(engine.score, mine, len(held_out.corpora), engine.device)
     dist.all_reduce(sums)
 

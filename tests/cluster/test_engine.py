@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +11,9 @@ import torch.distributed as dist
 from cluster import checkpoint
 from cluster.checkpoint import Manifest, TrainState
 from cluster.engines import Engine, build_engine
+from cluster.site import Site
+from cluster.worker import empty_pack, evaluation_of
+from mllm.annotators import FrozenFeatures
 from mllm.recipe import FSDP, Recipe, Stage
 from pipelines.types import Pack, Position
 from pipelines.windows import PackWindows, Stream
@@ -92,6 +96,60 @@ def test_ranks_with_different_kinds_of_packs_never_wait_for_each_other(
     losses = on_ranks(3, steps_of_kinds, recipe, recipe.stage(stage), stream)
     assert losses[0] == losses[1] == losses[2]
     assert all(4 < loss < 9 for loss in losses[0])
+
+
+def steps_of_features(recipe: Recipe, stage: Stage, stream: Stream) -> list[tuple[float, float]]:
+    """Loss and gradient norm of steps in which one rank holds features of pictures, the other text or nothing."""
+    packs = list(PackWindows(stream).packs(0))
+    assert {len(pack.tiles) for pack in packs} == {0}
+    pictures = [pack for pack in packs if len(pack.cuts)]
+    text = next(pack for pack in packs if not len(pack.cuts))
+    engine = engine_of(recipe, stage)
+    others = [empty_pack(stream), text, empty_pack(stream)]
+    reports = []
+    for step, other in enumerate(others):
+        mine = pictures[step] if dist.get_rank() == step % 2 else other
+        report = engine.train_step([mine], 1.0)
+        reports.append((report.loss, report.grad_norm))
+    return reports
+
+
+def with_features(recipe: Recipe, stream: Stream, folder: Path) -> tuple[Recipe, Stream]:
+    """Both with an encoder that has weights, whose features the stream's packs carry."""
+    torch.manual_seed(0)
+    tower: Any = recipe.model.build().encoder.tower
+    tower.tower.save_pretrained(folder)
+    frozen = replace(recipe.model.encoder, weights=str(folder))
+    named = replace(recipe, model=replace(recipe.model, encoder=frozen))
+    return named, replace(stream, annotators=(FrozenFeatures(encoder=frozen),))
+
+
+def test_a_rank_without_packs_never_holds_up_those_with_features(
+    recipe: Recipe, stream: Stream, tmp_path: Path
+) -> None:
+    named, annotated = with_features(recipe, stream, tmp_path)
+    one, other = on_ranks(2, steps_of_features, named, named.stage("pretrain"), annotated)
+    assert one == other
+    assert all(4 < loss < 9 and norm > 0 for loss, norm in one)
+
+
+def evaluated(recipe: Recipe, stage: Stage, held_out: Stream) -> list[float]:
+    """Held-out losses of a fresh model."""
+    found = evaluation_of(engine_of(recipe, stage), held_out, recipe, stage.name, "before")
+    return [score.loss for score in found.scores]
+
+
+def test_ranks_with_unlike_numbers_of_held_out_packs_evaluate_features_together(
+    recipe: Recipe, site: Site, tmp_path: Path
+) -> None:
+    stage = recipe.stage("align")
+    held_out = site.held_out(recipe, stage)
+    assert held_out is not None
+    # Shots and answers show tiles, and all ranks see the same ones.
+    named, annotated = with_features(replace(recipe, shots=(0,)), held_out, tmp_path)
+    plain = on_ranks(1, evaluated, named, stage, held_out)[0]
+    for losses in on_ranks(2, evaluated, named, stage, annotated):
+        assert losses == pytest.approx(plain, rel=1e-2)
 
 
 def test_recomputing_activations_changes_nothing(recipe: Recipe, stream: Stream, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from mllm.objectives import NextToken
 from mllm.recipe import Recipe, RecipeError, dump, fingerprint, load, override
 from mllm.vlm import VisionLanguageModel
 from pipelines import pictures
-from pipelines.annotate import OfDocuments, OfPacks
+from pipelines.annotate import OfDocuments, OfPacks, Rows
 from pipelines.corpora import Pairs
 from pipelines.manifest import index
 from pipelines.types import (
@@ -139,7 +139,7 @@ def codebook(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(folder)
 
 
-def annotated(annotator: OfDocuments, rows: list[Document | Rejected]) -> list[Document | Rejected]:
+def annotated(annotator: OfDocuments, rows: Rows) -> list[Document | Rejected]:
     return list(annotator.documents(str)(rows))
 
 
@@ -429,15 +429,15 @@ def test_an_empty_pack_has_features_of_nothing(frozen: tuple[Recipe, VisionLangu
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda e: {"encoder": replace(e, weights=None)}, "must have the model's own encoder, with weights"),
-        (lambda e: {"encoder": replace(e, layer=-1)}, "must have the model's own encoder"),
+        (lambda e: replace(e, weights=None), "must have the model's own encoder, with weights"),
+        (lambda e: replace(e, layer=-1), "must have the model's own encoder"),
     ],
 )
 def test_features_of_another_encoder_are_refused(
-    frozen: tuple[Recipe, VisionLanguageModel], change: Callable[[Encoder], dict[str, Encoder]], words: str
+    frozen: tuple[Recipe, VisionLanguageModel], change: Callable[[Encoder], Encoder], words: str
 ) -> None:
     recipe, _ = frozen
-    annotator = FrozenFeatures(**change(recipe.model.encoder))
+    annotator = FrozenFeatures(encoder=change(recipe.model.encoder))
     first = replace(recipe.stages[0], annotators=(annotator,))
     with pytest.raises(ValueError, match=words):
         replace(recipe, stages=(first, *recipe.stages[1:]))

@@ -4,20 +4,27 @@ import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+import torch
+from numpy.typing import NDArray
 
 from cluster.site import Site
+from mllm.annotators import FrozenFeatures, ScoreFilter
 from mllm.recipe import Epochs, Recipe
 from pipelines import storage
+from pipelines.annotate import Annotator
 from pipelines.storage import Storage, StorageError
 from pipelines.stream import dataset, hands_of
-from pipelines.types import Hand, Position
+from pipelines.types import Hand, Position, Reason
 from pipelines.windows import PackWindows, Pools, Stream
-from tests.conftest import CORPUS
+from tests.conftest import CORPUS, ROOT
 from tests.s3 import BUCKET, Proxy, Server
 
 WINDOWS = 5
+TWO = Pools(preprocessors=(2, 2))
 
 
 def expected(packs: PackWindows, start: Position) -> list[tuple[Position, int]]:
@@ -25,8 +32,8 @@ def expected(packs: PackWindows, start: Position) -> list[tuple[Position, int]]:
     return [(p.at, p.digest) for p in every if p.at.window > start.window or p.at.pack >= start.pack]
 
 
-def dealt(stream: Stream, start: Position, world: int) -> list[list[Hand]]:
-    splits = dataset(stream, start, WINDOWS, Pools(preprocessors=(2, 2)), world).streaming_split(world, equal=False)
+def dealt(stream: Stream, start: Position, world: int, pools: Pools = TWO) -> list[list[Hand]]:
+    splits = dataset(stream, start, WINDOWS, pools, world).streaming_split(world, equal=False)
     ranks: list[list[Hand]] = [[] for _ in range(world)]
 
     def read(rank: int) -> None:
@@ -55,6 +62,51 @@ def test_pack_n_of_a_window_goes_to_rank_n_mod_the_number_of_ranks(
             (hand.window, hand.first, hand.last) for hand in ranks[0]
         ]
     assert sum(hand.last - hand.first for hand in ranks[0]) == len(order)
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_models_in_the_pipeline_change_neither_order_nor_deal(stream: Stream, recipe: Recipe, tmp_path: Path) -> None:
+    """A filter of rows and features of packs, each on one actor or two, give what they give in this process."""
+    annotated = replace(stream, annotators=models(recipe, tmp_path))
+    every = [pack for k in range(WINDOWS) for pack in PackWindows(annotated).packs(k)]
+    assert any(dropped.reason is Reason.FILTERED for pack in every for dropped in pack.dropped)
+    assert any(len(pack.cuts) for pack in every)
+    ranks = dealt(annotated, Position(), 2, Pools(preprocessors=(1, 2), annotators=(1, 2)))
+    for rank, hands in enumerate(ranks):
+        got = [pack for hand in hands for pack in hand.packs]
+        wanted = [pack for pack in every if pack.at.pack % 2 == rank]
+        assert [(pack.at, pack.digest, pack.rows, pack.dropped) for pack in got] == [
+            (pack.at, pack.digest, pack.rows, pack.dropped) for pack in wanted
+        ]
+        for pack, same in zip(got, wanted, strict=True):
+            assert len(pack.tiles) == 0
+            assert pack.features is not None
+            assert same.features is not None
+            assert pack.features.shape == same.features.shape
+            # Actors have one thread and this process several: sums of floats may end otherwise in their last bit.
+            assert np.abs(bfloat16(pack.features) - bfloat16(same.features)).max(initial=0) < 0.05
+
+
+def models(recipe: Recipe, folder: Path) -> tuple[Annotator, ...]:
+    """A filter that drops a part of the rows, and the features of the recipe's own tower, of random weights."""
+    from transformers import AutoTokenizer, CLIPConfig, CLIPModel
+
+    torch.manual_seed(0)
+    tokenizer = AutoTokenizer.from_pretrained(ROOT / "examples" / "tokenizer")
+    tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.save_pretrained(folder / "clip")
+    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = {**shape, "vocab_size": len(tokenizer), "max_position_embeddings": 24}
+    vision = {**shape, "image_size": 32, "patch_size": 8}
+    CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=16)).save_pretrained(folder / "clip")
+    tower: Any = recipe.model.build().encoder.tower
+    tower.tower.save_pretrained(folder / "tower")
+    frozen = replace(recipe.model.encoder, weights=str(folder / "tower"))
+    return ScoreFilter(weights=str(folder / "clip"), at_least=0.0), FrozenFeatures(encoder=frozen)
+
+
+def bfloat16(bits: NDArray[np.uint16]) -> NDArray[np.float32]:
+    return (bits.astype(np.uint32) << 16).view(np.float32)
 
 
 @pytest.fixture(scope="module")
