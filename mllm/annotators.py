@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -175,9 +176,10 @@ class DiscreteCodes:
 class FrozenFeatures:
     """The frozen encoder run in the pipeline: packs carry features, bfloat16 (N, P, D), in place of tiles.
 
-    With `cache`, a folder or an address, each tile's features are kept there, one file of 2 P D bytes a tile under the SHA-256 of
-    its pixels and of all that decides them: a second epoch then reads 1.2 MB for each tile of CLIP-L/336 instead of running
-    the tower. Worth it where storage is nearer than the GPU is idle.
+    With `cache`, a folder or an address (or the name of one, as weights have names), each different tile's features are kept
+    there, one file of 2 P D bytes a tile under the SHA-256 of its pixels and of all that decides them: a second epoch then
+    reads 1.2 MB for each tile of CLIP-L/336 instead of running the tower. Worth it where storage is nearer than the GPU is
+    idle. Loading hashes the tower's weights, about a second a gigabyte.
     """
 
     kind: Literal["frozen_features"] = "frozen_features"
@@ -185,53 +187,70 @@ class FrozenFeatures:
     cache: str | None = None
 
     def packs(self, folder: Folder) -> Callable[[Pack], Pack]:
-        """Load the tower: in bfloat16 on a GPU, in float32 elsewhere."""
+        """Load the tower: in bfloat16 on a GPU, in float32 elsewhere; pixels are normalised in float32 on both."""
         device = _device()
-        tower = self.encoder.build(folder).to(device, torch.bfloat16 if device.type == "cuda" else torch.float32).eval()
+        tower = self.encoder.build(folder).eval()
         tower.requires_grad_(False)
-        home = None if self.cache is None else f"{self.cache.rstrip('/')}/{self._fingerprint(tower)}"
+        tower.to(device).tower.to(torch.bfloat16 if device.type == "cuda" else torch.float32)
+        home = None if self.cache is None else f"{folder(self.cache).rstrip('/')}/{self._fingerprint(tower)}"
 
         def annotate(pack: Pack) -> Pack:
-            tiles = torch.from_numpy(np.array(pack.tiles))
+            if not len(pack.tiles):
+                return self.empty(pack)
+            tiles = torch.from_numpy(np.array(pack.tiles))  # packs that travelled cannot be written to, as torch asks
             features = _computed(tower, tiles, device) if home is None else _cached(tower, tiles, device, home)
-            return replace(pack, tiles=pack.tiles[:0], features=features if len(tiles) else self._none(pack))
+            return replace(pack, tiles=np.zeros((0, *pack.tiles.shape[1:]), np.uint8), features=features)
 
         return annotate
 
     def empty(self, pack: Pack) -> Pack:
-        return replace(pack, features=self._none(pack))
-
-    def _none(self, pack: Pack) -> NDArray[np.uint16]:
-        side = pack.tiles.shape[-1]
-        return np.zeros((0, self.encoder.arch.tokens(side), self.encoder.arch.width), np.uint16)
+        patches = self.encoder.arch.tokens(pack.tiles.shape[-1])
+        return replace(pack, features=np.zeros((0, patches, self.encoder.arch.width), np.uint16))
 
     def _fingerprint(self, tower: VisionEncoder) -> str:
-        digest = hashlib.sha256(TypeAdapter(Encoder).dump_json(self.encoder))
+        """Of all that decides features: how the tower is read, the numbers it computes in, its weights (not their name)."""
+        digest = hashlib.sha256(TypeAdapter(Encoder).dump_json(replace(self.encoder, weights=None)))
         for name, value in sorted(tower.state_dict().items()):
-            digest.update(name.encode())
-            digest.update(value.detach().float().cpu().numpy().tobytes())
+            digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+            digest.update(value.detach().cpu().reshape(-1).view(torch.uint8).numpy().data)
         return digest.hexdigest()[:16]
 
 
 def _computed(tower: VisionEncoder, tiles: Tensor, device: torch.device) -> NDArray[np.uint16]:
     """Features of `tiles`, bfloat16 bits (n, P, D)."""
     found = [tower(some.to(device)).to(torch.bfloat16).cpu() for some in tiles.split(AT_ONCE)]
-    return torch.cat(found).view(torch.int16).numpy().view(np.uint16)
+    return torch.cat(found).contiguous().view(torch.int16).numpy().view(np.uint16)
 
 
 def _cached(tower: VisionEncoder, tiles: Tensor, device: torch.device, home: str) -> NDArray[np.uint16]:
-    """The same, of which only those are computed that `home` does not hold."""
-    names = [hashlib.sha256(tile.numpy().tobytes()).hexdigest() for tile in tiles]
-    places = [f"{home}/{name[:2]}/{name}" for name in names]
-    found = storage.read_many([(place, None, None) for place in places])
-    missing = [n for n, data in enumerate(found) if not data]
-    fresh = _computed(tower, tiles[missing], device) if missing else None
-    for n, features in zip(missing, fresh if fresh is not None else (), strict=True):
-        header = np.array(features.shape, "<i4").tobytes()
-        found[n] = header + features.tobytes()
-        storage.write(places[n], found[n] or b"")
-    shaped = [(np.frombuffer(data or b"", "<i4", 2), np.frombuffer(data or b"", "<u2", offset=8)) for data in found]
-    return np.stack([features.reshape(shape) for shape, features in shaped])
+    """The same, of which only those are computed that `home` does not hold whole; a tile that comes twice, once.
+
+    A file is the features' P and D, two int32, and their bits.
+    """
+    names = [hashlib.sha256(tile.numpy().data).hexdigest() for tile in tiles]
+    first = {name: number for number, name in reversed([*enumerate(names)])}
+    places = {name: f"{home}/{name[:2]}/{name}" for name in first}
+    stored = storage.read_many([(place, None, None) for place in places.values()])
+    found = {name: _unpacked(data) for name, data in zip(places, stored, strict=True)}
+    missing = [name for name, features in found.items() if features is None]
+    if missing:
+        fresh = _computed(tower, tiles[[first[name] for name in missing]], device)
+        found |= dict(zip(missing, fresh, strict=True))
+        with ThreadPoolExecutor(storage.AT_ONCE) as pool:
+            list(pool.map(lambda name, one: storage.write(places[name], _packed(one)), missing, fresh))
+    return np.stack([features for name in names if (features := found[name]) is not None])
+
+
+def _packed(features: NDArray[np.uint16]) -> bytes:
+    return np.array(features.shape, "<i4").tobytes() + features.astype("<u2").tobytes()
+
+
+def _unpacked(data: bytes | None) -> NDArray[np.uint16] | None:
+    """What `_packed` wrote, or None where nothing lies there or not all of it."""
+    if data is None or len(data) < 8:
+        return None
+    patches, width = np.frombuffer(data, "<i4", 2).tolist()
+    return np.frombuffer(data, "<u2", offset=8).reshape(patches, width) if len(data) == 8 + 2 * patches * width else None
 
 
 @spec

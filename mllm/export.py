@@ -132,38 +132,43 @@ def _tokenizer(folder: str, lm: CausalLM) -> Any:
 
 
 def read_back(folder: Path) -> VisionLanguageModel:
-    """The model that `export` wrote to `folder`, float32, on CPU. Raises FileNotFoundError when it is no export of ours."""
+    """The model that `export` wrote to `folder`, float32, on CPU. Raises FileNotFoundError when it is no export of ours.
+
+    Transformers itself reads its files: names on disk are not those of its modules.
+    """
     if not (folder / "recipe.json").is_file():
         raise FileNotFoundError(f"{folder} has no recipe.json; name a folder that `mllm export` wrote")
     recipe = load((folder / "recipe.json").read_bytes())
-    spec = recipe.model
-    bare = replace(
-        spec,
-        encoder=replace(spec.encoder, weights=None),
-        lm=replace(spec.lm, weights=None, tokenizer=spec.lm.text_codec),
-    )
-    model = bare.build()
-    state = _from_llava(folder, model) if format_of(recipe) == "llava" else _from_parts(folder)
-    model.load_state_dict({name: value.float() for name, value in state.items()}, strict=True)
+    return _from_llava(folder, recipe) if format_of(recipe) == "llava" else _from_parts(folder, recipe)
+
+
+def _from_llava(folder: Path, recipe: Recipe) -> VisionLanguageModel:
+    from transformers import LlavaForConditionalGeneration
+
+    model = _with_weights(recipe, None, None)
+    stored = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).state_dict()
+    own = model.state_dict()
+    found = {name: stored[_llava_name(name)] for name in own}
+    # Rows that the export added to the vocabulary are left away.
+    model.load_state_dict({name: value[: len(own[name])] for name, value in found.items()}, strict=True)
     return model
 
 
-def _from_llava(folder: Path, model: VisionLanguageModel) -> dict[str, torch.Tensor]:
-    """Our names of what lies under transformers', rows that were added to the vocabulary left away."""
-    stored = _tensors(folder)
-    rows = model.lm.model.config.vocab_size
-    found: dict[str, torch.Tensor] = {}
-    for name, value in model.state_dict().items():
-        theirs = _llava_name(name)
-        tensor = stored[theirs] if theirs in stored else stored[TIED]  # a tied head is stored once
-        found[name] = tensor[:rows] if value.shape[0] == rows and tensor.shape[0] > rows else tensor
-    return found
+def _from_parts(folder: Path, recipe: Recipe) -> VisionLanguageModel:
+    model = _with_weights(recipe, str(folder / "encoder"), str(folder / "lm"))
+    model.connector.load_state_dict(load_file(folder / "connector.safetensors"), strict=True)
+    return model
 
 
-TIED = "model.language_model.embed_tokens.weight"
+def _with_weights(recipe: Recipe, encoder: str | None, lm: str | None) -> VisionLanguageModel:
+    """The recipe's model built from these weights in place of its own."""
+    spec = recipe.model
+    tower = replace(spec.encoder, weights=encoder)
+    return replace(spec, encoder=tower, lm=replace(spec.lm, weights=lm, tokenizer=spec.lm.text_codec)).build()
 
 
 def _llava_name(name: str) -> str:
+    """What transformers calls the parameter that we call `name`: the other way round than `_llava_names`."""
     part, _, rest = name.partition(".")
     if part == "encoder":
         return f"model.vision_tower.{rest.removeprefix('tower.tower.')}"
@@ -172,16 +177,3 @@ def _llava_name(name: str) -> str:
         return f"model.multi_modal_projector.linear_{1 if layer == '0' else 2}.{kind}"
     inner = rest.removeprefix("model.")
     return inner if inner.startswith("lm_head") else f"model.language_model.{inner.removeprefix('model.')}"
-
-
-def _from_parts(folder: Path) -> dict[str, torch.Tensor]:
-    found = {f"encoder.tower.tower.{name}": value for name, value in _tensors(folder / "encoder").items()}
-    found |= {f"connector.{name}": value for name, value in load_file(folder / "connector.safetensors").items()}
-    lm = {f"lm.model.{name}": value for name, value in _tensors(folder / "lm").items()}
-    if "lm.model.lm_head.weight" not in lm:
-        lm["lm.model.lm_head.weight"] = lm["lm.model.model.embed_tokens.weight"]
-    return found | lm
-
-
-def _tensors(folder: Path) -> dict[str, torch.Tensor]:
-    return {name: value for file in sorted(folder.glob("*.safetensors")) for name, value in load_file(file).items()}

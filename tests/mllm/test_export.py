@@ -1,5 +1,6 @@
 """The exported folder is the same model to transformers: same logits, same pixels, same tokens."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -7,7 +8,8 @@ import pytest
 import torch
 from PIL import Image
 
-from mllm.export import export
+from mllm.connectors import MLP
+from mllm.export import export, format_of, read_back
 from mllm.recipe import Recipe
 from mllm.recipes import by_name
 from mllm.vlm import VisionLanguageModel
@@ -82,3 +84,16 @@ def test_a_model_that_is_no_llava_is_exported_in_parts(tmp_path: Path) -> None:
     assert torch.equal(lm.lm_head.weight, model.lm.head)
     assert load_file(folder / "connector.safetensors").keys() == model.connector.state_dict().keys()
     assert (folder / "encoder" / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_what_was_written_is_read_back(recipe: Recipe, tmp_path: Path, depth: int) -> None:
+    """As one LLaVA folder, and part by part."""
+    changed = replace(recipe, model=replace(recipe.model, connector=MLP(depth=depth)))
+    assert format_of(changed) == {1: "parts", 2: "llava"}[depth]
+    torch.manual_seed(0)
+    model = changed.model.build()
+    again = read_back(export(changed, model, TOKENIZER, tmp_path / "export"))
+    ours, theirs = model.state_dict(), again.state_dict()
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
