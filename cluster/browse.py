@@ -108,6 +108,7 @@ class RowPage:
     name: str = ""
     characters: int = 0
     pictures: int = 0
+    videos: int = 0
     regions: tuple[Region, ...] = ()
 
 
@@ -163,7 +164,8 @@ def read_row(document: Document, limits: Limits | None = None, classes: Sequence
         label=label,
         name=classes[label] if label is not None and label < len(classes) else "",
         characters=sum(map(len, texts)),
-        pictures=sum(isinstance(segment, Image | Video) for segment in document.segments),
+        pictures=sum(isinstance(segment, Image) for segment in document.segments),
+        videos=sum(isinstance(segment, Video) for segment in document.segments),
         regions=document.regions,
     )
 

@@ -84,9 +84,9 @@ def check(corpus: Corpus, site: Site, console: Console, sample: int | None = Non
     total, worse = seen.total(), reasons.total()
     shards = f"{len(manifest.shards):,} shard{'s' if len(manifest.shards) > 1 else ''}"
     share = f" ({worse / total:.2%})" if worse else ""
+    good = f"{total - worse:,} good row{'s' if total - worse != 1 else ''}"
     console.print(
-        f"{corpus.name}: {total - worse:,} good rows with {shown:,} images in {shards}, {worse:,} bad{share}; "
-        f"read were {drawn.words}",
+        f"{corpus.name}: {good} with {shown:,} images in {shards}, {worse:,} bad{share}; read were {drawn.words}",
         soft_wrap=True,
     )
     for reason, count in reasons.most_common():

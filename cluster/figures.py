@@ -44,7 +44,12 @@ class Spread:
     @property
     def cells(self) -> tuple[str, ...]:
         """The six numbers in few digits."""
-        return tuple(quantity(v) for v in (self.mean, self.least, self.low, self.median, self.high, self.most))
+        return tuple(_short(v) for v in (self.mean, self.least, self.low, self.median, self.high, self.most))
+
+
+def _short(value: float) -> str:
+    """Three digits, but a width of 1,280 pixels is not 1.28k."""
+    return f"{value:,.0f}" if 100 <= abs(value) < 10_000 else quantity(value)
 
 
 SPREAD = ("", "mean", "least", "5 %", "median", "95 %", "most")
@@ -92,12 +97,14 @@ class Histogram:
     def chart(self, table: str) -> dict[str, Any]:
         """A Vega-Lite specification over the table of that name."""
         scale = alt.Scale(type=self.axis, nice=False, zero=False) if self.axis == "log" else alt.Scale(zero=False)
-        axis = alt.Axis(title=None, format="~s", tickCount=6, grid=False)
+        whole = self.edges[0] % 1 == 0.5 and self.edges[-1] - self.edges[0] == len(self.counts)
+        step = {"tickMinStep": 1} if whole else {}
+        axis = alt.Axis(title=None, format="~s" if self.edges[-1] >= 10 else "~g", tickCount=6, grid=False, **step)
         tips = [alt.Tooltip(f"{column}:Q", format=",.4~g") for column in ("from", "to", "count")]
         bars = alt.Chart().mark_bar(binSpacing=1).encode(
             x=alt.X("from:Q", bin=alt.BinParams(binned=True), scale=scale, axis=axis),
             x2="to",
-            y=alt.Y("count:Q", axis=alt.Axis(title=None, format="~s", tickCount=3)),
+            y=alt.Y("count:Q", axis=alt.Axis(title=None, format=",d", tickCount=3, tickMinStep=1)),
             tooltip=tips,
         )  # fmt: skip
         return _layered(table, bars, 130, self.title)
@@ -120,10 +127,10 @@ class Points:
 
     def chart(self, table: str) -> dict[str, Any]:
         """A Vega-Lite specification over the table of that name."""
-        scale = alt.Scale(type="log", zero=False)
+        scale = alt.Scale(type="log", zero=False, nice=False, padding=8)
 
         def axis(title: str) -> alt.Axis:
-            return alt.Axis(title=title, format="~s", tickCount=5)
+            return alt.Axis(title=title, format="~s", tickCount=4, grid=False)
 
         tips = [alt.Tooltip(f"{column}:Q", format=",d") for column in (self.across, self.up)]
         points = alt.Chart().mark_circle(size=18, opacity=0.35).encode(
