@@ -250,7 +250,9 @@ def _unpacked(data: bytes | None) -> NDArray[np.uint16] | None:
     if data is None or len(data) < 8:
         return None
     patches, width = np.frombuffer(data, "<i4", 2).tolist()
-    return np.frombuffer(data, "<u2", offset=8).reshape(patches, width) if len(data) == 8 + 2 * patches * width else None
+    return (
+        np.frombuffer(data, "<u2", offset=8).reshape(patches, width) if len(data) == 8 + 2 * patches * width else None
+    )
 
 
 @spec
