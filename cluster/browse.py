@@ -136,8 +136,11 @@ def write_rows(corpus: Corpus, site: Site, console: Console, count: int, out: Pa
 def _pages(corpus: Corpus, manifest: Manifest, limits: Limits, chunk: Chunk) -> list[RowPage | Rejected]:
     found: list[RowPage | Rejected] = []
     for row in corpus.read(manifest.shards[chunk.shard], chunk, limits):
+        if isinstance(row, Rejected):
+            found.append(row)
+            continue
         try:
-            found.append(row if isinstance(row, Rejected) else read_row(row, limits, getattr(corpus, "classes", ())))
+            found.append(read_row(row, limits, getattr(corpus, "classes", ())))
         except SkipSample as skip:
             found.append(Rejected(row=row.id, reason=skip.reason, detail=skip.detail))
     return found
