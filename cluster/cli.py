@@ -120,7 +120,7 @@ class Index:
     """Scan a corpus's shards: rows, byte ranges, sizes, checksums. `train` does it by itself where it is missing."""
 
     corpus: Corpus
-    """A corpus's name, as a recipe or the site spells it, or an address: s3://bucket/x/{00000..00009}.tar"""
+    """A corpus's name, as a recipe or the site spells it, or an address, in quotes: 's3://bucket/x/{00000..00009}.tar'"""
     kind: Kind = None
     s: Option = ()
     beside: bool = False
@@ -142,7 +142,7 @@ class Check:
     """Read every row of a corpus, decode its pictures and videos, and name the bad rows; ends with 1 when there are some."""
 
     corpus: Corpus
-    """A corpus's name, as a recipe or the site spells it, or an address: s3://bucket/x/{00000..00009}.tar"""
+    """A corpus's name, as a recipe or the site spells it, or an address, in quotes: 's3://bucket/x/{00000..00009}.tar'"""
     kind: Kind = None
     s: Option = ()
     sample: int | None = None

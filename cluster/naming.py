@@ -75,7 +75,7 @@ def find_corpus(word: str, site: Site, kind: str | None = None, changes: Iterabl
         names = [*known, *site.corpora, *RECIPES]
         raise SiteError(
             f"no recipe reads a corpus {word!r}, and the site has none of that name{_near(word, names)}; "
-            f"recipes read {', '.join(sorted(known))}. An address is a path or s3://..., such as data/{{00000..00009}}.tar"
+            f"recipes read {', '.join(sorted(known))}. An address is a path or s3://..., such as 'data/{{00000..00009}}.tar'"
         )
     address = word if "://" in word else str(Path(word).expanduser().absolute())
     name = _name(address)
