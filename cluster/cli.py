@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 Change = Annotated[UseAppendAction[tuple[str, ...]], arg(name="s", aliases=["-s"], metavar="KEY=VALUE")]
 SiteFile = Annotated[str | None, arg(metavar="FILE")]
 Name = Annotated[str, arg(metavar="NAME")]
+Corpus = Annotated[Positional[str], arg(metavar="CORPUS")]
 Kind = Annotated[
     str | None,
     arg(metavar="KIND", help="pairs, interleaved, conversations, ...; by default the first row tells it."),
@@ -118,8 +119,8 @@ class Status:
 class Index:
     """Scan a corpus's shards: rows, byte ranges, sizes, checksums. `train` does it by itself where it is missing."""
 
-    corpus: Positional[str]
-    """A corpus's name, as a recipe or the site spells it, or an address: s3://bucket/x/{00000..00009}.tar"""
+    corpus: Corpus
+    """A corpus's name, as a recipe or the site spells it, or an address, in quotes: 's3://bucket/x/{00000..00009}.tar'"""
     kind: Kind = None
     s: Option = ()
     beside: bool = False
@@ -140,8 +141,8 @@ class Index:
 class Check:
     """Read every row of a corpus, decode its pictures and videos, and name the bad rows; ends with 1 when there are some."""
 
-    corpus: Positional[str]
-    """A corpus's name, as a recipe or the site spells it, or an address: s3://bucket/x/{00000..00009}.tar"""
+    corpus: Corpus
+    """A corpus's name, as a recipe or the site spells it, or an address, in quotes: 's3://bucket/x/{00000..00009}.tar'"""
     kind: Kind = None
     s: Option = ()
     sample: int | None = None
@@ -160,13 +161,13 @@ class Check:
 class Stats:
     """Tell what a corpus is made of, or what a recipe's mixtures become when packed; as a table and as a page."""
 
-    corpus: Positional[str]
+    corpus: Corpus
     """A corpus's name or address, or a recipe's name (or recipe.json)."""
     kind: Kind = None
     s: Annotated[Change, arg(help="Change an option of the corpus (-s max_images=4), or the recipe.")] = ()
     sample: int = 2000
     """Read about so many rows, at random; of a recipe, so many of each stage."""
-    tokenizer: str | None = None
+    tokenizer: Annotated[str | None, arg(metavar="NAME")] = None
     """Measure text in tokens: a recipe's name, a name under [weights] or a tokenizer's folder."""
     out: Path = Path("stats.html")
     site: SiteFile = None
@@ -208,7 +209,7 @@ class Quarantine:
 class Preview:
     """Write a page that shows rows of a corpus, or a recipe's packs, as a person would read them."""
 
-    corpus: Positional[str]
+    corpus: Corpus
     """A corpus's name or address: its rows; or a recipe's name: its packs, tiles and learned tokens."""
     kind: Kind = None
     s: Annotated[Change, arg(help="Change an option of the corpus (-s max_images=4), or the recipe.")] = ()

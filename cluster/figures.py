@@ -99,8 +99,8 @@ class Histogram:
         scale = alt.Scale(type=self.axis, nice=False, zero=False) if self.axis == "log" else alt.Scale(zero=False)
         whole = self.edges[0] % 1 == 0.5 and self.edges[-1] - self.edges[0] == len(self.counts)
         form = "~s" if self.edges[-1] >= 10 else "~g"
-        least = 1 if whole else alt.Undefined
-        axis = alt.Axis(title=None, format=form, tickCount=6, grid=False, tickMinStep=least)
+        step = 1 if whole else alt.Undefined
+        axis = alt.Axis(title=None, format=form, tickCount=6, tickMinStep=step, grid=False)
         tips = [alt.Tooltip(f"{column}:Q", format=",.4~g") for column in ("from", "to", "count")]
         bars = alt.Chart().mark_bar(binSpacing=1).encode(
             x=alt.X("from:Q", bin=alt.BinParams(binned=True), scale=scale, axis=axis),

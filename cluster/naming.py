@@ -75,7 +75,7 @@ def find_corpus(word: str, site: Site, kind: str | None = None, changes: Iterabl
         names = [*known, *site.corpora, *RECIPES]
         raise SiteError(
             f"no recipe reads a corpus {word!r}, and the site has none of that name{_near(word, names)}; "
-            f"recipes read {', '.join(sorted(known))}. An address is a path or s3://..., such as data/{{00000..00009}}.tar"
+            f"recipes read {', '.join(sorted(known))}. An address is a path or s3://..., such as 'data/{{00000..00009}}.tar'"
         )
     address = word if "://" in word else str(Path(word).expanduser().absolute())
     name = _name(address)
@@ -163,10 +163,10 @@ def _adapter() -> TypeAdapter[Corpus]:
 def _made(name: str, uri: str, kind: str | None, changes: Iterable[str]) -> Corpus:
     changes = list(changes)
     options: dict[str, Any] = {}
-    if kind is None or kind in ("caption_list", "labelled"):  # whose columns a first line may spell
+    if kind is None or kind in ("caption_list", "labelled", "interleaved"):  # of which the row tells more than the kind
         guess = guess_kind(uri)
         kind = kind or guess.certain(uri)
-        options = {"columns": guess.columns} if guess.columns and kind in guess.kinds else {}
+        options = guess.options if kind in guess.kinds else {}
     made = _valid({"kind": kind, "name": name, **options}, kind)
     return _changed(made, changes)
 
@@ -223,6 +223,13 @@ class Guess:
     kinds: tuple[str, ...]
     found: str
     columns: tuple[str, ...] = ()
+    inline: bool = False
+    """Pages whose pictures are in the row itself, so that no archive lies beside them."""
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Options of a corpus that the row tells."""
+        return {"columns": self.columns} if self.columns else {"archive": None} if self.inline else {}
 
     def certain(self, uri: str) -> str:
         """The one kind that fits. Raises SiteError when there is none or another."""
@@ -299,7 +306,7 @@ def _of_row(row: Mapping[str, Any]) -> Guess:
     found = f"the fields {', '.join(sorted(keys)[:12])}" if keys else "no field"
     for kind, needed in UNMISTAKABLE:
         if needed <= keys:
-            return Guess(kinds=(kind,), found=found)
+            return Guess(kinds=(kind,), found=found, inline=kind == "interleaved" and _inline(row["image_info"]))
     if isinstance(row.get("images"), list) and isinstance(row.get("texts"), list):
         return Guess(kinds=("obelics",), found=found)
     if isinstance(row.get("text"), str) and {"chosen", "rejected"} <= set(_keys(row["text"].encode())):
@@ -318,6 +325,10 @@ def _of_row(row: Mapping[str, Any]) -> Guess:
 
 
 QUESTION = {"question", "answer"}
+
+
+def _inline(listed: object) -> bool:
+    return isinstance(listed, list) and any(isinstance(info, dict) and info.get("image_base64") for info in listed)
 
 
 def _first_files(uri: str) -> dict[str, bytes]:

@@ -146,8 +146,11 @@ def _tokens(codec: TextCodec, text: str) -> int:
 def _facts(corpus: Corpus, manifest: Manifest, limits: Limits, length: Callable[[str], int], chunk: Chunk) -> list[Row]:
     found: list[Row] = []
     for row in corpus.read(manifest.shards[chunk.shard], chunk, limits):
+        if isinstance(row, Rejected):
+            found.append(row)
+            continue
         try:
-            found.append(row if isinstance(row, Rejected) else _of_document(row, limits, length))
+            found.append(_of_document(row, limits, length))
         except SkipSample as skip:
             found.append(Rejected(row=row.id, reason=skip.reason, detail=skip.detail))
     return found
