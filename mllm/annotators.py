@@ -12,26 +12,43 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from itertools import groupby, islice
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from pydantic import Field, TypeAdapter
-from torch import Tensor
+from torch import Tensor, nn
 
 from mllm.encoders import Encoder, VisionEncoder
 from ops import images
 from ops.losses import linear_cross_entropy
-from pipelines import storage
+from pipelines import pictures, storage
 from pipelines.annotate import Folder, Rows
-from pipelines.pictures import decode
 from pipelines.tiling import Resize
-from pipelines.types import NOT_LEARNED, Batch, Codes, Document, Image, Pack, Reason, Rejected, SkipSample, Text, spec
+from pipelines.types import (
+    NOT_LEARNED,
+    Batch,
+    Codes,
+    Document,
+    Image,
+    Pack,
+    Picture,
+    Reason,
+    Rejected,
+    RowId,
+    SkipSample,
+    Text,
+    Video,
+    spec,
+)
+
+T = TypeVar("T")
 
 AT_ONCE = 32
 """Pictures or tiles that a model sees together."""
@@ -41,51 +58,41 @@ AT_ONCE = 32
 class ScoreFilter:
     """Leaves out what does not belong together: cosine similarity of a picture and the text after it, by CLIP or SigLIP.
 
-    A picture below `at_least` is taken out of its document, with nothing else (MMC4, arXiv:2304.06939, 3); a row of which no
-    picture is left, as of a pair, is dropped (LAION, arXiv:2111.02114, 2). Rows without pictures pass.
+    A picture below `at_least` is taken out of its document, with nothing else but its regions (MMC4, arXiv:2304.06939, 3); a row
+    of which no picture is left, as of a pair, is dropped (LAION, arXiv:2111.02114, 2). The text is the next one that is not
+    blank, or the one before where none follows, as far as the model reads. Videos and rows without pictures or text pass.
     """
 
     kind: Literal["score_filter"] = "score_filter"
     weights: str
-    at_least: float
+    at_least: Annotated[float, Field(ge=-1, le=1)]
 
     def documents(self, folder: Folder) -> Callable[[Rows], Rows]:
         """Load the two towers. Raises ValueError when the folder holds no model of the kind."""
         likeness = _TwoTowers(folder(self.weights))
 
-        def annotate(rows: Rows) -> Rows:
-            asked = [(n, place, text) for n, row in enumerate(rows) for place, text in _pictures_with_text(row)]
-            pictures = _decoded(rows, [(n, place) for n, place, _ in asked])
-            texts = {(n, place): text for n, place, text in asked}
-            scores = likeness({at: (pixels, texts[at]) for at, pixels in pictures.sound.items()})
-            return [self._kept(row, n, scores, pictures.broken.get(n)) for n, row in enumerate(rows)]
+        def ask(shown: list[Shown], tiles: Tensor) -> list[float]:
+            return likeness(tiles, [_text_of(row, place) for row, place in shown])
 
-        return annotate
+        return lambda rows: _by_pictures(rows, _pictures_with_text, likeness.preprocess.tiling, ask, self._kept)
 
-    def _kept(
-        self, row: Document | Rejected, number: int, scores: dict[tuple[int, int], float], broken: SkipSample | None
-    ) -> Document | Rejected:
-        if isinstance(row, Rejected):
-            return row
-        if broken is not None:
-            return Rejected(row=row.id, reason=broken.reason, detail=broken.detail)
-        mine = {place: score for (n, place), score in scores.items() if n == number}
-        low = {place for place, score in mine.items() if score < self.at_least}
+    def _kept(self, row: Document, scores: dict[int, list[float]]) -> Document | Rejected:
+        low = {place for place, (score,) in scores.items() if score < self.at_least}
         if not low:
             return row
         if len(low) == sum(not isinstance(segment, Text) for segment in row.segments):
-            best = max(mine.values())
+            best = max(score for (score,) in scores.values())
             words = f"similarity {best:.3f}; the recipe asks for {self.at_least:g}"
             return Rejected(row=row.id, reason=Reason.FILTERED, detail=words)
-        return replace(row, segments=tuple(s for place, s in enumerate(row.segments) if place not in low))
+        return _without(row, low)
 
 
 @spec
 class Recaption:
     """Captions written by BLIP's captioner, greedily (CapFilt, arXiv:2201.12086, 3.3); a `ScoreFilter` after it is the filter.
 
-    Of rows that are a picture and its caption. "replace" takes the new caption, "add" sets it on a line of its own after the
-    old, "either" takes one of the two by the row's name, so that half of the rows keep theirs.
+    Of rows that are a picture and its caption; all others pass. "replace" takes the new caption, "add" sets it on a line of its
+    own after the old, "either" takes one of the two by the row's name, so that half of the rows keep theirs.
     """
 
     kind: Literal["recaption"] = "recaption"
@@ -94,82 +101,72 @@ class Recaption:
     tokens: Annotated[int, Field(gt=0)] = 30
 
     def documents(self, folder: Folder) -> Callable[[Rows], Rows]:
-        """Load the captioner."""
+        """Load the captioner. Raises ValueError when the folder holds none."""
         write = _Captioner(folder(self.weights), self.tokens)
 
-        def annotate(rows: Rows) -> Rows:
-            asked = [(n, 0) for n, row in enumerate(rows) if _is_pair(row) and self._wanted(row)]
-            pictures = _decoded(rows, asked)
-            captions = write(pictures.sound)
-            found: list[Document | Rejected] = []
-            for n, row in enumerate(rows):
-                if isinstance(row, Document) and n in pictures.broken:
-                    skip = pictures.broken[n]
-                    found.append(Rejected(row=row.id, reason=skip.reason, detail=skip.detail))
-                else:
-                    found.append(self._captioned(row, captions.get((n, 0))))
-            return found
+        def wanted(row: Document) -> list[int]:
+            return [0] if _is_pair(row) and self._wanted(row.id) else []
 
-        return annotate
+        def ask(_: list[Shown], tiles: Tensor) -> list[str]:
+            return write(tiles)
 
-    def _wanted(self, row: Document | Rejected) -> bool:
-        if self.mode != "either":
-            return True
-        at = row.id if isinstance(row, Document) else row.row
-        return bool(hashlib.sha256(f"{at.corpus}/{at.shard}/{at.row}".encode()).digest()[0] & 1)
+        return lambda rows: _by_pictures(rows, wanted, write.preprocess.tiling, ask, self._captioned)
 
-    def _captioned(self, row: Document | Rejected, caption: str | None) -> Document | Rejected:
-        if caption is None or isinstance(row, Rejected):
-            return row
+    def _wanted(self, row: RowId) -> bool:
+        name = f"{row.corpus}/{row.shard}/{row.row}".encode()
+        return self.mode != "either" or bool(hashlib.sha256(name).digest()[0] & 1)
+
+    def _captioned(self, row: Document, captions: dict[int, list[str]]) -> Document:
         picture, old = row.segments
-        assert isinstance(old, Text)
+        (caption,) = captions[0]
+        if not caption:
+            return row
+        assert isinstance(old, Text)  # as `_is_pair` found
         text = f"{old.text}\n{caption}" if self.mode == "add" else f"\n{caption}"
         return replace(row, segments=(picture, replace(old, text=text)))
 
 
 @spec
 class DiscreteCodes:
-    """Pictures as tokens: `size` x `size` pixels, squeezed, through the VQ encoder of Chameleon or Janus, row by row.
+    """Pictures as tokens: `size` x `size` pixels, squeezed, through the VQ encoder of Chameleon, Janus or Emu3, row by row.
 
-    `first` is the vocabulary's id of code 0; `before` and `after` are ids around a picture's codes (LWM's <vision>, </vision>).
+    `first` is the vocabulary's id of code 0 and `codes` the size of the codebook; `before` and `after` are ids around a
+    picture's codes (LWM's <vision>, </vision>). A video becomes the codes of its frames, one after the other (LWM,
+    arXiv:2402.08268, 4.1). Boxes of a row's pictures are left away with the pictures.
     """
 
     kind: Literal["discrete_codes"] = "discrete_codes"
     weights: str
     size: Annotated[int, Field(gt=0)]
     first: Annotated[int, Field(ge=0)]
+    codes: Annotated[int, Field(gt=0)] = 8192
     before: tuple[int, ...] = ()
     after: tuple[int, ...] = ()
 
+    @property
+    def last(self) -> int:
+        """The greatest id of the vocabulary that it may write."""
+        return max(self.first + self.codes - 1, *self.before, *self.after)
+
     def documents(self, folder: Folder) -> Callable[[Rows], Rows]:
-        """Load the encoder. Raises ValueError when the folder holds none of the kinds."""
-        encode = _codebook(folder(self.weights))
+        """Load the encoder. Raises ValueError when the folder holds none of the kinds, or one of another codebook."""
+        encode = _codebook(folder(self.weights), self.codes)
+        tiling = Resize(size=self.size, mode="squash")
 
-        def annotate(rows: Rows) -> Rows:
-            asked = [(n, place) for n, row in enumerate(rows) for place in _pictures(row)]
-            pictures = _decoded(rows, asked)
-            codes: dict[tuple[int, int], list[int]] = {}
-            for some in _batches(pictures.sound):
-                squeezed = [images.resize(pictures.sound[at], self.size, self.size) for at in some]
-                codes |= dict(zip(some, encode(torch.stack(squeezed)).tolist(), strict=True))
-            return [self._coded(row, n, codes, pictures.broken.get(n)) for n, row in enumerate(rows)]
+        def ask(_: list[Shown], tiles: Tensor) -> list[list[int]]:
+            return encode(tiles).tolist()
 
-        return annotate
+        return lambda rows: _by_pictures(rows, _shown, tiling, ask, self._coded)
 
-    def _coded(
-        self, row: Document | Rejected, number: int, codes: dict[tuple[int, int], list[int]], broken: SkipSample | None
-    ) -> Document | Rejected:
-        if isinstance(row, Rejected):
-            return row
-        if broken is not None:
-            return Rejected(row=row.id, reason=broken.reason, detail=broken.detail)
-        segments = tuple(
-            Codes(ids=(*self.before, *(self.first + code for code in codes[number, place]), *self.after), role=s.role)
-            if isinstance(s, Image)
-            else s
-            for place, s in enumerate(row.segments)
-        )
-        return replace(row, segments=segments)
+    def _coded(self, row: Document, codes: dict[int, list[list[int]]]) -> Document:
+        segments: list[Segment] = []
+        for place, segment in enumerate(row.segments):
+            if place not in codes:
+                segments.append(segment)
+            for picture in codes.get(place, ()):
+                ids = (*self.before, *(self.first + code for code in picture), *self.after)
+                segments.append(Codes(ids=ids, role=segment.role))
+        return replace(row, segments=tuple(segments), regions=())
 
 
 @spec
@@ -187,11 +184,10 @@ class FrozenFeatures:
     cache: str | None = None
 
     def packs(self, folder: Folder) -> Callable[[Pack], Pack]:
-        """Load the tower: in bfloat16 on a GPU, in float32 elsewhere; pixels are normalised in float32 on both."""
+        """Load the tower: in bfloat16 on a GPU, in float32 elsewhere."""
         device = _device()
-        tower = self.encoder.build(folder).eval()
-        tower.requires_grad_(False)
-        tower.to(device).tower.to(torch.bfloat16 if device.type == "cuda" else torch.float32)
+        tower = self.encoder.build(folder)
+        _settle(tower, device)
         home = None if self.cache is None else f"{folder(self.cache).rstrip('/')}/{self._fingerprint(tower)}"
 
         def annotate(pack: Pack) -> Pack:
@@ -259,7 +255,8 @@ def _unpacked(data: bytes | None) -> NDArray[np.uint16] | None:
 class ReferenceLogProbs:
     """Log-probability, summed over learned tokens, of each document under a frozen reference: what DPO compares with.
 
-    `checkpoint` is an exported run: its recipe, which lies beside the weights, says what model it is.
+    `checkpoint` is an exported run: its recipe, which lies beside the weights, says what model it is. It computes as trainers
+    do, in bfloat16 on a GPU and in float32 elsewhere.
     """
 
     kind: Literal["reference_log_probs"] = "reference_log_probs"
@@ -270,8 +267,8 @@ class ReferenceLogProbs:
         from mllm.export import read_back
 
         device = _device()
-        model = read_back(Path(folder(self.checkpoint))).to(device).eval()
-        model.requires_grad_(False)
+        model = read_back(Path(folder(self.checkpoint)))
+        _settle(model, device)
 
         @torch.no_grad()
         def annotate(pack: Pack) -> Pack:
@@ -294,52 +291,112 @@ Annotator = Annotated[
 
 # --- pictures of rows -------------------------------------------------------------------------------------------------
 
-
-@spec
-class _Decoded:
-    """Pictures by row and place of the segment, uint8 (3, h, w), and of rows with a broken one why it is."""
-
-    sound: dict[tuple[int, int], Tensor]
-    broken: dict[int, SkipSample]
+Segment = Text | Image | Video | Codes
+Shown = tuple[Document, int]
+"""A row, and the place of the segment in it that a picture is of."""
 
 
-def _decoded(rows: Rows, places: Sequence[tuple[int, int]]) -> _Decoded:
-    sound: dict[tuple[int, int], Tensor] = {}
+def _by_pictures(
+    rows: Rows,
+    places: Callable[[Document], Sequence[int]],
+    tiling: Resize,
+    ask: Callable[[list[Shown], Tensor], Sequence[T]],
+    change: Callable[[Document, dict[int, list[T]]], Document | Rejected],
+) -> Rows:
+    """`rows`, each changed by what a model says of its pictures.
+
+    `places` names the segments of a row that are shown; `ask` gets tiles uint8 (n, 3, S, S), `AT_ONCE` at most, and gives
+    an answer for each; `change` gets a row and, by place, the answers to its pictures, of which a video has several. Rows
+    without such segments pass; one with a picture that is broken, or beyond the usual `Limits`, is rejected. Headers
+    are read first, and no more than `AT_ONCE` tiles are held: a window's pictures would not fit into memory.
+    """
+    asked: list[tuple[int, int, Picture]] = []
     broken: dict[int, SkipSample] = {}
-    for n, place in places:
-        row = rows[n]
-        segment = row.segments[place] if isinstance(row, Document) else None
-        if isinstance(segment, Image) and n not in broken:
+    for n, row in enumerate(rows):
+        if isinstance(row, Document):
             try:
-                sound[n, place] = decode(segment)
+                asked += [(n, place, picture) for place in places(row) for picture in _measured(row, place, tiling)]
             except SkipSample as skip:
                 broken[n] = skip
-    return _Decoded(sound={at: pixels for at, pixels in sound.items() if at[0] not in broken}, broken=broken)
+    answers: dict[int, dict[int, list[T]]] = {}
+    for start in range(0, len(asked), AT_ONCE):
+        tiles = _tiles(asked[start : start + AT_ONCE], tiling, broken)
+        if not tiles:
+            continue
+        shown: list[Shown] = []
+        for (n, place), some in tiles.items():
+            row = rows[n]
+            assert isinstance(row, Document)  # only such were asked about
+            shown += [(row, place)] * len(some)
+        said = iter(ask(shown, torch.cat(list(tiles.values()))))
+        for (n, place), some in tiles.items():
+            answers.setdefault(n, {}).setdefault(place, []).extend(islice(said, len(some)))
+    return [_changed(row, broken.get(n), answers.get(n), change) for n, row in enumerate(rows)]
 
 
-def _pictures(row: Document | Rejected) -> list[int]:
-    return [i for i, s in enumerate(row.segments) if isinstance(s, Image)] if isinstance(row, Document) else []
-
-
-def _pictures_with_text(row: Document | Rejected) -> Iterator[tuple[int, str]]:
-    """Each picture's place, and the text that follows it, or the one before where none does."""
+def _changed(
+    row: Document | Rejected,
+    broken: SkipSample | None,
+    answers: dict[int, list[T]] | None,
+    change: Callable[[Document, dict[int, list[T]]], Document | Rejected],
+) -> Document | Rejected:
     if isinstance(row, Rejected):
-        return
-    for place in _pictures(row):
-        after = [s.text for s in row.segments[place + 1 :] if isinstance(s, Text) and s.text.strip()]
-        before = [s.text for s in row.segments[:place] if isinstance(s, Text) and s.text.strip()]
-        if after or before:
-            yield place, (after[0] if after else before[-1]).strip()
+        return row
+    if broken is not None:
+        return Rejected(row=row.id, reason=broken.reason, detail=broken.detail)
+    return row if answers is None else change(row, answers)
 
 
-def _is_pair(row: Document | Rejected) -> bool:
-    return isinstance(row, Document) and [type(segment) for segment in row.segments] == [Image, Text]
+def _measured(row: Document, place: int, tiling: Resize) -> list[Picture]:
+    """The pictures of one segment: one, or a video's frames. Raises SkipSample."""
+    alone = pictures.measure(replace(row, segments=(row.segments[place],)), tiling)
+    return [picture for picture in alone.segments if isinstance(picture, Picture)]
 
 
-def _batches(found: dict[tuple[int, int], Any]) -> Iterator[list[tuple[int, int]]]:
-    places = list(found)
-    for start in range(0, len(places), AT_ONCE):
-        yield places[start : start + AT_ONCE]
+def _tiles(
+    asked: Sequence[tuple[int, int, Picture]], tiling: Resize, broken: dict[int, SkipSample]
+) -> dict[tuple[int, int], Tensor]:
+    """Tiles uint8 (n, 3, S, S) by row and place; rows of which a picture is broken go to `broken`."""
+    found: dict[tuple[int, int], Tensor] = {}
+    for (n, place), some in groupby(asked, key=lambda one: one[:2]):
+        if n in broken:
+            continue
+        try:
+            found[n, place] = torch.from_numpy(pictures.pixels([picture for _, _, picture in some], tiling))
+        except SkipSample as skip:
+            broken[n] = skip
+    return {(n, place): tiles for (n, place), tiles in found.items() if n not in broken}
+
+
+def _images(row: Document) -> list[int]:
+    return [place for place, segment in enumerate(row.segments) if isinstance(segment, Image)]
+
+
+def _shown(row: Document) -> list[int]:
+    return [place for place, segment in enumerate(row.segments) if isinstance(segment, (Image, Video))]
+
+
+def _pictures_with_text(row: Document) -> list[int]:
+    return _images(row) if any(isinstance(s, Text) and s.text.strip() for s in row.segments) else []
+
+
+def _text_of(row: Document, place: int) -> str:
+    """The text that follows a picture, or the one before where none does; the row has some."""
+    after = [s.text for s in row.segments[place + 1 :] if isinstance(s, Text) and s.text.strip()]
+    before = [s.text for s in row.segments[:place] if isinstance(s, Text) and s.text.strip()]
+    return (after[0] if after else before[-1]).strip()
+
+
+def _is_pair(row: Document) -> bool:
+    return [type(segment) for segment in row.segments] == [Image, Text] and not row.rejected
+
+
+def _without(row: Document, places: set[int]) -> Document:
+    """The row without some of its pictures; boxes go with theirs, and follow the others' new numbers."""
+    left = [number for number, place in enumerate(_images(row)) if place not in places]
+    regions = [replace(region, image=left.index(region.image)) for region in row.regions if region.image in left]
+    segments = [segment for place, segment in enumerate(row.segments) if place not in places]
+    return replace(row, segments=tuple(segments), regions=tuple(regions))
 
 
 # --- transformers' models ---------------------------------------------------------------------------------------------
@@ -347,6 +404,21 @@ def _batches(found: dict[tuple[int, int], Any]) -> Iterator[list[tuple[int, int]
 
 def _device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _settle(model: nn.Module, device: torch.device) -> None:
+    """Freeze `model` on `device`: on a GPU with weights in bfloat16, which is what layers compute in when they are trained.
+
+    Tables that lie beside the weights (an encoder's mean, rotary angles) stay in float32; batch statistics are weights here.
+    """
+    model.to(device).eval().requires_grad_(False)
+    if device.type != "cuda":
+        return
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.to(torch.bfloat16)
+        for parameter in module.parameters(recurse=False):
+            parameter.data = parameter.data.to(torch.bfloat16)
 
 
 def _kind_of(folder: str, known: Sequence[str]) -> str:
@@ -363,20 +435,23 @@ def _kind_of(folder: str, known: Sequence[str]) -> str:
 
 
 class _Preprocess:
-    """Pictures as a model of transformers wants them, by its `preprocessor_config.json`; CLIP's own numbers without one."""
+    """Pictures as a model of transformers wants them, by its `preprocessor_config.json`; CLIP's own numbers without one.
 
-    def __init__(self, folder: str, size: int, squeezed: bool) -> None:
+    Resizing is bicubic whatever the file says. Cut to the middle square where it says so or, where it says nothing, `crop`.
+    """
+
+    def __init__(self, folder: str, size: int, crop: bool) -> None:
         file = Path(folder) / "preprocessor_config.json"
         said = json.loads(file.read_text()) if file.is_file() else {}
         clip = Encoder.__dataclass_fields__
-        self.mean = torch.tensor(said.get("image_mean", clip["mean"].default))
-        self.std = torch.tensor(said.get("image_std", clip["std"].default))
-        self.tiling = Resize(size=size, mode="squash" if squeezed else "crop")
+        scale = 255 * said.get("rescale_factor", 1 / 255)  # `normalize` divides by 255
+        self.mean = torch.tensor(said.get("image_mean", clip["mean"].default)) / scale
+        self.std = torch.tensor(said.get("image_std", clip["std"].default)) / scale
+        self.tiling = Resize(size=size, mode="crop" if said.get("do_center_crop", crop) else "squash")
 
-    def __call__(self, pictures: Sequence[Tensor]) -> Tensor:
-        cuts = [self.tiling.cut(*picture.shape[1:]) for picture in pictures]
-        tiles = torch.cat([self.tiling.tile(picture, cut) for picture, cut in zip(pictures, cuts, strict=True)])
-        return images.normalize(tiles, self.mean, self.std)
+    def __call__(self, tiles: Tensor, device: torch.device) -> Tensor:
+        """uint8 (n, 3, S, S) -> float32 of that shape on `device`."""
+        return images.normalize(tiles.to(device), self.mean.to(device), self.std.to(device))
 
 
 class _TwoTowers:
@@ -389,23 +464,17 @@ class _TwoTowers:
         self.device = _device()
         self.model: Any = AutoModel.from_pretrained(folder, dtype=torch.float32).to(self.device).eval()
         self.tokenizer: Any = AutoTokenizer.from_pretrained(folder)
-        self.preprocess = _Preprocess(folder, self.model.config.vision_config.image_size, squeezed=kind == "siglip")
+        self.preprocess = _Preprocess(folder, self.model.config.vision_config.image_size, crop=kind == "clip")
         self.length = self.model.config.text_config.max_position_embeddings
         self.padding = "max_length" if kind == "siglip" else "longest"  # SigLIP was trained on texts padded to the end
 
     @torch.no_grad()
-    def __call__(self, asked: dict[tuple[int, int], tuple[Tensor, str]]) -> dict[tuple[int, int], float]:
-        scores: dict[tuple[int, int], float] = {}
-        for some in _batches(asked):
-            pixels = self.preprocess([asked[at][0] for at in some]).to(self.device)
-            texts = [asked[at][1] for at in some]
-            words = self.tokenizer(
-                texts, return_tensors="pt", padding=self.padding, truncation=True, max_length=self.length
-            ).to(self.device)
-            out = self.model(pixel_values=pixels, **words)
-            found = torch.nn.functional.cosine_similarity(out.image_embeds, out.text_embeds)
-            scores |= dict(zip(some, found.tolist(), strict=True))
-        return scores
+    def __call__(self, tiles: Tensor, texts: list[str]) -> list[float]:
+        words = self.tokenizer(
+            texts, return_tensors="pt", padding=self.padding, truncation=True, max_length=self.length
+        ).to(self.device)
+        out = self.model(pixel_values=self.preprocess(tiles, self.device), **words)
+        return torch.nn.functional.cosine_similarity(out.image_embeds, out.text_embeds).tolist()
 
 
 class _Captioner:
@@ -419,32 +488,40 @@ class _Captioner:
         self.model: Any = BlipForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
         self.model.to(self.device).eval()
         self.tokenizer: Any = AutoTokenizer.from_pretrained(folder)
-        self.preprocess = _Preprocess(folder, self.model.config.vision_config.image_size, squeezed=True)
+        self.preprocess = _Preprocess(folder, self.model.config.vision_config.image_size, crop=False)
         self.tokens = tokens
 
     @torch.no_grad()
-    def __call__(self, pictures: dict[tuple[int, int], Tensor]) -> dict[tuple[int, int], str]:
-        captions: dict[tuple[int, int], str] = {}
-        for some in _batches(pictures):
-            pixels = self.preprocess([pictures[at] for at in some]).to(self.device)
-            written = self.model.generate(pixels, max_new_tokens=self.tokens, num_beams=1, do_sample=False)
-            texts = self.tokenizer.batch_decode(written, skip_special_tokens=True)
-            captions |= {at: text.strip() for at, text in zip(some, texts, strict=True)}
-        return {at: text for at, text in captions.items() if text}
+    def __call__(self, tiles: Tensor) -> list[str]:
+        pixels = self.preprocess(tiles, self.device)
+        written = self.model.generate(pixels, max_new_tokens=self.tokens, num_beams=1, do_sample=False)
+        return [text.strip() for text in self.tokenizer.batch_decode(written, skip_special_tokens=True)]
 
 
-def _codebook(folder: str) -> Callable[[Tensor], Tensor]:
-    """uint8 (n, 3, S, S) -> codes int64 (n, cells), by the VQ encoder in `folder`."""
+def _codebook(folder: str, codes: int) -> Callable[[Tensor], Tensor]:
+    """uint8 (n, 3, S, S) -> codes int64 (n, cells), by the VQ encoder in `folder`. Raises ValueError, see `DiscreteCodes`."""
     from transformers.models.chameleon.modeling_chameleon import ChameleonVQVAE
+    from transformers.models.emu3.modeling_emu3 import Emu3VQVAE
     from transformers.models.janus.modeling_janus import JanusVQVAE
 
-    kind = _kind_of(folder, ("chameleon_vqgan", "janus_vqgan"))
+    kinds = {"chameleon_vqgan": ChameleonVQVAE, "janus_vqgan": JanusVQVAE, "emu3_vqgan": Emu3VQVAE}
+    kind = _kind_of(folder, tuple(kinds))
     device = _device()
-    model: Any = (ChameleonVQVAE if kind == "chameleon_vqgan" else JanusVQVAE).from_pretrained(folder).to(device).eval()
+    model: Any = kinds[kind].from_pretrained(folder, dtype=torch.float32).to(device).eval()
+    emu3 = kind == "emu3_vqgan"
+    found = model.config.codebook_size if emu3 else model.config.num_embeddings
+    if found != codes:
+        raise ValueError(f"{folder} has a codebook of {found} and the recipe says codes={codes}; set codes to {found}")
 
     @torch.no_grad()
     def encode(pixels: Tensor) -> Tensor:
         seen = pixels.to(device).float() / 127.5 - 1
+        if emu3:  # it gives back only so much of each picture as `image_sizes` says
+            return (
+                torch.stack(model.encode(seen, image_sizes=[pixels.shape[2:]] * len(pixels)).image_tokens)
+                .flatten(1)
+                .cpu()
+            )
         return model.encode(seen).image_tokens.reshape(len(pixels), -1).cpu()
 
     return encode

@@ -19,7 +19,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, TypeAdapter, ValidationError
 
-from mllm.annotators import Annotator, FrozenFeatures
+from mllm.annotators import Annotator, DiscreteCodes, FrozenFeatures, ReferenceLogProbs
 from mllm.objectives import NextToken, Objective
 from mllm.vlm import VLM
 from pipelines.corpora import Corpus
@@ -197,7 +197,7 @@ class Recipe:
         if twice or not names:
             raise ValueError(f"recipe {self.name!r}: stages need names of their own, found {names}")
         layout = self.model.layout(self.tiling)  # tiling and encoder must fit
-        self._features_are_the_models()
+        self._annotators_fit()
         for stage in self.stages:
             if layout.tokens_per_tile >= stage.context:
                 raise ValueError(
@@ -209,24 +209,43 @@ class Recipe:
                     f"stage {stage.name!r}: context={stage.context} exceeds the language model's {self.model.lm.arch.context}"
                 )
 
-    def _features_are_the_models(self) -> None:
+    def _annotators_fit(self) -> None:
+        """What is made in the pipeline must be what the model takes."""
+        vocabulary = self.model.lm.arch.vocab_size
+        for number, stage in enumerate(self.stages):
+            of_packs = [one for one in stage.annotators if isinstance(one, (FrozenFeatures, ReferenceLogProbs))]
+            kinds = [one.kind for one in of_packs]
+            if len(kinds) > len(set(kinds)):
+                raise ValueError(f"stage {stage.name!r}: its annotators are {kinds}, one of them twice; leave one away")
+            if kinds == ["frozen_features", "reference_log_probs"]:
+                raise ValueError(
+                    f"stage {stage.name!r}: reference_log_probs looks at tiles, and frozen_features before it takes them away; "
+                    "put it first"
+                )
+            for one in of_packs:
+                if isinstance(one, FrozenFeatures):
+                    self._features_are_the_models(number, one)
+            for one in stage.annotators:
+                if isinstance(one, DiscreteCodes) and one.last >= vocabulary:
+                    raise ValueError(
+                        f"stage {stage.name!r}: discrete_codes writes ids up to {one.last} and the language model has a "
+                        f"vocabulary of {vocabulary}; raise model.lm.arch.vocab_size or lower first"
+                    )
+
+    def _features_are_the_models(self, number: int, features: FrozenFeatures) -> None:
         """Features made in the pipeline must be those that the model's own encoder would make."""
-        tuned: str | None = None
-        for stage in self.stages:
-            tuned = stage.name if any(part.split(".")[0] == "encoder" for part in stage.tune) else tuned
-            for annotator in stage.annotators:
-                if not isinstance(annotator, FrozenFeatures):
-                    continue
-                if tuned is not None:
-                    raise ValueError(
-                        f"stage {stage.name!r} takes frozen features and stage {tuned!r} tunes the encoder; "
-                        "leave one of them away"
-                    )
-                if annotator.encoder != self.model.encoder or annotator.encoder.weights is None:
-                    raise ValueError(
-                        f"stage {stage.name!r}: frozen_features must have the model's own encoder, with weights; it has "
-                        f"{annotator.encoder.weights!r} and the model {self.model.encoder.weights!r}"
-                    )
+        stage = self.stages[number]
+        if features.encoder != self.model.encoder or features.encoder.weights is None:
+            raise ValueError(
+                f"stage {stage.name!r}: frozen_features must have the model's own encoder, with weights; it has "
+                f"{features.encoder} and the model {self.model.encoder}"
+            )
+        for before in self.stages[: number + 1]:
+            if any(part.split(".")[0] == "encoder" for part in before.tune):
+                raise ValueError(
+                    f"stage {stage.name!r} takes frozen features and stage {before.name!r} tunes the encoder; "
+                    "leave one of them away"
+                )
 
     def stage(self, name: str) -> Stage:
         return next(stage for stage in self.stages if stage.name == name)
@@ -259,6 +278,8 @@ def fingerprint(recipe: Recipe, stage: Stage, before: str) -> str:
     words = json.loads(dump(recipe))
     mine = next(s for s in words["stages"] if s["name"] == stage.name)
     del mine["save_every"]  # how often a run saves changes nothing of what it learns
+    for annotator in mine["annotators"]:
+        annotator.pop("cache", None)  # nor does where features are kept
     text = json.dumps([words["model"], words["tiling"], words["seed"], mine, before], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 

@@ -189,7 +189,7 @@ def test_captions_are_written_greedily_and_the_same_each_time(
 
 
 def test_pictures_become_codes_of_the_vocabulary(codebook: str, rows: list[Document | Rejected]) -> None:
-    annotator = DiscreteCodes(weights=codebook, size=32, first=1000, before=(7,), after=(8,))
+    annotator = DiscreteCodes(weights=codebook, size=32, first=1000, codes=64, before=(7,), after=(8,))
     coded = annotated(annotator, rows)
     untouched(rows, coded)
     found = set()
@@ -208,7 +208,7 @@ def test_pictures_become_codes_of_the_vocabulary(codebook: str, rows: list[Docum
 
 
 def test_codes_are_learned_as_tokens(codebook: str, stream: Stream) -> None:
-    coded = DiscreteCodes(weights=codebook, size=32, first=1000)
+    coded = DiscreteCodes(weights=codebook, size=32, first=1000, codes=64)
     packs = list(PackWindows(replace(stream, annotators=(coded,), budget=replace(stream.budget, tokens=1024))).packs(0))
     assert not any(len(pack.tiles) for pack in packs)
     assert any(((pack.labels >= 1000) & (pack.labels < 1064)).sum() >= 256 for pack in packs)
