@@ -293,15 +293,15 @@ def test_an_empty_pack_has_features_of_nothing(frozen: tuple[Recipe, VisionLangu
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda e: {"encoder": replace(e, weights=None)}, "must have the model's own encoder, with weights"),
-        (lambda e: {"encoder": replace(e, layer=-1)}, "must have the model's own encoder"),
+        (lambda e: replace(e, weights=None), "must have the model's own encoder, with weights"),
+        (lambda e: replace(e, layer=-1), "must have the model's own encoder"),
     ],
 )
 def test_features_of_another_encoder_are_refused(
-    frozen: tuple[Recipe, VisionLanguageModel], change: Callable[[Encoder], dict[str, Encoder]], words: str
+    frozen: tuple[Recipe, VisionLanguageModel], change: Callable[[Encoder], Encoder], words: str
 ) -> None:
     recipe, _ = frozen
-    annotator = FrozenFeatures(**change(recipe.model.encoder))
+    annotator = FrozenFeatures(encoder=change(recipe.model.encoder))
     first = replace(recipe.stages[0], annotators=(annotator,))
     with pytest.raises(ValueError, match=words):
         replace(recipe, stages=(first, *recipe.stages[1:]))
