@@ -12,12 +12,20 @@ import tyro
 from tyro.conf import Positional, UseAppendAction, arg, subcommand
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from cluster.site import Site
     from mllm.recipe import Recipe
 
 Change = Annotated[UseAppendAction[tuple[str, ...]], arg(name="s", aliases=["-s"], metavar="KEY=VALUE")]
 SiteFile = Annotated[str | None, arg(metavar="FILE")]
 Name = Annotated[str, arg(metavar="NAME")]
+Corpus = Annotated[Positional[str], arg(metavar="CORPUS")]
+Kind = Annotated[
+    str | None,
+    arg(metavar="KIND", help="pairs, interleaved, conversations, ...; by default the first row tells it."),
+]
+Option = Annotated[Change, arg(help="Change an option of the corpus: -s max_images=4 -s images=s3://bucket/pictures")]
 
 
 @dataclass
@@ -111,8 +119,10 @@ class Status:
 class Index:
     """Scan a corpus's shards: rows, byte ranges, sizes, checksums. `train` does it by itself where it is missing."""
 
-    corpus: Positional[str]
-    """A corpus's name, as some recipe spells it."""
+    corpus: Corpus
+    """A corpus's name, as a recipe or the site spells it, or an address, in quotes: 's3://bucket/x/{00000..00009}.tar'"""
+    kind: Kind = None
+    s: Option = ()
     beside: bool = False
     """Keep the index in the corpus's own folder, for all who read it."""
     verify: bool = False
@@ -120,25 +130,60 @@ class Index:
     site: SiteFile = None
 
     def __call__(self) -> None:
-        from rich.console import Console
-
         from cluster.datacheck import index
+        from cluster.naming import find_corpus
 
-        sys.exit(index(self.corpus, _site(self.site), Console(highlight=False), self.beside, self.verify))
+        corpus, site = find_corpus(self.corpus, _site(self.site), self.kind, self.s)
+        sys.exit(index(corpus, site, _console(), self.beside, self.verify))
 
 
 @dataclass
 class Check:
-    """Read every row of a corpus and name the bad ones."""
+    """Read every row of a corpus, decode its pictures and videos, and name the bad rows; ends with 1 when there are some."""
 
-    corpus: Positional[str]
-    """A corpus's name, as some recipe spells it."""
+    corpus: Corpus
+    """A corpus's name, as a recipe or the site spells it, or an address, in quotes: 's3://bucket/x/{00000..00009}.tar'"""
+    kind: Kind = None
+    s: Option = ()
+    sample: int | None = None
+    """Read only about so many rows, in random chunks."""
     site: SiteFile = None
 
     def __call__(self) -> None:
         from cluster.datacheck import check
+        from cluster.naming import find_corpus
 
-        sys.exit(check(self.corpus, _site(self.site)))
+        corpus, site = find_corpus(self.corpus, _site(self.site), self.kind, self.s)
+        sys.exit(check(corpus, site, _console(), self.sample))
+
+
+@dataclass
+class Stats:
+    """Tell what a corpus is made of, or what a recipe's mixtures become when packed; as a table and as a page."""
+
+    corpus: Corpus
+    """A corpus's name or address, or a recipe's name (or recipe.json)."""
+    kind: Kind = None
+    s: Annotated[Change, arg(help="Change an option of the corpus (-s max_images=4), or the recipe.")] = ()
+    sample: int = 2000
+    """Read about so many rows, at random; of a recipe, so many of each stage."""
+    tokenizer: Annotated[str | None, arg(metavar="NAME")] = None
+    """Measure text in tokens: a recipe's name, a name under [weights] or a tokenizer's folder."""
+    out: Path = Path("stats.html")
+    site: SiteFile = None
+
+    def __call__(self) -> None:
+        from cluster.mixture import write_mixture
+        from cluster.naming import find_corpus, is_recipe, tokenizer_folder
+        from cluster.stats import write_stats
+
+        site = _site(self.site)
+        if self.kind is None and is_recipe(self.corpus):
+            write_mixture(_recipe(self.corpus, self.s), site, _console(), self.out, self.sample)
+            return
+        tokenizer = None if self.tokenizer is None else tokenizer_folder(self.tokenizer, site)
+        corpus, site = find_corpus(self.corpus, site, self.kind, self.s)
+        write_stats(corpus, site, _console(), self.out, self.sample, tokenizer)
 
 
 @dataclass
@@ -162,27 +207,56 @@ class Quarantine:
 
 @dataclass
 class Preview:
-    """Write a page that shows packs as a person would read them: text, tiles, which tokens are learned."""
+    """Write a page that shows rows of a corpus, or a recipe's packs, as a person would read them."""
 
-    recipe: Positional[str]
-    """A recipe's name."""
+    corpus: Corpus
+    """A corpus's name or address: its rows; or a recipe's name: its packs, tiles and learned tokens."""
+    kind: Kind = None
+    s: Annotated[Change, arg(help="Change an option of the corpus (-s max_images=4), or the recipe.")] = ()
+    rows: int = 20
+    """Rows of a corpus, drawn at random."""
     stage: str | None = None
-    """The stage whose packs are shown; the first by default."""
+    """The stage of a recipe whose packs are shown; the first by default."""
     packs: int = 10
-    s: Change = ()
-    """Change the recipe, stages by name: -s stages.pretrain.tune.lm.lr=3e-5"""
+    """Packs of a recipe's stage."""
     out: Path = Path("preview.html")
     site: SiteFile = None
 
     def __call__(self) -> None:
+        from cluster.browse import write_rows
+        from cluster.naming import find_corpus, is_recipe
         from cluster.preview import write_preview
 
-        recipe = _recipe(self.recipe, self.s)
+        if self.kind is not None or not is_recipe(self.corpus):
+            if self.stage is not None:
+                raise ValueError(f"--stage {self.stage} is one of a recipe, and {self.corpus!r} is no recipe's name")
+            corpus, site = find_corpus(self.corpus, _site(self.site), self.kind, self.s)
+            print(write_rows(corpus, site, _console(), self.rows, self.out))
+            return
+        recipe = _recipe(self.corpus, self.s)
         names = [stage.name for stage in recipe.stages]
         if self.stage is not None and self.stage not in names:
             raise ValueError(f"recipe {recipe.name!r} has no stage {self.stage!r}; its stages are {names}")
         stage = recipe.stage(self.stage) if self.stage else recipe.stages[0]
         print(write_preview(_site(self.site).stream(recipe, stage), self.packs, self.out))
+
+
+@dataclass
+class Convert:
+    """Bring HTML and Markdown pages with local pictures to a corpus of interleaved documents, in MMC4's layout."""
+
+    pages: Positional[tuple[str, ...]]
+    """Pages, folders of pages, or patterns."""
+    out: str
+    """The folder, local or s3://, that the shards go to."""
+    rows_per_shard: int = 1000
+    site: SiteFile = None
+
+    def __call__(self) -> None:
+        from cluster.conversion import convert_pages
+
+        _site(self.site)  # which says how storage is reached
+        convert_pages(self.pages, self.out, self.rows_per_shard, _console())
 
 
 @dataclass
@@ -249,8 +323,10 @@ Command = (
     | Annotated[Status, subcommand("status")]
     | Annotated[Index, subcommand("data index")]
     | Annotated[Check, subcommand("data check")]
+    | Annotated[Stats, subcommand("data stats")]
     | Annotated[Preview, subcommand("data preview")]
     | Annotated[Quarantine, subcommand("data quarantine")]
+    | Annotated[Convert, subcommand("data convert")]
     | Annotated[Evaluate, subcommand("eval")]
     | Annotated[Export, subcommand("export")]
     | Annotated[Report, subcommand("report")]
@@ -271,10 +347,11 @@ def main(argv: list[str] | None = None) -> None:
     from cluster.controller import RunError
     from cluster.site import SiteError
     from mllm.recipe import RecipeError
+    from pipelines.storage import StorageError
 
     try:
         command()
-    except (RunError, SiteError, RecipeError, ValueError, FileNotFoundError) as error:
+    except (RunError, SiteError, RecipeError, StorageError, ValueError, FileNotFoundError, PermissionError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
@@ -296,6 +373,12 @@ def _spread(words: list[str]) -> list[str]:
             after = word == "-s"
         out.append(word)
     return out
+
+
+def _console() -> Console:
+    from rich.console import Console
+
+    return Console(highlight=False)
 
 
 def _recipe(name: str, changes: tuple[str, ...]) -> Recipe:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 from rich.console import Console
@@ -74,9 +75,13 @@ def home_of(site: Site, uris: Sequence[str], next_to_corpus: bool) -> str:
     return beside(uris[0]) if next_to_corpus else site.homes(uris)[-1]
 
 
-def _progress(console: Console) -> Progress:
+@contextmanager
+def _progress(console: Console) -> Iterator[Progress]:
+    """A bar on a terminal; elsewhere none, which would leave an empty line behind."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rows]}"))
-    return Progress(*columns, TimeRemainingColumn(), console=console, transient=True)
+    bar = Progress(*columns, TimeRemainingColumn(), console=console, transient=True)
+    with bar if console.is_terminal else nullcontext():
+        yield bar
 
 
 def _scans(site: Site, corpus: Corpus, uris: Sequence[str], home: str, logs: Path) -> Iterator[Shard]:

@@ -23,7 +23,8 @@ from PIL import Image
 from cluster.journal import write_atomically
 from cluster.report import render_page
 from pipelines.encode import TextCodec
-from pipelines.types import IMAGE_TOKEN, NOT_LEARNED, Pack, Rejected, RowId, spec
+from pipelines.tiling import AnyTiling, DynamicTiles
+from pipelines.types import IMAGE_TOKEN, NOT_LEARNED, Cut, Pack, Rejected, RowId, spec
 from pipelines.windows import PackWindows, Stream
 
 
@@ -37,10 +38,19 @@ class Words:
 
 
 @spec
-class Picture:
-    """One picture: its tiles as data URIs, the positions that it takes, its size before it was cut."""
+class Grid:
+    """Tiles or slices of one view of a picture as data URIs, row by row, `columns` a row; `what` it is, where it needs saying."""
 
+    columns: int
     tiles: tuple[str, ...]
+    what: str = ""
+
+
+@spec
+class Picture:
+    """One picture: the views that the model gets of it, the positions that it takes, its size before it was cut."""
+
+    views: tuple[Grid, ...]
     tokens: int
     height: int
     width: int
@@ -75,7 +85,7 @@ def write_preview(stream: Stream, count: int, out: Path) -> Path:
     """Write the first `count` packs of `stream` (fewer, where it ends before) to the page `out`, and return `out`."""
     windows = PackWindows(stream)
     numbers = itertools.count() if stream.windows is None else range(stream.windows)
-    reader = Reader(windows.encoder.codec)
+    reader = Reader(windows.encoder.codec, stream.tiling)
     packs = islice(chain.from_iterable(windows.packs(k) for k in numbers), count)
     pages = [reader.pack(pack) for pack in packs]
     page = render_page("preview.html.j2", stream=stream, packs=pages)
@@ -88,6 +98,7 @@ class Reader:
     """Turns packs back into words and pictures."""
 
     codec: TextCodec
+    tiling: AnyTiling
 
     @cached_property
     def special(self) -> dict[int, str]:
@@ -97,7 +108,7 @@ class Reader:
         }
 
     def pack(self, pack: Pack) -> PackPage:
-        pictures = _pictures(pack)
+        pictures = _pictures(pack, self.tiling)
         documents = [
             self.document(
                 row, int(source), pack.input_ids[start:stop], learned_tokens(pack.labels[start:stop]), pictures
@@ -164,12 +175,81 @@ def learned_tokens(labels: NDArray[np.int32]) -> NDArray[np.bool_]:
     return np.concatenate([[False], labels[:-1] != NOT_LEARNED])
 
 
-def _pictures(pack: Pack) -> Iterator[Picture]:
+def _pictures(pack: Pack, tiling: AnyTiling) -> Iterator[Picture]:
     at = 0
-    for tiles, tokens, _, _, _, height, width in pack.cuts.tolist():
-        shown = tuple(_png(tile) for tile in pack.tiles[at : at + tiles])
-        yield Picture(tiles=shown, tokens=tokens, height=height, width=width)
+    for tiles, tokens, *numbers in pack.cuts.tolist():
+        cut = cut_of(tiling, tiles, tuple(numbers))
+        views = tuple(_views(pack.tiles[at : at + tiles], cut, tiling))
+        yield Picture(views=views, tokens=tokens, height=cut.height, width=cut.width)
         at += tiles
+
+
+def cut_of(tiling: AnyTiling, tiles: int, numbers: tuple[int, ...]) -> Cut:
+    """How a picture was cut, from its row of a pack's `cuts`: the numbers of `Cut.numbers`.
+
+    A pack does not say how many tiles a picture was allowed, so each limit is tried; those that give the same grid cut alike.
+    Raises ValueError when none does: the pack was made with another tiling.
+    """
+    *_, height, width = numbers
+    most = getattr(tiling, "max_tiles", 1)
+    tries = chain(
+        (tiling.cut(height, width),),
+        (tiling.cut(height, width, limit=limit) for limit in range(most, 0, -1)),
+        (tiling.cut(height, width, single=True),),
+    )
+    found = next((cut for cut in tries if cut.numbers == numbers and cut.tiles == tiles), None)
+    if found is None:
+        raise ValueError(
+            f"a picture of {width} x {height} came as {tiles} tiles in a grid of {numbers[0]} x {numbers[1]}, and {tiling} never "
+            "cuts it so; preview a pack with the tiling that made it"
+        )
+    return found
+
+
+def _views(tiles: NDArray[np.uint8], cut: Cut, tiling: AnyTiling) -> Iterator[Grid]:
+    """The views of one picture in the order in which the model gets them."""
+    if cut.scales:
+        at = 0
+        for scale in cut.scales:
+            yield _grid(tiles[at : at + scale * scale], scale, f"scale {scale}")
+            at += scale * scale
+        return
+    if cut.patch is not None:
+        yield from _slices(tiles, cut, cut.patch)
+        return
+    if cut.overview is None:
+        yield _grid(tiles, cut.cols, "")
+    elif isinstance(tiling, DynamicTiles):
+        yield _grid(tiles[:-1], cut.cols, f"{cut.rows} x {cut.cols} tiles")
+        yield _grid(tiles[-1:], 1, "thumbnail")
+    else:
+        yield _grid(tiles[:1], 1, "overview")
+        yield _grid(tiles[1:], cut.cols, f"{cut.rows} x {cut.cols} tiles")
+
+
+def _slices(patches: NDArray[np.uint8], cut: Cut, patch: int) -> Iterator[Grid]:
+    """Patches (n, 3 * patch * patch) put together again: the overview first, then each slice."""
+    at = 0
+    if cut.overview is not None:
+        at = cut.overview[0] * cut.overview[1] // patch**2
+        yield _grid([_whole(patches[:at], cut.overview, patch)], 1, "overview")
+    size = cut.canvas[0] // cut.rows, cut.canvas[1] // cut.cols
+    each = size[0] * size[1] // patch**2
+    slices = [_whole(patches[first : first + each], size, patch) for first in range(at, len(patches), each)]
+    what = (
+        f"{cut.rows} x {cut.cols} slices of {size[1]} x {size[0]}" if len(slices) > 1 else f"as {size[1]} x {size[0]}"
+    )
+    yield _grid(slices, cut.cols, what)
+
+
+def _whole(patches: NDArray[np.uint8], size: tuple[int, int], patch: int) -> NDArray[np.uint8]:
+    """Pixels (3, *size) of one slice, whose patches come row by row with channels first inside."""
+    rows, cols = size[0] // patch, size[1] // patch
+    return patches.reshape(rows, cols, 3, patch, patch).transpose(2, 0, 3, 1, 4).reshape(3, *size)
+
+
+def _grid(tiles: Sequence[NDArray[np.uint8]] | NDArray[np.uint8], columns: int, what: str) -> Grid:
+    return Grid(columns=columns, tiles=tuple(_png(tile) for tile in tiles), what=what)
 
 
 def _png(tile: NDArray[np.uint8]) -> str:

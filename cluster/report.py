@@ -100,7 +100,7 @@ def write_report(run: RunFolder, recipe: Recipe, state: RunState) -> Path:
         shots=list(dict.fromkeys(tables["probe"]["shots"])),
         tables=tables,
         charts=charts,
-        scripts=_scripts() if charts else "",
+        scripts=chart_scripts() if charts else "",
     )
     write_atomically(run.report, page.encode())
     return run.report
@@ -125,7 +125,7 @@ def _environment() -> Environment:
 
 
 @cache
-def _scripts() -> str:
+def chart_scripts() -> str:
     """Vega, Vega-Lite and Vega-Embed in one piece, as text that a script element can hold."""
     return vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed").replace("</script", "<\\/script")
 

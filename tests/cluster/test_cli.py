@@ -101,4 +101,4 @@ def test_data_check_names_each_bad_row(tmp_path: Path, capsys: pytest.CaptureFix
     assert end.value.code == 1
     told = capsys.readouterr().out
     assert told.splitlines()[0].startswith("example-pairs/00000.tar row 0: file is not an image")
-    assert "91 good rows with 91 images in 1 shards, 1 bad" in told
+    assert "91 good rows with 91 images in 1 shard, 1 bad (1.09%)" in told

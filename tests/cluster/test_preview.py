@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -10,15 +12,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image as PILImage
 
-from cluster.preview import Reader, Words, write_preview
+from cluster.preview import Grid, Picture, Reader, Words, write_preview
 from pipelines.chat import ChatML
 from pipelines.corpora import Conversations, Corpus, Interleaved, TextOnly
 from pipelines.encode import TextCodec
 from pipelines.manifest import expand, index
 from pipelines.order import Drawn, Order
-from pipelines.tiling import Pad
-from pipelines.types import Budget, RowId, VisionLayout
+from pipelines.tiling import AnyRes, AnyTiling, DynamicTiles, MultiScale, Native, Pad, Resize, Slices
+from pipelines.types import Budget, Image, RowId, VisionLayout
 from pipelines.windows import PackWindows, Stream
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
@@ -111,7 +114,7 @@ def test_documents_split_over_packs_lose_no_words(tmp_path: Path) -> None:
     pattern = str(EXAMPLES / "corpus" / "interleaved" / "docs_shard_0_v3.jsonl")
     stream = replace(stream_of(Interleaved(name="pages"), pattern, tmp_path), budget=Budget(tokens=128, tiles=3))
     packs = PackWindows(stream).packs(0)
-    reader = Reader(CODEC)
+    reader = Reader(CODEC, stream.tiling)
     for pack in packs:
         for document, shown in zip(pack.rows, reader.pack(pack).documents, strict=True):
             assert shown.row == document
@@ -131,9 +134,61 @@ def test_dropped_rows_are_named(tmp_path: Path) -> None:
 
 def test_characters_of_many_tokens_are_whole() -> None:
     """Bytes of one character are one character, even where learning begins inside it."""
-    reader = Reader(CODEC)
+    reader = Reader(CODEC, Pad(size=96))
     row = RowId(corpus="notes", shard="rows.jsonl", epoch=0, row=0)
     ids = np.array(CODEC.tokenizer.encode("fin 🦆 日本", add_special_tokens=False).ids, np.int32)
     for border in range(len(ids) + 1):
         shown = reader.document(row, 0, ids, np.arange(len(ids)) >= border, iter(()))
         assert "".join(run.text for run in shown.runs if isinstance(run, Words)) == "fin 🦆 日本"
+
+
+TILINGS: tuple[AnyTiling, ...] = (
+    Resize(size=96),
+    Pad(size=96),
+    AnyRes(size=96),
+    DynamicTiles(size=96, max_tiles=6),
+    Slices(size=96, patch=16, max_tiles=6),
+    MultiScale(size=96),
+    Native(size=96, patch=16),
+)
+
+
+@pytest.mark.parametrize("tiling", TILINGS, ids=lambda tiling: tiling.kind)
+def test_pictures_of_every_tiling_are_put_together_again(tiling: AnyTiling, tmp_path: Path) -> None:
+    """The largest view of a picture looks like the picture, whatever it was cut into."""
+    file = EXAMPLES / "corpus" / "instruct" / "llava_instruct.json"
+    layout = VisionLayout(shape=tiling.shape, tokens_per_tile=36, join=tiling.join, merge=getattr(tiling, "merge", 1))
+    plain = stream_of(Conversations(name="instructions"), str(file), tmp_path)
+    stream = replace(plain, tiling=tiling, layout=layout, budget=Budget(tokens=2048, tiles=1500))
+    page = Page(write_preview(stream, 1, tmp_path / "preview.html"))
+    assert sum(page.pictures.values()) > 0
+    windows = PackWindows(stream)
+    plan = windows.plan(0, windows.rows(0))
+    pack = windows.cut(plan, 0)
+    views = [
+        view for shown in Reader(CODEC, tiling).pack(pack).documents for view in shown.runs if isinstance(view, Picture)
+    ]
+    wanted = [picture for sample in plan.groups[0] for picture in sample.pictures]
+    assert len(views) == len(wanted)
+    for shown, picture in zip(views, wanted, strict=True):
+        assert (shown.height, shown.width) == (picture.cut.height, picture.cut.width)
+        if tiling.kind not in ("resize", "pad", "any_res"):  # which cut off, or add a border
+            assert isinstance(picture.of, Image)
+            original = PILImage.open(io.BytesIO(picture.of.data)).convert("RGB")
+            assert difference(whole(max(shown.views, key=lambda view: len(view.tiles))), original) < 8
+
+
+def whole(view: Grid) -> PILImage.Image:
+    """The tiles of a view laid beside one another."""
+    tiles = [PILImage.open(io.BytesIO(base64.b64decode(tile.partition(",")[2]))) for tile in view.tiles]
+    width, height = tiles[0].size
+    canvas = PILImage.new("RGB", (width * view.columns, height * (len(tiles) // view.columns)))
+    for place, tile in enumerate(tiles):
+        canvas.paste(tile, (place % view.columns * width, place // view.columns * height))
+    return canvas
+
+
+def difference(one: PILImage.Image, other: PILImage.Image) -> float:
+    """Mean difference of two pictures' channels, both brought to 32 x 32."""
+    small = [np.asarray(picture.resize((32, 32), PILImage.Resampling.BOX), float) for picture in (one, other)]
+    return float(np.abs(small[0] - small[1]).mean())
