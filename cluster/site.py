@@ -65,7 +65,7 @@ class Annotators:
 class Site:
     """`runs` and `cache` are folders; `workers` trainers, `preprocessors` and `annotators` actors.
 
-    `ray_address` None starts a local Ray.
+    `buffer` is how many bytes of packs may be made ahead of the trainers. `ray_address` None starts a local Ray.
     """
 
     runs: str = "runs"
@@ -73,6 +73,7 @@ class Site:
     workers: Annotated[int, Field(ge=1)] = 1
     preprocessors: Actors = 1
     annotators: Annotators = Annotators()
+    buffer: Positive = 2**30
     ray_address: str | None = None
     storage: Storage = Storage()
     limits: Limits = Limits()
@@ -86,6 +87,7 @@ class Site:
             preprocessors=_range(self.preprocessors),
             annotators=_range(self.annotators.actors),
             gpus=self.annotators.gpus,
+            buffer=self.buffer,
         )
 
     def cpus(self, recipe: Recipe) -> int:

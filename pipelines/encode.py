@@ -68,21 +68,29 @@ class TextCodec:
         Neighbouring plain spans are encoded as one string, as the exported chat template will be, and a token belongs to
         the span in which it starts.
         """
-        ids: list[int] = []
-        learn: list[bool] = []
+        ids: list[NDArray[np.int32]] = [np.zeros(0, np.int32)]
+        learn: list[NDArray[np.bool_]] = [np.zeros(0, np.bool_)]
         for special, run in groupby(spans, key=lambda span: span.special):
             run = list(run)
             if special:
-                ids += [self.special(span.text) for span in run]
-                learn += [span.learn for span in run]
+                ids.append(np.array([self.special(span.text) for span in run], np.int32))
+                learn.append(np.array([span.learn for span in run]))
                 continue
-            encoding = self.tokenizer.encode("".join(span.text for span in run), add_special_tokens=False)
+            text = "".join(span.text for span in run)
+            if all(
+                span.learn == run[0].learn for span in run
+            ):  # where tokens start need not be known: a fifth less time
+                (encoding,) = self.tokenizer.encode_batch_fast([text], add_special_tokens=False)
+                ids.append(np.array(encoding.ids, np.int32))
+                learn.append(np.full(len(ids[-1]), run[0].learn))
+                continue
+            encoding = self.tokenizer.encode(text, add_special_tokens=False)
             ends = np.cumsum([len(span.text) for span in run])
             starts = np.array([start for start, _ in encoding.offsets], dtype=np.int64)
             owner = np.minimum(np.searchsorted(ends, starts, side="right"), len(run) - 1)
-            ids += encoding.ids
-            learn += [run[i].learn for i in owner]
-        return np.array(ids, np.int32), np.array(learn, np.bool_)
+            ids.append(np.array(encoding.ids, np.int32))
+            learn.append(np.array([span.learn for span in run])[owner])
+        return np.concatenate(ids), np.concatenate(learn)
 
     def decode(self, ids: list[int]) -> str:
         """Text of `ids`; each visual position is shown as nothing."""

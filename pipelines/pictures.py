@@ -121,10 +121,13 @@ def pixels(pictures: Sequence[Picture], tiling: AnyTiling, out: NDArray[np.uint8
     first = 0
     for _, run in groupby(pictures, key=lambda picture: id(picture.of)):
         run = list(run)
-        for picture, decoded in zip(run, _decoded(run, tiling), strict=True):
+        bodies = _decoded(run, tiling)
+        for picture in run:
+            decoded = next(bodies)
             _agree(picture.cut, decoded)
             tiling.tile(decoded, picture.cut, rows[first : first + picture.cut.tiles])
             first += picture.cut.tiles
+            del decoded  # so that the next is decoded into memory that the core's cache still holds
     return out
 
 

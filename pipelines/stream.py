@@ -1,11 +1,15 @@
 """A stream of packs as a Ray Data dataset, in order, from any position. The only file of this floor that imports Ray.
 
-    window numbers [--annotators--> rows] --actors, one window a call--> hands [--annotators-->] --streaming_split(W)--> ranks
+    window numbers --planners--> portions --preprocessors--> hands [--annotators-->] --streaming_split(W)--> ranks
 
 A *hand* is what one rank gets of a run of neighbouring packs of one window: pack number n of a window goes to rank n mod W. A
 run has a hand for each rank, in the order of ranks, even an empty one; so hand i of the stream is rank i mod W's, and every
 rank learns from its own hands how many packs there were in all. Handing over costs a few milliseconds of many processes'
 time however much is in the hand, which is why packs do not travel one by one.
+
+A *portion* is some neighbouring hands before their pictures are decoded: what one preprocessor makes in one call. Ranks take
+hands in order, so what actors make ahead must wait in the object store; were a whole window one actor's, the store would have
+to hold a window for each actor, and where it cannot, all actors but one stand still. Of portions it holds a few a piece.
 
 Three settings make the deal exact (each has a test): `preserve_order`, blocks of one row, and `equal=False`, since `equal`
 drops rows. Ray's splitter promises no order in words, so every pack carries its position and the worker checks it.
@@ -27,13 +31,13 @@ import numpy as np
 import pyarrow as pa
 import ray.data
 from numpy.typing import NDArray
-from ray.data import ActorPoolStrategy, DataContext, Datasource, ExecutionOptions, ReadTask
+from ray.data import ActorPoolStrategy, DataContext, Datasource, ExecutionOptions, ExecutionResources, ReadTask
 from ray.data.block import BlockMetadata
 
 from ops import images
-from pipelines.annotate import OfDocuments, OfPacks, Rows
-from pipelines.types import Hand, Position
-from pipelines.windows import PackWindows, Pools, Stream
+from pipelines.annotate import OfDocuments, OfPacks
+from pipelines.types import Hand, Position, spec
+from pipelines.windows import PackWindows, Plan, Pools, Stream
 
 if TYPE_CHECKING:
     from ray.data import DataIterator, Dataset
@@ -44,38 +48,72 @@ HAND_BYTES = 16 * 2**20
 MOST_PACKS = 64
 """Packs of one hand at most: packs of text alone weigh next to nothing, and a rank should not wait for thousands."""
 
-HANDS_AHEAD = 8
-"""Hands that an actor may have made and Ray Data not yet taken; the default, 2, leaves actors idle between rounds."""
+PORTION_BYTES = 64 * 2**20
+"""About what the hands of one portion weigh together: some tenths of a second of one core."""
+
+AHEAD = 8
+"""Hands (or portions) that an actor may have made and Ray Data not yet taken; of the default, 2, actors fall idle."""
 
 
-class _Reader:
-    """An actor with annotators of documents: window numbers in, the windows' rows out."""
+@spec
+class Slot:
+    """A hand that is planned: packs `first` to `last` are dealt together, and these are the `numbers` of one rank's."""
 
-    def __init__(self, stream: Stream) -> None:
-        self.windows = PackWindows(stream)
-        _ = self.windows.of_documents  # loaded before the first window comes
-
-    def __call__(self, batch: dict[str, NDArray[np.int64]]) -> Iterator[pa.Table]:
-        for k in batch["window"]:
-            rows = pickle.dumps(self.windows.rows(int(k)), protocol=5)
-            yield pa.table({"window": [int(k)], "rows": _cell(rows)})
+    first: int
+    last: int
+    numbers: tuple[int, ...]
 
 
-class _Packer:
-    """The actor that packs: window numbers in, with their rows if others read them; hands out."""
+@spec
+class Portion:
+    """Neighbouring hands that are planned: what the plan says of them, with the bytes of their pictures."""
+
+    plan: Plan
+    slots: tuple[Slot, ...]
+
+
+class _Planner:
+    """An actor that reads and plans: window numbers in, portions out. Holds the annotators of documents."""
 
     def __init__(self, stream: Stream, start: Position, world: int) -> None:
         images.settle()
         self.windows = PackWindows(stream)
+        _ = self.windows.of_documents  # loaded before the first window comes
         self.start = start
         self.world = world
 
-    def __call__(self, table: pa.Table) -> Iterator[pa.Table]:
-        for row, k in enumerate(table["window"].to_pylist()):
-            read = "rows" in table.column_names
-            rows = pickle.loads(_bytes(table, "rows", row)) if read else self.windows.rows(k)
+    def portions(self, batch: pa.Table) -> Iterator[Portion]:
+        for k in batch["window"].to_pylist():
+            plan = self.windows.plan(k, self.windows.rows(k))
             first = self.start.pack if k == self.start.window else 0
-            yield from hands(self.windows, k, rows, first, self.world)
+            yield from portions(plan, self.windows.stream, first, self.world)
+
+    def __call__(self, batch: pa.Table) -> Iterator[pa.Table]:
+        for portion in self.portions(batch):
+            yield pa.table({"portion": _cell(pickle.dumps(portion, protocol=5))})
+
+
+class _Cutter:
+    """An actor that decodes: portions in, hands out."""
+
+    def __init__(self, stream: Stream) -> None:
+        images.settle()
+        self.windows = PackWindows(stream)
+
+    def __call__(self, table: pa.Table) -> Iterator[pa.Table]:
+        for row in range(len(table)):
+            yield from hands(self.windows, pickle.loads(_bytes(table, "portion", row)))
+
+
+class _Both:
+    """The actor of a pool of one: a second process would only wait for it."""
+
+    def __init__(self, stream: Stream, start: Position, world: int) -> None:
+        self.planner = _Planner(stream, start, world)
+
+    def __call__(self, batch: pa.Table) -> Iterator[pa.Table]:
+        for portion in self.planner.portions(batch):
+            yield from hands(self.planner.windows, portion)
 
 
 class _Annotator:
@@ -92,21 +130,37 @@ class _Annotator:
             yield to_table(hand, np.concatenate([pack.tiles for pack in hand.packs]) if hand.packs else None)
 
 
-def hands(windows: PackWindows, k: int, rows: Rows, first: int, world: int) -> Iterator[pa.Table]:
-    """Hands of window k, which has `rows`, from pack `first` on, in the order in which they are dealt."""
-    plan = windows.plan(k, rows)
-    budget, shape = windows.stream.budget, windows.stream.tiling.shape
-    each = max(1, min(MOST_PACKS, HAND_BYTES // (budget.tiles * prod(shape) + 16 * budget.tokens)))
+def portions(plan: Plan, stream: Stream, first: int, world: int) -> Iterator[Portion]:
+    """A window from pack `first` on, in portions, in the order in which their hands are dealt to `world` ranks."""
+    weight = prod(stream.tiling.shape)
+    each = max(1, min(MOST_PACKS, HAND_BYTES // (stream.budget.tiles * weight + 16 * stream.budget.tokens)))
+    slots: list[Slot] = []
+    tiles = 0
     for start in range(first, plan.packs, each * world):
         stop = min(plan.packs, start + each * world)
         for rank in range(world):
-            numbers = [n for n in range(start, stop) if n % world == rank]
-            tiles = np.empty((sum(plan.tiles(n) for n in numbers), *shape), np.uint8)
-            at, packs = 0, []
-            for n in numbers:
-                packs.append(windows.cut(plan, n, tiles[at:]))
-                at += len(packs[-1].tiles)
-            yield to_table(Hand(window=k, of=plan.packs, first=start, last=stop, packs=tuple(packs)), tiles[:at])
+            slots.append(
+                Slot(first=start, last=stop, numbers=tuple(n for n in range(start, stop) if n % world == rank))
+            )
+            tiles += sum(map(plan.tiles, slots[-1].numbers))
+            if tiles * weight >= PORTION_BYTES:
+                yield Portion(plan=plan.only(n for slot in slots for n in slot.numbers), slots=tuple(slots))
+                slots, tiles = [], 0
+    if slots:
+        yield Portion(plan=plan.only(n for slot in slots for n in slot.numbers), slots=tuple(slots))
+
+
+def hands(windows: PackWindows, portion: Portion) -> Iterator[pa.Table]:
+    """The hands of a portion, one by one, as `to_table` writes them."""
+    plan = portion.plan
+    for slot in portion.slots:
+        tiles = np.empty((sum(map(plan.tiles, slot.numbers)), *windows.stream.tiling.shape), np.uint8)
+        at, packs = 0, []
+        for n in slot.numbers:
+            packs.append(windows.cut(plan, n, tiles[at:]))
+            at += len(packs[-1].tiles)
+        hand = Hand(window=plan.window, of=plan.packs, first=slot.first, last=slot.last, packs=tuple(packs))
+        yield to_table(hand, tiles[:at])
 
 
 class _Windows(Datasource):
@@ -130,9 +184,11 @@ class _Windows(Datasource):
         return [ReadTask(numbers, BlockMetadata(num_rows=None, size_bytes=None, input_files=None, exec_stats=None))]
 
 
-def execution_options() -> ExecutionOptions:
-    """How Ray Data must run a stream for its order to hold."""
-    return ExecutionOptions(preserve_order=True)
+def execution_options(pools: Pools) -> ExecutionOptions:
+    """How Ray Data must run a stream for its order, and for what waits in the object store to stay within `pools.buffer`."""
+    return ExecutionOptions(
+        preserve_order=True, resource_limits=ExecutionResources(object_store_memory=float(pools.buffer))
+    )
 
 
 def dataset(stream: Stream, start: Position, stop: int | None, pools: Pools, world: int) -> Dataset:
@@ -142,23 +198,33 @@ def dataset(stream: Stream, start: Position, stop: int | None, pools: Pools, wor
     """
     context = DataContext.get_current()
     context.target_max_block_size = 1  # every yielded row becomes its own block: the unit that the deal hands out
-    context.execution_options = execution_options()
-    context._max_num_blocks_in_streaming_gen_buffer = HANDS_AHEAD
+    context.execution_options = execution_options(pools)
+    context._max_num_blocks_in_streaming_gen_buffer = AHEAD
+    context.memory_usage_poll_interval_s = None  # else each actor walks its whole memory map every second
     context.enable_progress_bars = False
     context.print_on_execution_start = False
-    preprocess = {"compute": _pool(pools.preprocessors), "batch_size": 1, "batch_format": "pyarrow"}
-    annotate = {**preprocess, "compute": _pool(pools.annotators), "num_gpus": pools.gpus or None}
+    cutters = pools.preprocessors
+    # Planning is a tenth of the work with pictures and nearly all of it without; planners share the preprocessors' cores.
+    planners = {"compute": _pool(((cutters[0] + 1) // 2, (cutters[1] + 1) // 2)), "num_cpus": 0}
+    annotators = {"compute": _pool(pools.annotators), "num_gpus": pools.gpus or None}
+    each = {"batch_size": 1, "batch_format": "pyarrow"}
+    of_documents = any(isinstance(annotator, OfDocuments) for annotator in stream.annotators)
+    planning, cutting = (stream, start, world), (stream,)
     rows = ray.data.read_datasource(_Windows(start.window, stop), override_num_blocks=1, num_cpus=0)
-    if any(isinstance(annotator, OfDocuments) for annotator in stream.annotators):
-        rows = rows.map_batches(_Reader, fn_constructor_args=(stream,), **annotate)
-    rows = rows.map_batches(_Packer, fn_constructor_args=(stream, start, world), **preprocess)
+    if cutters[1] == 1 and not of_documents:
+        rows = rows.map_batches(_Both, fn_constructor_args=planning, compute=_pool(cutters), **each)
+    else:
+        rows = rows.map_batches(
+            _Planner, fn_constructor_args=planning, **each, **(annotators if of_documents else planners)
+        )
+        rows = rows.map_batches(_Cutter, fn_constructor_args=cutting, compute=_pool(cutters), **each)
     if any(isinstance(annotator, OfPacks) for annotator in stream.annotators):
-        rows = rows.map_batches(_Annotator, fn_constructor_args=(stream,), **annotate)
+        rows = rows.map_batches(_Annotator, fn_constructor_args=cutting, **each, **annotators)
     return rows
 
 
 def _pool(actors: tuple[int, int]) -> ActorPoolStrategy:
-    """Actors that always have the next window waiting beside the one they work on."""
+    """Actors that always have the next task waiting beside the one they work on."""
     fewest, most = actors
     return ActorPoolStrategy(min_size=fewest, max_size=most, initial_size=fewest, max_tasks_in_flight_per_actor=4)
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import field, replace
 from functools import cached_property, partial
 from itertools import chain
@@ -81,11 +81,15 @@ class Stream:
 
 @spec
 class Pools:
-    """Actors that make packs, fewest and most: `preprocessors` have a core each; `annotators` hold models, on `gpus` each."""
+    """Actors that make packs, fewest and most: `preprocessors` have a core each; `annotators` hold models, on `gpus` each.
+
+    `buffer` is how many bytes may be made ahead of the trainers, all actors together; they wait in Ray's object store.
+    """
 
     preprocessors: tuple[int, int] = (1, 1)
     annotators: tuple[int, int] = (1, 1)
     gpus: float = 0.0
+    buffer: int = 2**30
 
 
 @spec
@@ -104,6 +108,12 @@ class Plan:
     def tiles(self, number: int) -> int:
         """Tiles of pack `number`."""
         return sum(sample.tiles for sample in self.groups[number]) if self.groups else 0
+
+    def only(self, numbers: Iterable[int]) -> Plan:
+        """What there is to know of packs `numbers`, light enough to send: the others are empty."""
+        wanted = set(numbers)
+        groups = tuple(group if n in wanted else () for n, group in enumerate(self.groups))
+        return replace(self, groups=groups, dropped=self.dropped if 0 in wanted else ())
 
 
 class PackWindows:

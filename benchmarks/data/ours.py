@@ -3,6 +3,7 @@
     limit    plain processes, as many as workers: read a tar, decode, resize, tokenise, forget
     strict   `pipelines.stream` as a run uses it: shuffled chunks, packing, strict order; consumed in the driver
     loose    the same without `preserve_order`: what strict order costs
+    lean     strict, with a quarter of the buffer
     s3       strict, the shards in a bucket whose address is in BENCH_S3
     starts   seconds to the first pack, from the beginning and from deep in the corpus, in turns
     index    scans what no manifest has yet, and says how full packs are, and padded batches of the same samples
@@ -39,6 +40,9 @@ from pipelines.windows import PackWindows, Pools, Stream
 BUDGET = Budget(tokens=4096, tiles=16)
 TOKENS_PER_TILE = 144
 """A picture is 144 tokens after pooling, a caption 270 in the mean; tiles are not the scarce budget."""
+
+BUFFER = 2**30
+"""Bytes that may be made ahead: what a site has if it says nothing."""
 
 FILLED = 5
 """Windows whose packs' fill is told."""
@@ -97,18 +101,18 @@ def bare(uris: list[str], results: Any) -> None:
     results.put(events)
 
 
-def packs(one: Stream, start: Position, stop: int | None) -> Generator[tuple[int, int]]:
+def packs(one: Stream, start: Position, stop: int | None, buffer: int = BUFFER) -> Generator[tuple[int, int]]:
     """Images and tokens of text of each pack, in the process of one trainer."""
-    pools = Pools(preprocessors=(WORKERS, WORKERS))
+    pools = Pools(preprocessors=(WORKERS, WORKERS), buffer=buffer)
     for hand in streams.hands_of(streams.dataset(one, start, stop, pools, 1).iterator()):
         for pack in hand.packs:
             yield len(pack.tiles), len(pack.input_ids) - TOKENS_PER_TILE * len(pack.tiles)
 
 
-def through_ray(one: Stream, folder: Path, rows: int) -> dict[str, Any]:
+def through_ray(one: Stream, folder: Path, rows: int, buffer: int) -> dict[str, Any]:
     """A fresh local Ray, gone afterwards. `spilled`: bytes that its object store moved to disk."""
     with ray_running(None, WORKERS + 1, folder / "cache" / "logs"):
-        return {**consumed(packs(one, Position(), rows // one.order.window_rows), rows), **spilled()}
+        return {**consumed(packs(one, Position(), rows // one.order.window_rows, buffer), rows), **spilled()}
 
 
 def spilled() -> dict[str, Any]:
@@ -168,8 +172,15 @@ def run(what: str, folder: Path, part: str, rows: int, window: int) -> Any:
     if what == "loose":
         from ray.data import ExecutionOptions
 
-        streams.execution_options = lambda: ExecutionOptions(preserve_order=False)
-    return through_ray(one, folder, rows)
+        ordered = streams.execution_options
+
+        def unordered(pools: Pools) -> ExecutionOptions:
+            options = ordered(pools)
+            options.preserve_order = False
+            return options
+
+        streams.execution_options = unordered
+    return through_ray(one, folder, rows, BUFFER // 4 if what == "lean" else BUFFER)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore
 
 from cluster.deal import Deal, OrderError
-from pipelines.stream import from_table
+from pipelines.stream import from_table, portions
 from pipelines.stream import hands as stream_hands
 from pipelines.types import Hand, Pack, Position
 from pipelines.windows import PackWindows, Stream
@@ -19,7 +19,8 @@ def hands_for(windows: PackWindows, rank: int, world: int, start: Position) -> l
     hands: list[Hand] = []
     for k in range(start.window, 3):
         first = start.pack if k == start.window else 0
-        tables = list(stream_hands(windows, k, windows.rows(k), first, world))
+        planned = portions(windows.plan(k, windows.rows(k)), windows.stream, first, world)
+        tables = [table for portion in planned for table in stream_hands(windows, portion)]
         hands += [from_table(table, 0) for table in tables[rank::world]]
     return hands
 

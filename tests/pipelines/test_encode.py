@@ -68,6 +68,20 @@ def test_a_caption_is_learned_and_its_picture_takes_what_the_layout_says() -> No
     assert (sample.labels[at] == following[at]).all()
 
 
+@given(st.text(max_size=60), st.lists(st.booleans(), min_size=1, max_size=3))
+def test_text_is_cut_into_the_same_tokens_whatever_of_it_is_learned(text: str, learn: list[bool]) -> None:
+    """Where everything has one fate, tokens are found by a faster way that does not tell where they start."""
+    codec = TextCodec(TOKENIZER, None, None)
+    ids, _ = codec.encode([Span(text=text, learn=True)])
+    third = -(-len(text) // len(learn))
+    spans = [Span(text=text[i * third : (i + 1) * third], learn=yes) for i, yes in enumerate(learn)]
+    cut, learned = codec.encode(spans)
+    assert cut.tolist() == ids.tolist() == codec.tokenizer.encode(text, add_special_tokens=False).ids
+    assert len(learned) == len(ids)
+    if len(set(learn)) == 1:
+        assert (learned == learn[0]).all()
+
+
 def test_only_answers_are_learned_in_a_real_conversation() -> None:
     item = json.loads((CORPUS / "instruct/llava_instruct.json").read_text())[0]
     turns = [

@@ -1,6 +1,7 @@
 """Every sample in exactly one pack, no pack over either budget."""
 
 import random
+from collections.abc import Callable
 from itertools import pairwise
 
 import numpy as np
@@ -49,12 +50,39 @@ def test_a_plan_keeps_every_sample_and_packs_restart_positions(sizes: list[tuple
             assert pack.positions[start:stop].tolist() == list(range(stop - start))
 
 
-def test_a_full_window_is_packed_tightly() -> None:
-    rng = random.Random(0)
-    sizes = [(rng.randint(20, 900), rng.randint(0, 6)) for _ in range(1024)]
-    groups = assign(sizes, Budget(tokens=4096, tiles=24))
-    bound = max(sum(t for t, _ in sizes) / 4096, sum(n for _, n in sizes) / 24)
-    assert bound / len(groups) > 0.97
+def captions(rng: np.random.Generator) -> list[tuple[int, int]]:
+    return [(144 + int(np.clip(n, 16, 1200)), 1) for n in rng.lognormal(5.4, 0.65, 1024)]
+
+
+def conversations(rng: np.random.Generator) -> list[tuple[int, int]]:
+    return [(int(np.clip(n, 20, 4096)), 0) for n in rng.lognormal(6, 1.2, 1024)]
+
+
+def both_scarce(rng: np.random.Generator) -> list[tuple[int, int]]:
+    return [(int(tokens), int(tiles)) for tokens, tiles in rng.integers([128, 2], [1239, 7], (1024, 2))]
+
+
+def dynamic_tiles(rng: np.random.Generator) -> list[tuple[int, int]]:
+    return [(256 * int(n) + int(rng.integers(30, 700)), int(n)) for n in rng.choice([1, 3, 5, 7, 9, 13], 1024)]
+
+
+@pytest.mark.parametrize(
+    ("window", "budget"),
+    [
+        (captions, Budget(tokens=4096, tiles=16)),
+        (conversations, Budget(tokens=4096, tiles=1)),
+        (both_scarce, Budget(tokens=4096, tiles=24)),
+        (dynamic_tiles, Budget(tokens=16384, tiles=48)),
+    ],
+)
+@pytest.mark.parametrize("seed", range(3))
+def test_a_full_window_is_packed_to_a_hundredth_of_the_bound(
+    window: Callable[[np.random.Generator], list[tuple[int, int]]], budget: Budget, seed: int
+) -> None:
+    sizes = window(np.random.default_rng(seed))
+    tokens, tiles = (sum(column) for column in zip(*sizes, strict=True))
+    bound = max(-(-tokens // budget.tokens), -(-tiles // budget.tiles))
+    assert bound / len(assign(sizes, budget)) >= 0.99
 
 
 def test_a_sample_beyond_the_budget_is_refused_with_both_numbers() -> None:

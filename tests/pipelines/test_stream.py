@@ -1,5 +1,6 @@
 """The same packs in the same order through Ray Data, from any position, dealt to any number of ranks."""
 
+import pickle
 import threading
 from collections.abc import Iterator
 from dataclasses import replace
@@ -17,7 +18,8 @@ from mllm.recipe import Epochs, Recipe
 from pipelines import storage
 from pipelines.annotate import Annotator
 from pipelines.storage import Storage, StorageError
-from pipelines.stream import dataset, hands_of
+from pipelines.stream import dataset, from_table, hands_of, portions
+from pipelines.stream import hands as made_of
 from pipelines.types import Hand, Position, Reason
 from pipelines.windows import PackWindows, Pools, Stream
 from tests.conftest import CORPUS, ROOT
@@ -62,6 +64,33 @@ def test_pack_n_of_a_window_goes_to_rank_n_mod_the_number_of_ranks(
             (hand.window, hand.first, hand.last) for hand in ranks[0]
         ]
     assert sum(hand.last - hand.first for hand in ranks[0]) == len(order)
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_what_is_made_ahead_may_be_less_than_one_pack_and_is_then_made_one_by_one(
+    stream: Stream, packs: PackWindows
+) -> None:
+    (hands,) = dealt(stream, Position(), 1, replace(TWO, buffer=1))
+    assert [(pack.at, pack.digest) for hand in hands for pack in hand.packs] == expected(packs, Position())
+
+
+@pytest.mark.parametrize("world", [1, 2, 5])
+@pytest.mark.parametrize("portion", [1, 200_000, 2**30])
+def test_a_window_cut_into_portions_is_the_same_window(
+    monkeypatch: pytest.MonkeyPatch, stream: Stream, packs: PackWindows, world: int, portion: int
+) -> None:
+    monkeypatch.setattr("pipelines.stream.HAND_BYTES", 1)  # one pack a hand
+    monkeypatch.setattr("pipelines.stream.PORTION_BYTES", portion)
+    plan = packs.plan(1, packs.rows(1))
+    whole = [pack.digest for pack in packs.packs(1)]
+    sent = [pickle.loads(pickle.dumps(p)) for p in portions(plan, stream, 2, world)]
+    assert len(sent) > 1 if portion == 1 else len(sent) == 1 if portion == 2**30 else sent
+    dealt = [from_table(table, 0) for each in sent for table in made_of(packs, each)]
+    for rank in range(world):
+        got = [pack for hand in dealt[rank::world] for pack in hand.packs]
+        numbers = [n for n in range(2, plan.packs) if n % world == rank]
+        assert [pack.at.pack for pack in got] == sorted(numbers, key=lambda n: (n - 2) // world)
+        assert [pack.digest for pack in got] == [whole[pack.at.pack] for pack in got]
 
 
 @pytest.mark.usefixtures("ray_cluster")

@@ -30,7 +30,9 @@ def prepare(corpus: Path, rows: int) -> None:  # noqa: ARG001 -- it repeats by i
         return
     repeated(corpus / "tar", folder, SHARD_ROWS * len(shards(corpus / "tar")))
     command = [
-        str(Path(sys.executable).parent / "energon"),
+        sys.executable,
+        "-m",
+        "megatron.energon.cli.main",
         "prepare",
         str(folder),
         "--non-interactive",
