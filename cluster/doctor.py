@@ -54,10 +54,12 @@ def _packages() -> list[Finding]:
     if importlib.util.find_spec("torchvision") and not torch.cuda.is_available():
         advice = "beside a CPU build of torch it breaks transformers: pip uninstall torchvision timm"
         found.append(Finding("torchvision", "installed", advice, fatal=True))
-    from ops.attention import flash_attention_available
+    from ops.attention import available, chosen
 
-    attention = "flash-attn" if flash_attention_available() else "torch SDPA, document by document"
-    found.append(Finding("attention", attention))
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    reasons = "; ".join(f"{backend} {reason}" for backend, reason in available().items() if reason)
+    taken = chosen(device, torch.bfloat16)
+    found.append(Finding("attention", f"{taken}" + (f" ({reasons})" if reasons else "")))
     return found
 
 

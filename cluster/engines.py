@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -19,10 +20,11 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from mllm.objectives import LossOutput, Objective
-from mllm.recipe import FSDP, Stage
+from mllm.recipe import DDP, FSDP, Recompute, Stage
 from mllm.tune import Group, PartReport, apply_tuning, describe
 from mllm.vlm import VisionLanguageModel
 from pipelines.types import Batch, Pack
@@ -76,7 +78,9 @@ class Trained(nn.Module):
 
 
 class FSDPEngine:
-    """Fully sharded data parallelism (torch FSDP2); on CPU with gloo, on GPU with NCCL, the same code.
+    """Data parallelism by torch's FSDP2: one copy over all ranks, one in each group of ranks, or one on each (DDP).
+
+    On CPU with gloo, on GPU with NCCL, the same code.
 
     Gradients of a step's packs are summed, divided once by the step's global weight, clipped, applied: the result depends on
     the packs alone, not on how many ranks or accumulation steps they were spread over.
@@ -93,18 +97,29 @@ class FSDPEngine:
         model.train()
         self._shard(model, stage.parallel)
         self.module = Trained(model, stage.objective)
-        fully_shard(self.module, mesh=self.mesh, mp_policy=self.precision, reshard_after_forward=False)
+        fully_shard(
+            self.module,
+            mesh=self.mesh,
+            mp_policy=self.precision,
+            offload_policy=self.place,
+            reshard_after_forward=False,
+        )
         self.optimizer = self._optimizer(groups, model, stage)
 
-    def _shard(self, model: VisionLanguageModel, parallel: FSDP) -> None:
-        self.mesh = init_device_mesh(self.device.type, (self.world,), mesh_dim_names=("data",))
+    def _shard(self, model: VisionLanguageModel, parallel: FSDP | DDP) -> None:
+        shape = mesh_shape(parallel, self.world)
+        self.mesh = init_device_mesh(self.device.type, shape, mesh_dim_names=("copy", "shard")[-len(shape) :])
         dtype = torch.bfloat16 if parallel.dtype == "bfloat16" else torch.float32
         self.precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
-        if parallel.recompute:
+        offload = isinstance(parallel, FSDP) and parallel.offload
+        self.place = CPUOffloadPolicy() if offload and self.device.type != "cpu" else OffloadPolicy()
+        if parallel.recompute != "none":
             for unit in model.units():
-                _recompute(model, unit)
+                _recompute(model, unit, parallel.recompute)
         for unit in model.units():
-            fully_shard(unit, mesh=self.mesh, mp_policy=self.precision)
+            if parallel.compile:
+                unit.compile()
+            fully_shard(unit, mesh=self.mesh, mp_policy=self.precision, offload_policy=self.place)
 
     def _optimizer(self, groups: list[Group], model: VisionLanguageModel, stage: Stage) -> torch.optim.AdamW:
         """Parameters are looked up again after sharding, which replaces them by their shards."""
@@ -176,12 +191,37 @@ class FSDPEngine:
         set_model_state_dict(self.module.model, state, options=StateDictOptions(strict=True))
 
 
-def _recompute(model: nn.Module, unit: nn.Module) -> None:
-    """Wrap `unit` in place so that its activations are computed again in the backward pass."""
+def mesh_shape(parallel: FSDP | DDP, world: int) -> tuple[int, ...]:
+    """Ranks as (copies, ranks that share a copy); as one number where there is one copy. Raises ValueError."""
+    match parallel:
+        case DDP():
+            return world, 1
+        case FSDP(shard=None):
+            return (world,)
+        case FSDP(shard=shard):
+            if world % shard:
+                raise ValueError(f"{world} ranks cannot be groups of shard={shard}; take a divisor, or None for one copy")
+            return world // shard, shard
+
+
+KEPT = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.bmm.default)
+"""What selective recomputing keeps: products of matrices cost most to compute again."""
+
+ATTENTION = ("scaled_dot_product", "flash_attn", "flex_attention", "varlen_attn")
+
+
+def _keeps(_: object, op: Any, *__: object, **___: object) -> CheckpointPolicy:
+    kept = op in KEPT or any(word in str(op) for word in ATTENTION)
+    return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def _recompute(model: nn.Module, unit: nn.Module, how: Recompute) -> None:
+    """Wrap `unit` in place so that its activations, or some, are computed again in the backward pass."""
+    more = {} if how == "full" else {"context_fn": partial(create_selective_checkpoint_contexts, _keeps)}
     for parent in model.modules():
         for name, child in parent.named_children():
             if child is unit and not isinstance(parent, CheckpointWrapper):
-                setattr(parent, name, checkpoint_wrapper(unit))
+                setattr(parent, name, checkpoint_wrapper(unit, checkpoint_fn=checkpoint, use_reentrant=False, **more))
                 return
 
 

@@ -112,6 +112,6 @@ def memory(model: VisionLanguageModel, stage: Stage, world: int) -> int:
     whole = item * (sum(p.numel() for p in root) + sum(largest)) + 4 * sum(p.numel() for p in root if p.requires_grad)
     layer = 17 * item * stage.context * model.lm.width
     kept = len(units) * item * stage.context * model.lm.width
-    activations = kept + layer if stage.parallel.recompute else len(model.lm.units()) * layer
+    activations = kept + layer if stage.parallel.recompute == "full" else len(model.lm.units()) * layer
     logits = 2 * 4 * min(2048, stage.context) * model.lm.head.shape[0]
     return (4 * total + 12 * trained) // world + (whole if world > 1 else whole // 2) + activations + logits

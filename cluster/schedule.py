@@ -4,16 +4,24 @@ from __future__ import annotations
 
 import math
 
-from mllm.recipe import Cosine, Epochs, Stage, Steps, Tokens
+from mllm.recipe import WSD, Constant, Cosine, Epochs, Linear, Schedule, Stage, Steps, Tokens
 from pipelines.types import Position
 
 
-def learning_rate_factor(schedule: Cosine, progress: float) -> float:
-    """Share of the peak learning rate at `progress` in [0, 1]: linear warm-up, then half a cosine to the floor."""
+def learning_rate_factor(schedule: Schedule, progress: float) -> float:
+    """Share of the peak learning rate at `progress` in [0, 1]."""
     if progress < schedule.warmup:
         return progress / schedule.warmup
-    done = (progress - schedule.warmup) / max(1e-9, 1 - schedule.warmup)
-    return schedule.floor + (1 - schedule.floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+    done = min(1.0, (progress - schedule.warmup) / max(1e-9, 1 - schedule.warmup))
+    match schedule:
+        case Cosine(floor=floor):
+            return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * done))
+        case Linear(floor=floor):
+            return floor + (1 - floor) * (1 - done)
+        case Constant():
+            return 1.0
+        case WSD(decay=decay, halvings=halvings):
+            return 0.5 ** (halvings * max(0.0, min(1.0, (progress - 1 + decay) / decay)))
 
 
 def accumulation(packs_per_step: int, world: int) -> int:

@@ -32,7 +32,6 @@ from pipelines import pictures, storage
 from pipelines.annotate import Folder, Rows
 from pipelines.tiling import Resize
 from pipelines.types import (
-    NOT_LEARNED,
     Batch,
     Codes,
     Document,
@@ -273,9 +272,8 @@ class ReferenceLogProbs:
         @torch.no_grad()
         def annotate(pack: Pack) -> Pack:
             batch = Batch.of(pack, device)
-            losses, _ = linear_cross_entropy(model(batch), model.lm.head, batch.labels)
-            learned = losses * (batch.labels != NOT_LEARNED)
-            sums = torch.zeros(len(batch.sources), device=device).index_add_(0, batch.document_of_token(), -learned)
+            losses = linear_cross_entropy(model(batch), model.lm.head, batch.labels).each
+            sums = torch.zeros(len(batch.sources), device=device).index_add_(0, batch.document_of_token(), -losses)
             return replace(pack, references=sums.float().cpu().numpy()[: len(pack.sources)])
 
         return annotate

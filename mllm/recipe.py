@@ -90,15 +90,76 @@ class Cosine:
 
 
 @spec
+class Linear:
+    """Linear warm-up over the first `warmup` of the stage, then straight down to `floor` of the peak at its end."""
+
+    kind: Literal["linear"] = "linear"
+    warmup: Share = 0.03
+    floor: Share = 0.0
+
+
+@spec
+class Constant:
+    """Linear warm-up over the first `warmup` of the stage, then the peak."""
+
+    kind: Literal["constant"] = "constant"
+    warmup: Share = 0.03
+
+
+@spec
+class WSD:
+    """Warm-up, stable, decay (MiniCPM, arXiv:2404.06395, 4): the peak until the last `decay` of the stage.
+
+    There it halves `halvings` times, to 2 ** -halvings, an exponential fall.
+    """
+
+    kind: Literal["wsd"] = "wsd"
+    warmup: Share = 0.01
+    decay: Annotated[float, Field(gt=0, le=1)] = 0.1
+    halvings: Annotated[float, Field(gt=0)] = 5.0
+
+    def __post_init__(self) -> None:
+        if self.warmup + self.decay > 1:
+            raise ValueError(f"warmup={self.warmup} and decay={self.decay} are more than the whole stage; lower one")
+
+
+Schedule = Annotated[Cosine | Linear | Constant | WSD, Field(discriminator="kind")]
+
+
+Dtype = Literal["bfloat16", "float32"]
+
+Recompute = Literal["none", "selective", "full"]
+"""Activations inside a unit: kept; all but the products of matrices and attention computed again; all computed again."""
+
+
+@spec
 class FSDP:
     """Fully sharded data parallelism (FSDP2). Master weights and reductions are float32; `dtype` is what layers compute in.
 
-    `recompute` drops activations inside each unit and computes them again in the backward pass.
+    `shard` is how many ranks hold one copy between them: None for all, fewer for hybrid sharding (best: the GPUs of a node),
+    where each group has a copy. `recompute` trades time for the memory of activations. `offload` keeps weights and
+    optimiser states in the host's memory. `compile` compiles each unit by itself (regional compilation).
     """
 
     kind: Literal["fsdp"] = "fsdp"
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    recompute: bool = True
+    dtype: Dtype = "bfloat16"
+    recompute: Recompute = "full"
+    shard: Positive | None = None
+    offload: bool = False
+    compile: bool = False
+
+
+@spec
+class DDP:
+    """Every rank holds all weights and optimiser states; gradients are summed over ranks. Otherwise as `FSDP`."""
+
+    kind: Literal["ddp"] = "ddp"
+    dtype: Dtype = "bfloat16"
+    recompute: Recompute = "full"
+    compile: bool = False
+
+
+Parallel = Annotated[FSDP | DDP, Field(discriminator="kind")]
 
 
 @spec
@@ -142,8 +203,8 @@ class Stage:
     duration: Duration = Epochs()
     objective: Objective = NextToken()
     optimizer: AdamW = AdamW()
-    schedule: Cosine = Cosine()
-    parallel: FSDP = FSDP()
+    schedule: Schedule = Cosine()
+    parallel: Parallel = FSDP()
     sampling: Sampling | None = None
     grouping: Grouping = "mixed"
     annotators: tuple[Annotator, ...] = ()

@@ -11,7 +11,7 @@ from pipelines.chat import ChatML
 from pipelines.corpora import Conversations, Interleaved, Pairs, TextOnly
 from pipelines.tiling import Pad
 
-LAPTOP = FSDP(dtype="float32", recompute=False)
+LAPTOP = FSDP(dtype="float32", recompute="none")
 BRISK = AdamW(betas=(0.9, 0.95))  # a hundred steps are too few for a memory of a thousand
 
 

@@ -10,11 +10,11 @@ import torch.distributed as dist
 
 from cluster import checkpoint
 from cluster.checkpoint import Manifest, TrainState
-from cluster.engines import Engine, build_engine
+from cluster.engines import Engine, build_engine, mesh_shape
 from cluster.site import Site
 from cluster.worker import empty_pack, evaluation_of
 from mllm.annotators import FrozenFeatures
-from mllm.recipe import FSDP, Recipe, Stage
+from mllm.recipe import DDP, FSDP, Recipe, Stage
 from pipelines.types import Pack, Position
 from pipelines.windows import PackWindows, Stream
 from tests.cluster.processes import on_ranks
@@ -68,6 +68,30 @@ def test_the_loss_curve_does_not_know_how_many_ranks_there_are(recipe: Recipe, s
         many = on_ranks(world, train, recipe, stage, stream, 3, str(tmp_path / str(world)), False)
         for reports in many:
             assert reports == [pytest.approx(pair, rel=1e-4) for pair in one]
+
+
+@pytest.mark.parametrize(
+    ("world", "parallel"),
+    [(1, DDP(dtype="float32")), (2, DDP(dtype="float32")), (3, DDP(dtype="float32")), (4, FSDP(dtype="float32", shard=2))],
+)
+def test_copies_and_hybrid_shards_give_the_curve_of_full_shards(
+    recipe: Recipe, stream: Stream, tmp_path: Path, world: int, parallel: FSDP | DDP
+) -> None:
+    stage = recipe.stage("pretrain")
+    sharded = on_ranks(1, train, recipe, stage, stream, 3, str(tmp_path / "sharded"), False)[0]
+    other = replace(stage, parallel=parallel)
+    for reports in on_ranks(world, train, recipe, other, stream, 3, str(tmp_path / "other"), False):
+        assert reports == [pytest.approx(pair, rel=1e-4) for pair in sharded]
+    # Its checkpoint is anybody's: full shards on two ranks go on where it ended.
+    whole = on_ranks(1, train, recipe, stage, stream, 4, str(tmp_path / "whole"), False)[0]
+    for reports in on_ranks(2, train, recipe, stage, stream, 1, str(tmp_path / "other"), True):
+        assert reports == [pytest.approx(whole[3], rel=1e-4)]
+
+
+def test_ranks_that_do_not_divide_into_groups_are_refused(recipe: Recipe) -> None:
+    stage = replace(recipe.stage("pretrain"), parallel=FSDP(dtype="float32", shard=2))
+    with pytest.raises(ValueError, match="3 ranks cannot be groups of shard=2"):
+        mesh_shape(stage.parallel, 3)
 
 
 def test_a_checkpoint_of_two_ranks_goes_on_with_one_and_three(recipe: Recipe, stream: Stream, tmp_path: Path) -> None:
@@ -155,14 +179,15 @@ def test_ranks_with_unlike_numbers_of_held_out_packs_evaluate_features_together(
 def test_recomputing_activations_changes_nothing(recipe: Recipe, stream: Stream, tmp_path: Path) -> None:
     stage = recipe.stage("sft")
     kept = on_ranks(1, train, recipe, stage, stream, 2, str(tmp_path / "kept"), False)
-    again = replace(stage, parallel=FSDP(dtype="float32", recompute=True))
-    assert on_ranks(1, train, recipe, again, stream, 2, str(tmp_path / "again"), False) == kept
+    for how in ("full", "selective"):
+        again = replace(stage, parallel=FSDP(dtype="float32", recompute=how))
+        assert on_ranks(1, train, recipe, again, stream, 2, str(tmp_path / how), False) == kept
 
 
 def test_bfloat16_follows_float32(recipe: Recipe, stream: Stream, tmp_path: Path) -> None:
     stage = recipe.stage("pretrain")
     full = on_ranks(1, train, recipe, stage, stream, 3, str(tmp_path / "full"), False)[0]
-    half = replace(stage, parallel=FSDP(dtype="bfloat16", recompute=True))
+    half = replace(stage, parallel=FSDP(dtype="bfloat16", recompute="full"))
     mixed = on_ranks(2, train, recipe, half, stream, 3, str(tmp_path / "half"), False)[0]
     assert [loss for loss, _ in mixed] == pytest.approx([loss for loss, _ in full], rel=1e-2)
 

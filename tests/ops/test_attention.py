@@ -1,44 +1,130 @@
-"""varlen_attention against attention written out in full, one document at a time."""
+"""Attention over packs: every backend that runs here against the definition, in float64, forward and backward."""
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
 
-from ops.attention import varlen_attention
+from ops.attention import BACKENDS, WITH_BLOCKS, Backend, available, chosen, varlen_attention
 
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+WIDTH = 16
 
-def reference(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lengths: list[int]) -> torch.Tensor:
-    repeat = q.shape[1] // k.shape[1]
-    out = []
-    for a, b, c in zip(q.split(lengths), k.split(lengths), v.split(lengths), strict=True):
-        b, c = b.repeat_interleave(repeat, 1), c.repeat_interleave(repeat, 1)
-        scores = torch.einsum("ihe,jhe->hij", a, b) * q.shape[-1] ** -0.5
-        hidden = torch.ones(len(a), len(a), dtype=torch.bool).triu(1)
-        out.append(torch.einsum("hij,jhe->ihe", scores.masked_fill(hidden, -torch.inf).softmax(-1), c))
-    return torch.cat(out)
+documents = st.lists(st.integers(1, 12), min_size=1, max_size=5)
+groups = st.sampled_from([(1, 1), (4, 1), (4, 2), (6, 3), (2, 2)])
 
 
-@pytest.mark.parametrize("lengths", [[7], [1, 1, 1], [5, 1, 9, 2], [1, 30]])
-@pytest.mark.parametrize("kv_heads", [1, 2, 4])
-def test_equals_the_plain_formula_forward_and_backward(lengths: list[int], kv_heads: int) -> None:
+def written_out(q: Tensor, k: Tensor, v: Tensor, lengths: list[int], view: list[Tensor], scale: float) -> Tensor:
+    """One document after the other, one query head after the other."""
+    out = torch.zeros_like(q)
+    start = 0
+    for n, see in zip(lengths, view, strict=True):
+        for head in range(q.shape[1]):
+            shared = head * k.shape[1] // q.shape[1]
+            a, b, c = q[start : start + n, head], k[start : start + n, shared], v[start : start + n, shared]
+            weights = (a @ b.T * scale).masked_fill(~see.to(a.device), -torch.inf).softmax(-1)
+            out[start : start + n, head] = weights @ c
+        start += n
+    return out
+
+
+def qkv(total: int, heads: int, shared: int, dtype: torch.dtype = torch.float64) -> list[Tensor]:
+    torch.manual_seed(total)
+    shapes = [(total, heads, WIDTH), (total, shared, WIDTH), (total, shared, WIDTH)]
+    return [torch.randn(shape, dtype=dtype, device=DEVICE, requires_grad=True) for shape in shapes]
+
+
+def bounds(lengths: list[int]) -> Tensor:
+    return torch.tensor([0, *lengths], device=DEVICE).cumsum(0).int()
+
+
+def agree(ours: Tensor, theirs: Tensor, inputs: list[Tensor], close: dict[str, float]) -> None:
+    torch.testing.assert_close(ours.double(), theirs.double(), **close)
+    weight = torch.randn(theirs.shape, dtype=torch.float64, device=DEVICE)
+    mine = torch.autograd.grad((ours.double() * weight).sum(), inputs)
+    plain = torch.autograd.grad((theirs.double() * weight).sum(), inputs)
+    for a, b in zip(mine, plain, strict=True):
+        torch.testing.assert_close(a.double(), b.double(), **close)
+
+
+EXACT = {"rtol": 1e-9, "atol": 1e-9}
+
+
+@settings(max_examples=30, deadline=None)
+@given(documents, groups, st.booleans(), st.sampled_from([None, 0.3]))
+@pytest.mark.parametrize("backend", ["plain", "sdpa"])
+def test_a_document_sees_itself_alone(
+    backend: Backend, lengths: list[int], heads: tuple[int, int], causal: bool, scale: float | None
+) -> None:
+    inputs = qkv(sum(lengths), *heads)
+    view = [torch.ones(n, n).tril().bool() if causal else torch.ones(n, n).bool() for n in lengths]
+    theirs = written_out(*inputs, lengths, view, WIDTH**-0.5 if scale is None else scale)
+    ours = varlen_attention(*inputs, bounds(lengths), max(lengths), scale=scale, causal=causal, backend=backend)
+    agree(ours, theirs, inputs, EXACT)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.lists(st.integers(-1, 2), min_size=1, max_size=9), min_size=1, max_size=4), groups)
+@pytest.mark.parametrize("backend", ["plain", "sdpa"])
+def test_a_block_sees_all_of_itself_and_what_comes_before(
+    backend: Backend, numbers: list[list[int]], heads: tuple[int, int]
+) -> None:
+    lengths = [len(of) for of in numbers]
+    inputs = qkv(sum(lengths), *heads)
+    view = [
+        torch.tensor([[j <= i or (of[i] == of[j] >= 0) for j in range(len(of))] for i in range(len(of))])
+        for of in numbers
+    ]
+    theirs = written_out(*inputs, lengths, view, WIDTH**-0.5)
+    blocks = torch.tensor([number for of in numbers for number in of], device=DEVICE)
+    ours = varlen_attention(*inputs, bounds(lengths), max(lengths), blocks=blocks, backend=backend)
+    agree(ours, theirs, inputs, EXACT)
+
+
+@pytest.mark.parametrize("blocks", [False, True])
+@pytest.mark.parametrize("heads", [(4, 4), (4, 2), (8, 1)])
+@pytest.mark.parametrize("backend", [b for b in BACKENDS if b not in ("plain", "sdpa")])
+def test_kernels_for_gpus_give_what_the_definition_gives(backend: Backend, heads: tuple[int, int], blocks: bool) -> None:
+    if reason := available()[backend]:
+        pytest.skip(f"{backend} {reason}")
+    if blocks and backend not in WITH_BLOCKS:
+        pytest.skip(f"{backend} knows no blocks, and says so: see below")
+    lengths = [1, 70, 1, 130, 33]
     torch.manual_seed(0)
-    total = sum(lengths)
-    q = torch.randn(total, 4, 8, dtype=torch.float64, requires_grad=True)
-    k = torch.randn(total, kv_heads, 8, dtype=torch.float64, requires_grad=True)
-    v = torch.randn(total, kv_heads, 8, dtype=torch.float64, requires_grad=True)
-    cu_seqlens = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=torch.int32)
-    ours = varlen_attention(q, k, v, cu_seqlens, max(lengths))
-    theirs = reference(q, k, v, lengths)
-    torch.testing.assert_close(ours, theirs)
-    weight = torch.randn_like(ours)
-    for mine, plain in zip(
-        torch.autograd.grad((ours * weight).sum(), (q, k, v)),
-        torch.autograd.grad((theirs * weight).sum(), (q, k, v)),
-        strict=True,
-    ):
-        torch.testing.assert_close(mine, plain)
+    shapes = [(sum(lengths), n, 64) for n in (heads[0], heads[1], heads[1])]
+    inputs = [torch.randn(s, dtype=torch.bfloat16, device=DEVICE, requires_grad=True) for s in shapes]
+    numbers = torch.randint(-1, 3, (sum(lengths),), device=DEVICE) if blocks else None
+    ours = varlen_attention(*inputs, bounds(lengths), max(lengths), blocks=numbers, backend=backend)
+    exact = [x.detach().double().requires_grad_() for x in inputs]
+    theirs = varlen_attention(*exact, bounds(lengths), max(lengths), blocks=numbers, backend="plain")
+    torch.testing.assert_close(ours.double(), theirs, rtol=0, atol=0.02)
+    weight = torch.randn(theirs.shape, dtype=torch.float64, device=DEVICE)
+    mine = torch.autograd.grad((ours.double() * weight).sum(), inputs)
+    for a, b in zip(mine, torch.autograd.grad((theirs * weight).sum(), exact), strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=0.02, atol=0.05)
 
 
-def test_lengths_of_another_pack_are_refused() -> None:
-    q = torch.randn(4, 2, 8)
+@pytest.mark.parametrize("backend", ["plain", "sdpa", None])
+def test_an_empty_pack_has_an_output_and_gradients_for_all_three(backend: Backend | None) -> None:
+    inputs = qkv(0, 4, 2)
+    out = varlen_attention(*inputs, bounds([]), 0, backend=backend)
+    assert out.shape == (0, 4, WIDTH)
+    assert [g.shape for g in torch.autograd.grad(out.sum(), inputs)] == [x.shape for x in inputs]
+
+
+def test_without_a_gpu_sdpa_is_taken_and_a_kernel_for_gpus_is_refused_with_its_reason() -> None:
+    assert chosen(torch.device("cpu"), torch.bfloat16) == "sdpa"
+    if torch.cuda.is_available():
+        return
+    q, k, v = qkv(4, 2, 2)
+    with pytest.raises(ValueError, match="'flash2' needs a GPU; leave the backend away for 'sdpa'"):
+        varlen_attention(q, k, v, bounds([4]), 4, backend="flash2")
+
+
+def test_lengths_of_another_pack_and_blocks_without_causality_are_refused() -> None:
+    q, k, v = qkv(4, 2, 2)
     with pytest.raises(ValueError, match="describe 5 positions and q has 4"):
-        varlen_attention(q, q, q, torch.tensor([0, 5], dtype=torch.int32), 5)
+        varlen_attention(q, k, v, bounds([5]), 5, backend="sdpa")
+    with pytest.raises(ValueError, match="widen a causal view"):
+        varlen_attention(q, k, v, bounds([4]), 4, causal=False, blocks=torch.zeros(4, device=DEVICE).int())
