@@ -5,8 +5,8 @@ First-fit-decreasing, by the larger share of the two budgets, is the textbook's 
 batches of eight is what trainers without packing do (it has no second budget). Fair because all three get the same samples,
 which the pipeline itself made, window by window; the times are of the assignment alone.
 
-Imbalance is what ranks wait for the slowest: a step's largest number of tiles (or tokens) over the mean, averaged over steps of one
-pack for each of eight ranks; in the order that the planner gives packs, and in ten random orders of the same packs.
+Imbalance is what ranks wait for the slowest: a step's largest number of tiles (or tokens) over the mean, averaged over steps of
+one pack for each of eight ranks; in the order that the planner gives packs, and in ten random orders of the same packs.
 """
 
 from __future__ import annotations
