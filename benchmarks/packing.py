@@ -4,6 +4,9 @@ The bound is max(tokens / tokens of a pack, tiles / tiles of a pack) packs, roun
 First-fit-decreasing, by the larger share of the two budgets, is the textbook's packer; padding to the longest of random
 batches of eight is what trainers without packing do (it has no second budget). Fair because all three get the same samples,
 which the pipeline itself made, window by window; the times are of the assignment alone.
+
+Imbalance is what ranks wait for the slowest: a step's largest number of tiles (or tokens) over the mean, averaged over steps of
+one pack for each of eight ranks; in the order that the planner gives packs, and in ten random orders of the same packs.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from statistics import mean
 
 import numpy as np
 
@@ -21,9 +25,11 @@ from cluster.site import EXAMPLE, load_site
 from mllm.recipe import Epochs, Source
 from mllm.recipes import by_name
 from pipelines.corpora import Conversations, Corpus, Interleaved, Pairs, TextOnly
-from pipelines.packing import assign
+from pipelines.packing import assign, level
 from pipelines.types import Budget
 from pipelines.windows import PackWindows
+
+RANKS = 8
 
 Costs = list[tuple[int, int]]
 Packer = Callable[[Costs, Budget], list[list[int]]]
@@ -79,6 +85,28 @@ def timed(packer: Packer, costs: Costs, budget: Budget) -> tuple[list[list[int]]
     return groups, len(costs) / (time.perf_counter() - started)
 
 
+def imbalance(groups: list[list[int]], costs: Costs, axis: int) -> float:
+    """Mean over steps of (most of a rank / mean of the ranks); steps without any cost are left out."""
+    loads = [sum(costs[i][axis] for i in group) for group in groups]
+    steps = [loads[at : at + RANKS] for at in range(0, len(loads) - RANKS + 1, RANKS)]
+    return mean(max(step) * RANKS / sum(step) for step in steps if sum(step))
+
+
+def balance(section: Section, name: str, many: list[Costs], budget: Budget) -> None:
+    rng = random.Random(0)
+    for axis, unit in ((1, "tiles"), (0, "tokens")):
+        planned: list[float] = []
+        shuffled: list[float] = []
+        for costs in many:
+            groups = assign(costs, budget)
+            if len(groups) < RANKS or not any(cost[axis] for cost in costs):
+                continue
+            planned.append(mean(imbalance(level(groups, costs, rng), costs, axis) for _ in range(10)))
+            shuffled.append(mean(imbalance(rng.sample(groups, len(groups)), costs, axis) for _ in range(10)))
+        section.add(f"{name}, imbalance of {unit} over {RANKS} ranks", "ratio", planned)
+        section.add(f"{name}, imbalance of {unit}, packs in random order", "ratio", shuffled)
+
+
 def measure(section: Section, quick: bool) -> None:
     windows = 2 if quick else 5
     with scratch() as cache:
@@ -110,4 +138,5 @@ def measure(section: Section, quick: bool) -> None:
             section.add(f"{name}, {label}", unit, values, rows if label == "assign: fill" else "")
         speeds = ratios(columns["assign: speed"], columns["first-fit-decreasing: speed"])
         section.add(f"{name}, speed of assign / first-fit", "ratio", speeds)
+        balance(section, name, many, budget)
     section.facts.append("n counts windows; the range is over them; captions and pages may give a last short window")

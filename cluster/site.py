@@ -32,6 +32,7 @@ from typing import Annotated
 import fsspec
 from pydantic import Field, TypeAdapter, ValidationError
 
+from mllm.annotators import Recaption, ScoreFilter
 from mllm.recipe import Recipe, Stage
 from pipelines import storage
 from pipelines.corpora import Corpus
@@ -144,11 +145,14 @@ class Site:
         return self._stream(recipe, stage, order, tuple(source.corpus for source in stage.mixture), weights)
 
     def held_out(self, recipe: Recipe, stage: Stage) -> Stream | None:
-        """The held-out packs, read once in order; None when the recipe holds nothing out."""
+        """The held-out packs, read once in order, whole; None when the recipe holds nothing out."""
         if not recipe.held_out:
             return None
         sources = tuple(Drawn(manifest=self.manifest(corpus)) for corpus in recipe.held_out)
         order = Order(seed=0, sources=sources, window_rows=64, chunk_rows=64, epochs=1.0)
+        # Held-out losses of two stages compare only over the same rows: nothing is filtered or rewritten here.
+        form = tuple(a for a in stage.annotators if not isinstance(a, ScoreFilter | Recaption))
+        stage = replace(stage, annotators=form)
         return self._stream(recipe, stage, order, recipe.held_out, (1.0,) * len(sources))
 
     def _stream(

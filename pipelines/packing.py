@@ -157,25 +157,29 @@ def _first_fit(sizes: NDArray[np.float64]) -> list[list[int]]:
 
 
 def plan(samples: list[Sample], budget: Budget, rng: random.Random, grouping: Grouping = "mixed") -> list[list[Sample]]:
-    """The samples of each pack of one window, in the window's order. Costs alone decide: no picture is decoded for it.
+    """The samples of each pack of one window, in the window's order. Costs alone decide: no picture is decoded for it."""
+    kinds: dict[int, list[int]] = {}
+    for i, sample in enumerate(samples):
+        kinds.setdefault(_kind(sample, grouping), []).append(i)
+    costs = [sample.cost for sample in samples]
+    groups = [[kind[i] for i in group] for kind in kinds.values() for group in assign([costs[i] for i in kind], budget)]
+    return [[samples[i] for i in sorted(group)] for group in level(groups, costs, rng)]
+
+
+def level(groups: list[list[int]], costs: list[tuple[int, int]], rng: random.Random) -> list[list[int]]:
+    """`groups` in an order that gives ranks work of like size at the same time.
 
     Packs of like cost are neighbours, because neighbours are dealt to different ranks; groups of neighbours are shuffled,
     so that a step's cost says nothing of its place in the window.
     """
-    kinds: dict[int, list[int]] = {}
-    for i, sample in enumerate(samples):
-        kinds.setdefault(_kind(sample, grouping), []).append(i)
-    groups = [
-        [kind[i] for i in group] for kind in kinds.values() for group in assign([samples[i].cost for i in kind], budget)
-    ]
 
     def cost(group: list[int]) -> tuple[int, int]:
-        return sum(samples[i].tiles for i in group), sum(len(samples[i].input_ids) for i in group)
+        return sum(costs[i][1] for i in group), sum(costs[i][0] for i in group)
 
-    groups.sort(key=lambda group: (cost(group), group))
+    groups = sorted(groups, key=lambda group: (cost(group), group))
     neighbourhoods = [groups[i : i + NEIGHBOURS] for i in range(0, len(groups), NEIGHBOURS)]
     rng.shuffle(neighbourhoods)
-    return [[samples[i] for i in sorted(group)] for neighbourhood in neighbourhoods for group in neighbourhood]
+    return [group for neighbourhood in neighbourhoods for group in neighbourhood]
 
 
 def _kind(sample: Sample, grouping: Grouping) -> int:

@@ -83,7 +83,7 @@ def _skip(error: Exception) -> SkipSample:
         images.TruncatedImage: Reason.TRUNCATED_IMAGE,
         images.HugeImage: Reason.HUGE_IMAGE,
         video.NotAVideo: Reason.NOT_A_VIDEO,
-        video.TruncatedVideo: Reason.TRUNCATED_IMAGE,
+        video.TruncatedVideo: Reason.TRUNCATED_VIDEO,
         video.HugeVideo: Reason.HUGE_IMAGE,
     }
     return SkipSample(reasons.get(type(error), Reason.NOT_AN_IMAGE), str(error))

@@ -15,7 +15,6 @@ from __future__ import annotations
 import asyncio
 import errno
 import io
-import os
 import random
 import time
 from collections import deque
@@ -24,6 +23,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import field
 from functools import lru_cache
 from typing import IO, Any, TypeVar
+from uuid import uuid4
 
 import fsspec
 from fsspec import AbstractFileSystem
@@ -193,7 +193,7 @@ def write(uri: str, data: bytes) -> None:
     if isinstance(filesystem, AsyncFileSystem):
         _tried(uri, lambda: _awaited(filesystem, lambda: filesystem._pipe_file(path, data)))
         return
-    scratch = f"{path}.{os.getpid()}.part"
+    scratch = f"{path}.{uuid4().hex}.part"  # nodes that share a disk may write the same file at once
     filesystem.makedirs(path.rsplit("/", 1)[0], exist_ok=True)
     filesystem.pipe_file(scratch, data)
     filesystem.mv(scratch, path)

@@ -9,7 +9,8 @@ time however much is in the hand, which is why packs do not travel one by one.
 
 A *portion* is some neighbouring hands before their pictures are decoded: what one preprocessor makes in one call. Ranks take
 hands in order, so what actors make ahead must wait in the object store; were a whole window one actor's, the store would have
-to hold a window for each actor, and where it cannot, all actors but one stand still. Of portions it holds a few a piece.
+to hold a window for each actor, and where it cannot, all actors but one stand still. Of portions it holds a few a piece. Only
+one or two preprocessors are too few to have planners beside them: each plans and cuts whole windows, in turns.
 
 Three settings make the deal exact (each has a test): `preserve_order`, blocks of one row, and `equal=False`, since `equal`
 drops rows. Ray's splitter promises no order in words, so every pack carries its position and the worker checks it.
@@ -53,6 +54,12 @@ PORTION_BYTES = 64 * 2**20
 
 AHEAD = 8
 """Hands (or portions) that an actor may have made and Ray Data not yet taken; of the default, 2, actors fall idle."""
+
+FEW = 2
+"""So many preprocessors take whole windows, one each; of more, some plan and the others share what is planned."""
+
+WINDOW_AHEAD = 32
+"""As `AHEAD`, where an actor makes a whole window while the trainers take another's."""
 
 
 @spec
@@ -106,7 +113,7 @@ class _Cutter:
 
 
 class _Both:
-    """The actor of a pool of one: a second process would only wait for it."""
+    """The actor of a small pool: it plans windows and cuts them, since one more process would take a core from them."""
 
     def __init__(self, stream: Stream, start: Position, world: int) -> None:
         self.planner = _Planner(stream, start, world)
@@ -199,7 +206,9 @@ def dataset(stream: Stream, start: Position, stop: int | None, pools: Pools, wor
     context = DataContext.get_current()
     context.target_max_block_size = 1  # every yielded row becomes its own block: the unit that the deal hands out
     context.execution_options = execution_options(pools)
-    context._max_num_blocks_in_streaming_gen_buffer = AHEAD
+    of_documents = any(isinstance(annotator, OfDocuments) for annotator in stream.annotators)
+    whole = pools.preprocessors[1] <= FEW and not of_documents
+    context._max_num_blocks_in_streaming_gen_buffer = WINDOW_AHEAD if whole else AHEAD
     context.memory_usage_poll_interval_s = None  # else each actor walks its whole memory map every second
     context.enable_progress_bars = False
     context.print_on_execution_start = False
@@ -208,11 +217,10 @@ def dataset(stream: Stream, start: Position, stop: int | None, pools: Pools, wor
     planners = {"compute": _pool(((cutters[0] + 1) // 2, (cutters[1] + 1) // 2)), "num_cpus": 0}
     annotators = {"compute": _pool(pools.annotators), "num_gpus": pools.gpus or None}
     each = {"batch_size": 1, "batch_format": "pyarrow"}
-    of_documents = any(isinstance(annotator, OfDocuments) for annotator in stream.annotators)
     planning, cutting = (stream, start, world), (stream,)
     rows = ray.data.read_datasource(_Windows(start.window, stop), override_num_blocks=1, num_cpus=0)
-    if cutters[1] == 1 and not of_documents:
-        rows = rows.map_batches(_Both, fn_constructor_args=planning, compute=_pool(cutters), **each)
+    if whole:  # the next window lies with the actor, and no more: those after it are for whoever is first
+        rows = rows.map_batches(_Both, fn_constructor_args=planning, compute=_pool(cutters, 2), **each)
     else:
         rows = rows.map_batches(
             _Planner, fn_constructor_args=planning, **each, **(annotators if of_documents else planners)
@@ -223,10 +231,10 @@ def dataset(stream: Stream, start: Position, stop: int | None, pools: Pools, wor
     return rows
 
 
-def _pool(actors: tuple[int, int]) -> ActorPoolStrategy:
-    """Actors that always have the next task waiting beside the one they work on."""
+def _pool(actors: tuple[int, int], tasks: int = 4) -> ActorPoolStrategy:
+    """Actors that have the next of their `tasks` waiting beside the one they work on."""
     fewest, most = actors
-    return ActorPoolStrategy(min_size=fewest, max_size=most, initial_size=fewest, max_tasks_in_flight_per_actor=4)
+    return ActorPoolStrategy(min_size=fewest, max_size=most, initial_size=fewest, max_tasks_in_flight_per_actor=tasks)
 
 
 def hands_of(rows: DataIterator) -> Iterator[Hand]:

@@ -72,6 +72,7 @@ class Reason(StrEnum):
     LITERAL_IMAGE = "text holds a literal <image>"
     NOT_AN_IMAGE = "file is not an image"
     TRUNCATED_IMAGE = "image file is truncated"
+    TRUNCATED_VIDEO = "video file is truncated"
     HUGE_IMAGE = "image has too many pixels"
     TRUNCATED_SHARD = "shard ends inside the row"
     IMAGE_TOO_LONG = "one image exceeds the pack's budget"

@@ -13,7 +13,7 @@ from cluster.checkpoint import Manifest, TrainState
 from cluster.engines import Engine, build_engine, mesh_shape
 from cluster.site import Site
 from cluster.worker import empty_pack, evaluation_of
-from mllm.annotators import FrozenFeatures
+from mllm.annotators import DiscreteCodes, FrozenFeatures, Recaption, ScoreFilter
 from mllm.recipe import DDP, FSDP, Recipe, Stage
 from pipelines.types import Pack, Position
 from pipelines.windows import PackWindows, Stream
@@ -161,6 +161,16 @@ def evaluated(recipe: Recipe, stage: Stage, held_out: Stream) -> list[float]:
     """Held-out losses of a fresh model."""
     found = evaluation_of(engine_of(recipe, stage), held_out, recipe, stage.name, "before")
     return [score.loss for score in found.scores]
+
+
+def test_held_out_rows_are_neither_filtered_nor_rewritten_but_take_the_stage_s_form(recipe: Recipe, site: Site) -> None:
+    codes = DiscreteCodes(weights="vq", size=8, first=100)
+    annotators = (ScoreFilter(weights="clip", at_least=0.3), Recaption(weights="blip"), codes)
+    stage = replace(recipe.stages[0], annotators=annotators)
+    held_out = site.held_out(recipe, stage)
+    assert held_out is not None
+    assert held_out.annotators == (codes,)
+    assert site.stream(recipe, stage).annotators == annotators
 
 
 def test_ranks_with_unlike_numbers_of_held_out_packs_evaluate_features_together(

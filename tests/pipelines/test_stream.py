@@ -50,11 +50,14 @@ def dealt(stream: Stream, start: Position, world: int, pools: Pools = TWO) -> li
 
 
 @pytest.mark.usefixtures("ray_cluster")
-@pytest.mark.parametrize(("world", "start"), [(1, Position()), (3, Position()), (2, Position(window=2, pack=3))])
+@pytest.mark.parametrize(
+    ("world", "start", "actors"), [(1, Position(), 3), (3, Position(), 2), (2, Position(window=2, pack=3), 3)]
+)
 def test_pack_n_of_a_window_goes_to_rank_n_mod_the_number_of_ranks(
-    stream: Stream, packs: PackWindows, world: int, start: Position
+    stream: Stream, packs: PackWindows, world: int, start: Position, actors: int
 ) -> None:
-    ranks = dealt(stream, start, world)
+    """Whether actors take whole windows, as two do, or parts of them."""
+    ranks = dealt(stream, start, world, Pools(preprocessors=(actors, actors)))
     order = expected(packs, start)
     assert len(order) > 6
     for rank, hands in enumerate(ranks):
