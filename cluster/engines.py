@@ -193,15 +193,14 @@ class FSDPEngine:
 
 def mesh_shape(parallel: FSDP | DDP, world: int) -> tuple[int, ...]:
     """Ranks as (copies, ranks that share a copy); as one number where there is one copy. Raises ValueError."""
-    match parallel:
-        case DDP():
-            return world, 1
-        case FSDP(shard=None):
-            return (world,)
-        case FSDP(shard=shard):
-            if world % shard:
-                raise ValueError(f"{world} ranks cannot be groups of shard={shard}; take a divisor, or None for one copy")
-            return world // shard, shard
+    if isinstance(parallel, DDP):
+        return world, 1
+    shard = parallel.shard
+    if shard is None:
+        return (world,)
+    if world % shard:
+        raise ValueError(f"{world} ranks cannot be groups of shard={shard}; take a divisor, or None for one copy")
+    return world // shard, shard
 
 
 KEPT = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.bmm.default)
@@ -217,11 +216,17 @@ def _keeps(_: object, op: Any, *__: object, **___: object) -> CheckpointPolicy:
 
 def _recompute(model: nn.Module, unit: nn.Module, how: Recompute) -> None:
     """Wrap `unit` in place so that its activations, or some, are computed again in the backward pass."""
-    more = {} if how == "full" else {"context_fn": partial(create_selective_checkpoint_contexts, _keeps)}
+    more: dict[str, Any] = {"context_fn": partial(create_selective_checkpoint_contexts, _keeps)}
     for parent in model.modules():
         for name, child in parent.named_children():
             if child is unit and not isinstance(parent, CheckpointWrapper):
-                setattr(parent, name, checkpoint_wrapper(unit, checkpoint_fn=checkpoint, use_reentrant=False, **more))
+                setattr(
+                    parent,
+                    name,
+                    checkpoint_wrapper(
+                        unit, checkpoint_fn=checkpoint, use_reentrant=False, **(more if how == "selective" else {})
+                    ),
+                )
                 return
 
 

@@ -10,6 +10,8 @@ One call, `varlen_attention`, and whatever computes it:
 
 Without a word the fastest that can is taken; `available` says why another cannot.
 """
+# Kernels for GPUs are not on every machine:
+# pyright: reportMissingImports=false
 
 from __future__ import annotations
 
@@ -225,7 +227,6 @@ def _flash(
     causal: bool,
 ) -> Tensor:
     """Kernels that read the bounds themselves. Imported here: none of them is on every machine."""
-    # pyright: reportMissingImports=false
     match backend:
         case "flash4":
             from flash_attn.cute import flash_attn_varlen_func as flash4

@@ -72,7 +72,12 @@ def test_the_loss_curve_does_not_know_how_many_ranks_there_are(recipe: Recipe, s
 
 @pytest.mark.parametrize(
     ("world", "parallel"),
-    [(1, DDP(dtype="float32")), (2, DDP(dtype="float32")), (3, DDP(dtype="float32")), (4, FSDP(dtype="float32", shard=2))],
+    [
+        (1, DDP(dtype="float32")),
+        (2, DDP(dtype="float32")),
+        (3, DDP(dtype="float32")),
+        (4, FSDP(dtype="float32", shard=2)),
+    ],
 )
 def test_copies_and_hybrid_shards_give_the_curve_of_full_shards(
     recipe: Recipe, stream: Stream, tmp_path: Path, world: int, parallel: FSDP | DDP

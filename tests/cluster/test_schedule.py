@@ -10,7 +10,6 @@ from cluster.schedule import accumulation, learning_rate_factor, planned_steps, 
 from mllm.recipe import WSD, Constant, Cosine, Epochs, Linear, Recipe, Schedule, Steps, Tokens
 from pipelines.types import Position
 
-
 half = st.floats(0, 0.5)
 schedules = st.one_of(
     st.builds(Cosine, warmup=half, floor=half),

@@ -29,26 +29,29 @@ def written_out(q: Tensor, k: Tensor, v: Tensor, lengths: list[int], view: list[
     return out
 
 
-def qkv(total: int, heads: int, shared: int, dtype: torch.dtype = torch.float64) -> list[Tensor]:
+Inputs = tuple[Tensor, Tensor, Tensor]
+
+
+def qkv(total: int, heads: int, shared: int, dtype: torch.dtype = torch.float64, width: int = WIDTH) -> Inputs:
     torch.manual_seed(total)
-    shapes = [(total, heads, WIDTH), (total, shared, WIDTH), (total, shared, WIDTH)]
-    return [torch.randn(shape, dtype=dtype, device=DEVICE, requires_grad=True) for shape in shapes]
+
+    def fresh(count: int) -> Tensor:
+        return torch.randn((total, count, width), dtype=dtype, device=DEVICE, requires_grad=True)
+
+    return fresh(heads), fresh(shared), fresh(shared)
 
 
 def bounds(lengths: list[int]) -> Tensor:
     return torch.tensor([0, *lengths], device=DEVICE).cumsum(0).int()
 
 
-def agree(ours: Tensor, theirs: Tensor, inputs: list[Tensor], close: dict[str, float]) -> None:
-    torch.testing.assert_close(ours.double(), theirs.double(), **close)
+def agree(ours: Tensor, theirs: Tensor, inputs: Inputs) -> None:
+    torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
     weight = torch.randn(theirs.shape, dtype=torch.float64, device=DEVICE)
     mine = torch.autograd.grad((ours.double() * weight).sum(), inputs)
     plain = torch.autograd.grad((theirs.double() * weight).sum(), inputs)
     for a, b in zip(mine, plain, strict=True):
-        torch.testing.assert_close(a.double(), b.double(), **close)
-
-
-EXACT = {"rtol": 1e-9, "atol": 1e-9}
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
 
 
 @settings(max_examples=30, deadline=None)
@@ -61,7 +64,7 @@ def test_a_document_sees_itself_alone(
     view = [torch.ones(n, n).tril().bool() if causal else torch.ones(n, n).bool() for n in lengths]
     theirs = written_out(*inputs, lengths, view, WIDTH**-0.5 if scale is None else scale)
     ours = varlen_attention(*inputs, bounds(lengths), max(lengths), scale=scale, causal=causal, backend=backend)
-    agree(ours, theirs, inputs, EXACT)
+    agree(ours, theirs, inputs)
 
 
 @settings(max_examples=30, deadline=None)
@@ -79,29 +82,29 @@ def test_a_block_sees_all_of_itself_and_what_comes_before(
     theirs = written_out(*inputs, lengths, view, WIDTH**-0.5)
     blocks = torch.tensor([number for of in numbers for number in of], device=DEVICE)
     ours = varlen_attention(*inputs, bounds(lengths), max(lengths), blocks=blocks, backend=backend)
-    agree(ours, theirs, inputs, EXACT)
+    agree(ours, theirs, inputs)
 
 
 @pytest.mark.parametrize("blocks", [False, True])
 @pytest.mark.parametrize("heads", [(4, 4), (4, 2), (8, 1)])
 @pytest.mark.parametrize("backend", [b for b in BACKENDS if b not in ("plain", "sdpa")])
-def test_kernels_for_gpus_give_what_the_definition_gives(backend: Backend, heads: tuple[int, int], blocks: bool) -> None:
+def test_kernels_for_gpus_give_what_the_definition_gives(
+    backend: Backend, heads: tuple[int, int], blocks: bool
+) -> None:
     if reason := available()[backend]:
         pytest.skip(f"{backend} {reason}")
     if blocks and backend not in WITH_BLOCKS:
         pytest.skip(f"{backend} knows no blocks, and says so: see below")
     lengths = [1, 70, 1, 130, 33]
-    torch.manual_seed(0)
-    shapes = [(sum(lengths), n, 64) for n in (heads[0], heads[1], heads[1])]
-    inputs = [torch.randn(s, dtype=torch.bfloat16, device=DEVICE, requires_grad=True) for s in shapes]
+    inputs = qkv(sum(lengths), *heads, torch.bfloat16, 64)
     numbers = torch.randint(-1, 3, (sum(lengths),), device=DEVICE) if blocks else None
     ours = varlen_attention(*inputs, bounds(lengths), max(lengths), blocks=numbers, backend=backend)
-    exact = [x.detach().double().requires_grad_() for x in inputs]
-    theirs = varlen_attention(*exact, bounds(lengths), max(lengths), blocks=numbers, backend="plain")
+    q, k, v = (x.detach().double().requires_grad_() for x in inputs)
+    theirs = varlen_attention(q, k, v, bounds(lengths), max(lengths), blocks=numbers, backend="plain")
     torch.testing.assert_close(ours.double(), theirs, rtol=0, atol=0.02)
     weight = torch.randn(theirs.shape, dtype=torch.float64, device=DEVICE)
     mine = torch.autograd.grad((ours.double() * weight).sum(), inputs)
-    for a, b in zip(mine, torch.autograd.grad((theirs * weight).sum(), exact), strict=True):
+    for a, b in zip(mine, torch.autograd.grad((theirs * weight).sum(), (q, k, v)), strict=True):
         torch.testing.assert_close(a.double(), b, rtol=0.02, atol=0.05)
 
 

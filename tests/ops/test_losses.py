@@ -53,8 +53,8 @@ def test_in_bfloat16_it_is_as_near_as_full_logits_are() -> None:
     labels, counts = torch.randint(0, 200, (64,)), torch.ones(64, dtype=torch.float64)
     hidden, weight = (x.bfloat16().requires_grad_() for x in exact)
     ours = linear_cross_entropy(hidden, weight, labels, chunk=7)
-    plain = [x.detach().double().requires_grad_() for x in (hidden, weight)]
-    total, _ = full(*plain, labels, counts, 0.0)
+    plain = hidden.detach().double().requires_grad_(), weight.detach().double().requires_grad_()
+    total, _ = full(plain[0], plain[1], labels, counts, 0.0)
     torch.testing.assert_close(ours.sum.double(), total, rtol=1e-2, atol=0)
     mine = torch.autograd.grad(ours.sum, (hidden, weight))
     for a, b in zip(mine, torch.autograd.grad(total, plain), strict=True):
