@@ -338,7 +338,7 @@ def main(argv: list[str] | None = None) -> None:
     """Entry point of `mllm`. A mistake of the user's ends with one line and code 2, Ctrl-C with 130."""
     words = _spread(sys.argv[1:] if argv is None else argv)
     command: Callable[[], None] = tyro.cli(
-        Command,  # type: ignore[arg-type]
+        Command,  # type: ignore[arg-type]  # a union of types is no type to checkers; tyro takes it
         prog="mllm",
         description="Train multimodal language models on Ray.",
         args=words,

@@ -269,7 +269,7 @@ def dealing(job: StageJob, pools: Pools) -> Any:
     from ray.train import DataConfig
 
     class Dealing(DataConfig):
-        def configure(self, datasets: Any, world_size: int, *_: Any, **__: Any) -> list[dict[str, Any]]:  # noqa: ARG002
+        def configure(self, datasets: Any, world_size: int, *_: Any, **__: Any) -> list[dict[str, Any]]:  # noqa: ARG002 -- Ray's
             from cluster.local import divert_ray_logging
             from pipelines.stream import dataset
 

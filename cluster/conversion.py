@@ -10,7 +10,7 @@ from rich.console import Console
 from pipelines import storage
 from pipelines.convert import HTML_SUFFIXES, MARKDOWN_SUFFIXES, convert
 from pipelines.manifest import expand
-from pipelines.reading import suffix
+from pipelines.rows import suffix
 
 PAGES = (*HTML_SUFFIXES, *MARKDOWN_SUFFIXES)
 

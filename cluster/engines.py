@@ -20,7 +20,8 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from mllm.objectives import LossOutput, Objective
@@ -97,7 +98,7 @@ class FSDPEngine:
         model.train()
         self._shard(model, stage.parallel)
         self.module = Trained(model, stage.objective)
-        fully_shard(
+        self.sharded: FSDPModule = fully_shard(
             self.module,
             mesh=self.mesh,
             mp_policy=self.precision,
@@ -140,7 +141,7 @@ class FSDPEngine:
         sums = torch.zeros(self.sources, 3, dtype=torch.float64, device=self.device)
         totals = torch.zeros(2, dtype=torch.float64, device=self.device)
         for number, pack in enumerate(packs):
-            self.module.set_requires_gradient_sync(number == len(packs) - 1)  # type: ignore[operator]
+            self.sharded.set_requires_gradient_sync(number == len(packs) - 1)
             batch = Batch.of(pack, self.device)
             output: LossOutput = self.module(batch)
             output.sum.backward()
@@ -160,7 +161,7 @@ class FSDPEngine:
         self.optimizer.zero_grad(set_to_none=True)
         return StepReport(
             loss=loss_sum / max(weight, 1.0),
-            grad_norm=float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm),  # type: ignore[operator]
+            grad_norm=float(norm.full_tensor() if isinstance(norm, DTensor) else norm),
             learned=int(weight),
             sources=sums.cpu(),
             seconds=time.perf_counter() - started,

@@ -29,17 +29,9 @@ from cluster.site import Site, SiteError
 from mllm.recipes import RECIPES
 from pipelines import storage
 from pipelines.corpora import VIDEO_SUFFIXES, CaptionList, Corpus, Labelled
-from pipelines.reading import (
-    HEAD,
-    IMAGE_SUFFIXES,
-    Tape,
-    json_items,
-    json_object,
-    no_tar,
-    split_name,
-    suffix,
-    tar_members,
-)
+from pipelines.reading import IMAGE_SUFFIXES, json_object
+from pipelines.rows import Tape, json_items, suffix
+from pipelines.tars import HEAD, no_tar, split_name, tar_members
 from pipelines.types import SkipSample, spec
 
 SHARDS = ("tar", "jsonl", "ndjson", "json", "csv", "tsv", "parquet")

@@ -26,7 +26,8 @@ from urllib.parse import unquote
 from markdown_it import MarkdownIt
 
 from pipelines import storage
-from pipelines.reading import IMAGE_SUFFIXES, picture_size
+from pipelines.reading import IMAGE_SUFFIXES
+from pipelines.rows import picture_size
 from pipelines.types import Limits, spec
 
 HTML_SUFFIXES = ("html", "htm", "xhtml")

@@ -12,11 +12,11 @@
     Videos           jsonl or webdataset tars of clips and captions     WebVid
 
 Every one has three methods. `files(uri)` are the files that one shard consists of, not those its rows merely refer to.
-`scan(uri, open)` reads them once and finds the rows. `read(shard, chunk, limits)` yields each row of a chunk in order, as a
+`scan(uri, opener)` reads them once and finds the rows. `read(shard, chunk, limits)` yields each row of a chunk in order, as a
 `Document` or as a `Rejected` with its reason; it makes one request for the rows and one round of requests for all that they
 refer to. Only storage errors are raised, and by `scan` ValueError for a shard that is no such file at all.
 
-To add a format: a class with these methods, and its name in `Corpus`. What formats share is in `reading.py`.
+To add a format: a class with these methods, and its name in `Corpus`. Formats share `reading.py`, `rows.py` and `tars.py`.
 """
 
 from __future__ import annotations
@@ -39,24 +39,18 @@ from pipelines.reading import (
     Awaited,
     Draft,
     File,
-    Files,
     Opener,
     Read,
-    Row,
     Segment,
     below,
     folder_of,
     json_object,
-    read_rows,
-    read_tar,
     safe,
-    scan_archive,
-    scan_rows,
-    scan_tar,
     string,
-    suffix,
     utf8,
 )
+from pipelines.rows import Row, read_rows, scan_rows, suffix
+from pipelines.tars import Files, read_tar, scan_archive, scan_tar
 from pipelines.types import Chunk, Frames, Image, Limits, Reason, Region, Role, SkipSample, Text, Video, spec
 
 SLOT = "<image>"
@@ -78,8 +72,8 @@ class Pairs:
     def files(self, uri: str) -> tuple[str, ...]:
         return (uri,)
 
-    def scan(self, uri: str, open: Opener = storage.open_file) -> ShardIndex:  # noqa: A002  # the contract's word
-        return scan_tar(uri, open, self._draft)
+    def scan(self, uri: str, opener: Opener = storage.open_file) -> ShardIndex:
+        return scan_tar(uri, opener, self._draft)
 
     def read(self, shard: Shard, chunk: Chunk, limits: Limits = LIMITS) -> Read:
         """Documents of rows `[chunk.start, chunk.stop)`, in order."""
@@ -106,9 +100,9 @@ class CaptionList:
     def files(self, uri: str) -> tuple[str, ...]:
         return (uri,)
 
-    def scan(self, uri: str, open: Opener = storage.open_file) -> ShardIndex:  # noqa: A002
+    def scan(self, uri: str, opener: Opener = storage.open_file) -> ShardIndex:
         draft = partial(self._draft, folder_of(uri, self.images))
-        return scan_rows(uri, open, draft, columns=self.columns).index()
+        return scan_rows(uri, opener, draft, columns=self.columns).index()
 
     def read(self, shard: Shard, chunk: Chunk, limits: Limits = LIMITS) -> Read:
         """Documents of rows `[chunk.start, chunk.stop)`, in order."""
@@ -136,11 +130,11 @@ class Labelled:
     def files(self, uri: str) -> tuple[str, ...]:
         return (uri,)
 
-    def scan(self, uri: str, open: Opener = storage.open_file) -> ShardIndex:  # noqa: A002
+    def scan(self, uri: str, opener: Opener = storage.open_file) -> ShardIndex:
         if suffix(uri) == "tar":
-            return scan_tar(uri, open, self._in_tar)
+            return scan_tar(uri, opener, self._in_tar)
         draft = partial(self._in_list, folder_of(uri, self.images))
-        return scan_rows(uri, open, draft, columns=self.columns).index()
+        return scan_rows(uri, opener, draft, columns=self.columns).index()
 
     def read(self, shard: Shard, chunk: Chunk, limits: Limits = LIMITS) -> Read:
         """Documents of rows `[chunk.start, chunk.stop)`, in order."""
@@ -194,17 +188,17 @@ class Interleaved:
         archive = self._archive(uri)
         return (uri,) if archive is None else (uri, archive)
 
-    def scan(self, uri: str, open: Opener = storage.open_file) -> ShardIndex:  # noqa: A002
+    def scan(self, uri: str, opener: Opener = storage.open_file) -> ShardIndex:
         archive = self._archive(uri)
         if archive is None:
-            return scan_rows(uri, open, partial(self._draft, partial(self._loose, uri))).index()
-        found = scan_archive(archive, open)
+            return scan_rows(uri, opener, partial(self._draft, partial(self._loose, uri))).index()
+        found = scan_archive(archive, opener)
         places = {name: 2 * place for place, name in enumerate(found.members)}
 
         def member(name: str) -> File:
             return _member(archive, name, _span(found.spans, places.get(name)))
 
-        tally = scan_rows(uri, open, partial(self._draft, member), sizes=found.sizes)
+        tally = scan_rows(uri, opener, partial(self._draft, member), sizes=found.sizes)
         return tally.index(found.members, found.spans)
 
     def read(self, shard: Shard, chunk: Chunk, limits: Limits = LIMITS) -> Read:
@@ -300,8 +294,8 @@ class Obelics:
     def files(self, uri: str) -> tuple[str, ...]:
         return (uri,)
 
-    def scan(self, uri: str, open: Opener = storage.open_file) -> ShardIndex:  # noqa: A002
-        return scan_rows(uri, open, self._draft, columns=("images", "texts", "images_bytes")).index()
+    def scan(self, uri: str, opener: Opener = storage.open_file) -> ShardIndex:
+        return scan_rows(uri, opener, self._draft, columns=("images", "texts", "images_bytes")).index()
 
     def read(self, shard: Shard, chunk: Chunk, limits: Limits = LIMITS) -> Read:
         """Documents of rows `[chunk.start, chunk.stop)`, in order."""
@@ -351,8 +345,8 @@ class Conversations:
     def files(self, uri: str) -> tuple[str, ...]:
         return (uri,)
 
-    def scan(self, uri: str, open: Opener = storage.open_file) -> ShardIndex:  # noqa: A002
-        return scan_rows(uri, open, partial(self._draft, folder_of(uri, self.images))).index()
+    def scan(self, uri: str, opener: Opener = storage.open_file) -> ShardIndex:
+        return scan_rows(uri, opener, partial(self._draft, folder_of(uri, self.images))).index()
 
     def read(self, shard: Shard, chunk: Chunk, limits: Limits = LIMITS) -> Read:
         """Documents of rows `[chunk.start, chunk.stop)`, in order."""
@@ -463,8 +457,8 @@ class TextOnly:
     def files(self, uri: str) -> tuple[str, ...]:
         return (uri,)
 
-    def scan(self, uri: str, open: Opener = storage.open_file) -> ShardIndex:  # noqa: A002
-        return scan_rows(uri, open, self._draft).index()
+    def scan(self, uri: str, opener: Opener = storage.open_file) -> ShardIndex:
+        return scan_rows(uri, opener, self._draft).index()
 
     def read(self, shard: Shard, chunk: Chunk, limits: Limits = LIMITS) -> Read:
         """Documents of rows `[chunk.start, chunk.stop)`, in order."""
@@ -508,8 +502,8 @@ class Preferences:
     def files(self, uri: str) -> tuple[str, ...]:
         return (uri,)
 
-    def scan(self, uri: str, open: Opener = storage.open_file) -> ShardIndex:  # noqa: A002
-        return scan_rows(uri, open, partial(self._draft, folder_of(uri, self.images))).index()
+    def scan(self, uri: str, opener: Opener = storage.open_file) -> ShardIndex:
+        return scan_rows(uri, opener, partial(self._draft, folder_of(uri, self.images))).index()
 
     def read(self, shard: Shard, chunk: Chunk, limits: Limits = LIMITS) -> Read:
         """Documents of rows `[chunk.start, chunk.stop)`, in order."""
@@ -658,8 +652,8 @@ class Regions:
     def files(self, uri: str) -> tuple[str, ...]:
         return (uri,)
 
-    def scan(self, uri: str, open: Opener = storage.open_file) -> ShardIndex:  # noqa: A002
-        return scan_rows(uri, open, partial(self._draft, folder_of(uri, self.images))).index()
+    def scan(self, uri: str, opener: Opener = storage.open_file) -> ShardIndex:
+        return scan_rows(uri, opener, partial(self._draft, folder_of(uri, self.images))).index()
 
     def read(self, shard: Shard, chunk: Chunk, limits: Limits = LIMITS) -> Read:
         """Documents of rows `[chunk.start, chunk.stop)`, in order."""
@@ -748,10 +742,10 @@ class Videos:
     def files(self, uri: str) -> tuple[str, ...]:
         return (uri,)
 
-    def scan(self, uri: str, open: Opener = storage.open_file) -> ShardIndex:  # noqa: A002
+    def scan(self, uri: str, opener: Opener = storage.open_file) -> ShardIndex:
         if suffix(uri) == "tar":
-            return scan_tar(uri, open, self._in_tar)
-        return scan_rows(uri, open, partial(self._in_list, folder_of(uri, self.videos))).index()
+            return scan_tar(uri, opener, self._in_tar)
+        return scan_rows(uri, opener, partial(self._in_list, folder_of(uri, self.videos))).index()
 
     def read(self, shard: Shard, chunk: Chunk, limits: Limits = LIMITS) -> Read:
         """Documents of rows `[chunk.start, chunk.stop)`, in order."""

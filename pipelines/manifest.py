@@ -145,7 +145,7 @@ class Scannable(Protocol):
 
     def files(self, uri: str) -> tuple[str, ...]: ...
 
-    def scan(self, uri: str, open: Opener) -> ShardIndex: ...  # noqa: A002 -- what it stands for
+    def scan(self, uri: str, opener: Opener) -> ShardIndex: ...
 
 
 @spec

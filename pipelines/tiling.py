@@ -78,7 +78,7 @@ class Resize:
     def share(self, pictures: int) -> int | None:  # noqa: ARG002 -- every picture is one tile
         return None
 
-    def cut(self, height: int, width: int, single: bool = False, limit: int | None = None) -> Cut:  # noqa: ARG002
+    def cut(self, height: int, width: int, single: bool = False, limit: int | None = None) -> Cut:  # noqa: ARG002 -- as above
         return Cut(height=height, width=width, rows=1, cols=1, canvas=(self.size, self.size))
 
     def target(self, cut: Cut) -> Size:
@@ -114,7 +114,7 @@ class Pad:
     def share(self, pictures: int) -> int | None:  # noqa: ARG002 -- every picture is one tile
         return None
 
-    def cut(self, height: int, width: int, single: bool = False, limit: int | None = None) -> Cut:  # noqa: ARG002
+    def cut(self, height: int, width: int, single: bool = False, limit: int | None = None) -> Cut:  # noqa: ARG002 -- as above
         return Cut(height=height, width=width, rows=1, cols=1, canvas=(self.size, self.size))
 
     def target(self, cut: Cut) -> Size:
@@ -390,7 +390,7 @@ class MultiScale:
     def share(self, pictures: int) -> int | None:  # noqa: ARG002 -- every picture needs all scales
         return None
 
-    def cut(self, height: int, width: int, single: bool = False, limit: int | None = None) -> Cut:  # noqa: ARG002
+    def cut(self, height: int, width: int, single: bool = False, limit: int | None = None) -> Cut:  # noqa: ARG002 -- as above
         most = self.scales[-1]
         side = most * self.size
         return Cut(height=height, width=width, rows=most, cols=most, canvas=(side, side), scales=self.scales)
@@ -447,7 +447,7 @@ class Native:
     def share(self, pictures: int) -> int | None:  # noqa: ARG002 -- pixels are bounded, not tiles
         return None
 
-    def cut(self, height: int, width: int, single: bool = False, limit: int | None = None) -> Cut:  # noqa: ARG002
+    def cut(self, height: int, width: int, single: bool = False, limit: int | None = None) -> Cut:  # noqa: ARG002 -- as above
         canvas = self._canvas(height, width)
         return Cut(height=height, width=width, rows=1, cols=1, canvas=canvas, patch=self.patch)
 

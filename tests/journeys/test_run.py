@@ -78,7 +78,7 @@ def test_all_stages_are_trained_evaluated_and_told(unbroken: tuple[RunFolder, st
     assert [event.stage for event in state.finished_stages] == list(STAGES)
     for stage in STAGES:
         assert [record.step for record in folder.steps(stage)] == list(range(1, STEPS + 1))
-        before, after = (folder.evaluation(stage, when) for when in ("before", "after"))  # type: ignore[arg-type]
+        before, after = (folder.evaluation(stage, when) for when in ("before", "after"))  # type: ignore[arg-type]  # else the test fails
         assert before is not None
         assert after is not None
         assert [probe.shots for probe in after.probe] == [0, 4]
@@ -94,7 +94,7 @@ def test_held_out_loss_falls(unbroken: tuple[RunFolder, str]) -> None:
     losses = []
     for stage in STAGES[:2]:
         for when in ("before", "after"):
-            evaluation = folder.evaluation(stage, when)  # type: ignore[arg-type]
+            evaluation = folder.evaluation(stage, when)  # type: ignore[arg-type]  # else the test fails
             assert evaluation is not None
             losses.append(evaluation.scores[0].loss)
     assert losses[0] > losses[1] + 0.2

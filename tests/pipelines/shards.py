@@ -57,7 +57,7 @@ def rows_of(corpus: Corpus, uri: str | Path, limits: Limits | None = None) -> li
 def captioned() -> tuple[tuple[bytes, str], ...]:
     """The pictures and captions of one example shard."""
     with tarfile.open(CORPUS / "pairs" / "00002.tar") as archive:
-        files = {member.name: archive.extractfile(member).read() for member in archive}  # type: ignore[union-attr]
+        files = {member.name: body(archive, member) for member in archive}
     stems = sorted(name[:-4] for name in files if name.endswith(".jpg"))
     return tuple((files[f"{stem}.jpg"], files[f"{stem}.txt"].decode()) for stem in stems)
 
@@ -70,12 +70,18 @@ def pages() -> tuple[dict[str, Any], ...]:
 @cache
 def page_pictures() -> dict[str, bytes]:
     with tarfile.open(CORPUS / "interleaved" / "images_shard_0.tar") as archive:
-        return {member.name: archive.extractfile(member).read() for member in archive}  # type: ignore[union-attr]
+        return {member.name: body(archive, member) for member in archive}
 
 
 def write_lines(path: Path, rows: Iterable[object]) -> Path:
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     return path
+
+
+def body(archive: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
+    file = archive.extractfile(member)
+    assert file is not None, f"{member.name} is no file"
+    return file.read()
 
 
 def write_tar(path: Path, members: Iterable[tuple[str | tarfile.TarInfo, bytes]]) -> Path:

@@ -44,11 +44,12 @@ from pipelines.corpora import (
     Videos,
 )
 from pipelines.manifest import Shard, expand, scan
-from pipelines.reading import Tape, json_items
+from pipelines.rows import Tape, json_items
 from pipelines.types import Chunk, Codes, Document, Frames, Image, Limits, Reason, Region, Rejected, Text, Video
 from tests.conftest import CORPUS
 from tests.pipelines.shards import (
     CLIP,
+    body,
     captioned,
     chat,
     every_format,
@@ -78,8 +79,8 @@ def test_pairs_are_a_picture_and_its_caption(tmp_path: Path) -> None:
     rows = read(corpus, manifest, 2)
     assert {shape(row) for row in rows} == {"IT"}
     with tarfile.open(CORPUS / "pairs/00002.tar") as archive:
-        captions = [archive.extractfile(m).read().decode() for m in archive if m.name.endswith(".txt")]  # type: ignore[union-attr]
-    assert [row.segments[1].text.strip() for row in rows if isinstance(row, Document)] == captions  # type: ignore[union-attr]
+        captions = [body(archive, m).decode() for m in archive if m.name.endswith(".txt")]
+    assert [row.segments[1].text.strip() for row in rows if isinstance(row, Document)] == captions  # type: ignore[union-attr]  # else the test fails
 
 
 def test_a_chunk_reads_its_own_rows_only(tmp_path: Path) -> None:
@@ -91,7 +92,7 @@ def test_a_chunk_reads_its_own_rows_only(tmp_path: Path) -> None:
         w.segments for w in whole[10:13] if isinstance(w, Document)
     ]
     assert [p.id.row for p in part if isinstance(p, Document)] == [10, 11, 12]
-    assert part[0].id.epoch == 3  # type: ignore[union-attr]
+    assert part[0].id.epoch == 3  # type: ignore[union-attr]  # else the test fails
 
 
 def test_pages_show_each_image_before_its_sentence(tmp_path: Path) -> None:
@@ -370,7 +371,7 @@ class Forward(io.RawIOBase):
     def readable(self) -> bool:
         return True
 
-    def read(self, size: int = -1) -> bytes:  # type: ignore[override]
+    def read(self, size: int = -1) -> bytes:  # type: ignore[override]  # a stand-in for a file
         data = self.file.read(min(size, 1000) if size > 0 else size)
         self.hash.update(data)
         return data
@@ -384,7 +385,7 @@ class Forward(io.RawIOBase):
 def test_a_scan_reads_each_file_forward_to_its_end(shards: dict[str, tuple[Corpus, str, Shard]], form: str) -> None:
     corpus, uri, _ = shards[form]
     hashes: dict[str, Any] = {}
-    seen = corpus.scan(uri, lambda uri: Forward(uri, hashes))  # type: ignore[arg-type,return-value]
+    seen = corpus.scan(uri, lambda uri: Forward(uri, hashes))  # type: ignore[arg-type,return-value]  # a stand-in for a file
     assert seen.starts.tolist() == corpus.scan(uri).starts.tolist()
     assert {uri: each.hexdigest() for uri, each in hashes.items()} == {
         uri: hashlib.sha256(Path(uri).read_bytes()).hexdigest() for uri in corpus.files(uri)
@@ -496,7 +497,7 @@ def test_the_items_of_a_json_list_are_found_wherever_blocks_end(
 ) -> None:
     text = around + json.dumps(items, indent=indent, ensure_ascii=ascii_only) + around
     data = text.encode()
-    with mock.patch("pipelines.reading.BLOCK", block):
+    with mock.patch("pipelines.rows.BLOCK", block):
         found = list(json_items("memory", Tape(io.BytesIO(data))))
     assert [json.loads(body) for _, _, body in found if body is not None] == items
     assert [data[start:end] for start, end, _ in found] == [body for _, _, body in found]
@@ -523,10 +524,10 @@ def test_a_file_that_is_no_one_list_is_refused(tmp_path: Path, text: str, says: 
 def test_blank_lines_carriage_returns_a_mark_and_a_missing_last_newline_are_no_rows(tmp_path: Path) -> None:
     (tmp_path / "t.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "one"}\r\n\r\n  \n{"text": "two"}\n\n{"text": "three"}')
     rows = rows_of(TextOnly(name="text"), tmp_path / "t.jsonl")
-    assert [row.segments[0].text for row in rows if isinstance(row, Document)] == ["one", "two", "three"]  # type: ignore[union-attr]
+    assert [row.segments[0].text for row in rows if isinstance(row, Document)] == ["one", "two", "three"]  # type: ignore[union-attr]  # else the test fails
     starts = TextOnly(name="text").scan(str(tmp_path / "t.jsonl")).starts.tolist()
     for block in (1, 2, 5, 17):  # wherever the blocks of a scan end
-        with mock.patch("pipelines.reading.BLOCK", block):
+        with mock.patch("pipelines.rows.BLOCK", block):
             assert TextOnly(name="text").scan(str(tmp_path / "t.jsonl")).starts.tolist() == starts
     (tmp_path / "none.jsonl").write_bytes(b"\n\n")
     assert rows_of(TextOnly(name="text"), tmp_path / "none.jsonl") == []
@@ -550,7 +551,7 @@ def test_a_row_too_large_to_hold_is_stepped_over(tmp_path: Path, name: str) -> N
     lines = [json.dumps(row) for row in rows]
     (tmp_path / name).write_text("\n".join(lines) if name == "t.jsonl" else f"[{', '.join(lines)}]")
     small = Limits(bytes=1000)
-    with mock.patch("pipelines.reading.LIMITS", small), mock.patch("pipelines.reading.BLOCK", 100):
+    with mock.patch("pipelines.rows.LIMITS", small), mock.patch("pipelines.rows.BLOCK", 100):
         index = TextOnly(name="text").scan(str(tmp_path / name))
     assert index.characters is not None
     assert index.characters.tolist() == [3, 0, 5]
@@ -702,7 +703,7 @@ def test_long_names_folders_and_strangers_are_read_over(tmp_path: Path, format_:
             member.size = len(data or b"")
             archive.addfile(member, io.BytesIO(data or b""))
     rows = rows_of(Pairs(name="pairs"), tmp_path / "0.tar")
-    assert [row.segments[1].text for row in rows if isinstance(row, Document)] == ["\na hat", "\n" + CAPTION.decode()]  # type: ignore[union-attr]
+    assert [row.segments[1].text for row in rows if isinstance(row, Document)] == ["\na hat", "\n" + CAPTION.decode()]  # type: ignore[union-attr]  # else the test fails
 
 
 def test_a_header_that_lies_about_its_size_neither_crashes_nor_grows(tmp_path: Path) -> None:
@@ -852,7 +853,7 @@ def test_slots_are_filled_in_the_spelling_of_each_family(tmp_path: Path) -> None
     documents = [row for row in rows if isinstance(row, Document)]
     shown = [[pictures.index(s.data) for s in row.segments if isinstance(s, Image)] for row in documents]
     assert shown == [[0], [1, 0], [1], [2]]
-    system = rows[0].segments[0]  # type: ignore[union-attr]
+    system = rows[0].segments[0]  # type: ignore[union-attr]  # else the test fails
     assert isinstance(system, Text)
     assert (system.role, system.learn) == ("system", False)
 

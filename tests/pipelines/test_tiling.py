@@ -82,7 +82,7 @@ def pictures(measured: Measured) -> list[Picture]:
     return [segment for segment in measured.segments if isinstance(segment, Picture)]
 
 
-def close(ours: torch.Tensor, theirs: np.ndarray, worst: int = 6) -> None:
+def assert_close(ours: torch.Tensor, theirs: np.ndarray, worst: int = 6) -> None:
     gap = np.abs(ours.numpy().astype(int) - np.asarray(theirs).astype(int))
     assert gap.max() <= worst
     assert gap.mean() < 0.6
@@ -219,12 +219,12 @@ def test_tiles_are_those_of_the_published_processors(height: int, width: int) ->
     theirs: Any = LlavaNextImageProcessorPil(
         size=side, crop_size=side, image_grid_pinpoints=[[r * 112, c * 112] for r, c in anyres.canvases]
     )
-    close(
+    assert_close(
         anyres.tile(picture, anyres.cut(height, width)), theirs(picture.numpy(), do_pad=False, **plain).pixel_values[0]
     )
     dynamic = DynamicTiles(size=112, max_tiles=6)
     theirs = GotOcr2ImageProcessorPil(size=side, crop_to_patches=True, max_patches=6)
-    close(dynamic.tile(picture, dynamic.cut(height, width)), theirs(picture.numpy(), **plain).pixel_values)
+    assert_close(dynamic.tile(picture, dynamic.cut(height, width)), theirs(picture.numpy(), **plain).pixel_values)
 
 
 def test_patches_are_qwens_in_rows() -> None:
@@ -236,7 +236,7 @@ def test_patches_are_qwens_in_rows() -> None:
     found = theirs(picture.numpy(), do_rescale=False, do_normalize=False, return_tensors="np").pixel_values
     high, wide = cut.canvas[0] // 14, cut.canvas[1] // 14
     rows = found.reshape(high // 2, wide // 2, 2, 2, -1).transpose(0, 2, 1, 3, 4).reshape(cut.tiles, -1)
-    close(tiling.tile(picture, cut), rows)
+    assert_close(tiling.tile(picture, cut), rows)
 
 
 # -- what holds for every tiling ---------------------------------------------------------------------------------------
@@ -421,7 +421,7 @@ def test_frames_of_a_video_and_of_a_folder_are_single_tiles() -> None:
     assert [p.cut.tiles for p in found] == [1] * 7
     assert [(p.cut.height, p.cut.width) for p in found[2:4]] == [(40, 64), (720, 1280)]
     tiles = pixels(found, tiling)
-    assert np.array_equal(tiles[1], tiling.tile(images.decode(folder.data[2]), found[1].cut)[0])  # type: ignore[arg-type]
+    assert np.array_equal(tiles[1], tiling.tile(images.decode(folder.data[2]), found[1].cut)[0])  # type: ignore[arg-type]  # else the test fails
     backwards = pixels(found[::-1], tiling)
     assert np.array_equal(backwards[::-1], tiles)
 

@@ -19,6 +19,7 @@ from pipelines.packing import Grouping
 from pipelines.types import IMAGE_TOKEN, Budget, Reason
 from pipelines.windows import PackWindows, Stream
 from tests.conftest import CORPUS
+from tests.pipelines.shards import body
 
 
 def test_packs_from_the_middle_of_a_window_are_the_same_packs(packs: PackWindows) -> None:
@@ -30,7 +31,7 @@ def test_packs_from_the_middle_of_a_window_are_the_same_packs(packs: PackWindows
 def test_a_picture_whose_body_is_broken_is_left_out_of_its_pack_and_named(stream: Stream, tmp_path: Path) -> None:
     sound, broken = tmp_path / "sound.tar", tmp_path / "broken.tar"
     with tarfile.open(CORPUS / "pairs/00000.tar") as source:
-        files = [(m.name, source.extractfile(m).read()) for m in source if m.isfile()]  # type: ignore[union-attr]
+        files = [(m.name, body(source, m)) for m in source if m.isfile()]
     pictures = [name for name, _ in files if name.endswith((".jpg", ".png"))]
     for file, cut in ((sound, ()), (broken, pictures[3:5])):
         with tarfile.open(file, "w") as archive:

@@ -16,7 +16,7 @@ def main() -> None:
         if hasattr(module, "prepare"):
             module.prepare(Path(folder), int(rows))
         tell({})
-    tell(consumed(counted(module.batches(Path(folder), int(rows))), int(rows)))
+    tell(consumed(counted(module.batches(Path(folder))), int(rows)))
 
 
 if __name__ == "__main__":

@@ -22,5 +22,5 @@ class Tars(IterableDataset[Row]):
                 yield prepared(picture, caption)
 
 
-def batches(corpus: Path, rows: int) -> Iterator[Batch]:  # noqa: ARG001 -- the folder has as many
+def batches(corpus: Path) -> Iterator[Batch]:
     yield from DataLoader(Tars(shards(corpus / "many")), batch_size=BATCH, num_workers=WORKERS, collate_fn=collate)

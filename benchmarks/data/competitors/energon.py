@@ -23,7 +23,7 @@ from benchmarks.data.corpus import SHARD_ROWS, repeated, shards
 from benchmarks.data.work import BATCH, WORKERS, Batch, collate, prepared
 
 
-def prepare(corpus: Path, rows: int) -> None:  # noqa: ARG001 -- it repeats by itself
+def prepare(corpus: Path, _rows: int) -> None:
     """The tars under another folder, by links, with the metadata beside them. Its loader goes round them without a seam."""
     folder = corpus / "energon"
     if (folder / ".nv-meta" / "dataset.yaml").is_file():
@@ -55,7 +55,7 @@ class Encoder(DefaultTaskEncoder):
         return collate(samples)
 
 
-def batches(corpus: Path, rows: int) -> Iterator[Batch]:  # noqa: ARG001 -- without end
+def batches(corpus: Path) -> Iterator[Batch]:
     dataset = get_train_dataset(
         str(corpus / "energon"),
         worker_config=WorkerConfig(rank=0, world_size=1, num_workers=WORKERS),

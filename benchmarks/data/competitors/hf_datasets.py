@@ -40,7 +40,7 @@ def together(samples: list[dict[str, Any]]) -> Batch:
     return collate(sample["row"] for sample in samples)
 
 
-def batches(corpus: Path, rows: int) -> Iterator[Batch]:  # noqa: ARG001 -- the folder has as many
+def batches(corpus: Path) -> Iterator[Batch]:
     files = sorted(str(file) for file in (corpus / "parquet-many").glob("*.parquet"))
     dataset = load_dataset("parquet", data_files=files, split="train", streaming=True)
     mapped = dataset.map(row, remove_columns=["jpg", "txt"])

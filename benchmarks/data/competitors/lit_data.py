@@ -46,6 +46,6 @@ class Rows(litdata.StreamingDataset):
         return prepared(sample["jpg"], sample["txt"])
 
 
-def batches(corpus: Path, rows: int) -> Iterator[Batch]:  # noqa: ARG001 -- the folder has as many
+def batches(corpus: Path) -> Iterator[Batch]:
     dataset = Rows(str(corpus / "lit-many"), cache_dir=str(corpus / "cache-lit"))
     yield from litdata.StreamingDataLoader(dataset, batch_size=BATCH, num_workers=WORKERS, collate_fn=collate)

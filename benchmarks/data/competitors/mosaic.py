@@ -24,7 +24,7 @@ assert found is not None
 sys.modules["streaming"] = importlib.util.module_from_spec(found)
 
 from streaming.base import MDSWriter, StreamingDataset  # noqa: E402 -- after the above
-from streaming.base.util import clean_stale_shared_memory  # noqa: E402
+from streaming.base.util import clean_stale_shared_memory  # noqa: E402 -- likewise
 
 
 def prepare(corpus: Path, rows: int) -> None:
@@ -54,7 +54,7 @@ class Rows(StreamingDataset):
         return prepared(sample["jpg"], sample["txt"])
 
 
-def batches(corpus: Path, rows: int) -> Iterator[Batch]:  # noqa: ARG001 -- the folder has as many
+def batches(corpus: Path) -> Iterator[Batch]:
     clean_stale_shared_memory()
     dataset = Rows(local=str(corpus / "mds-many"), batch_size=BATCH, shuffle=False, predownload=SHARD_ROWS)
     yield from DataLoader(dataset, batch_size=BATCH, num_workers=WORKERS, collate_fn=collate)

@@ -30,7 +30,7 @@ LONGEST = 2048
 """Batches that are joined need equal shapes, so tokens are padded to more than the longest caption."""
 
 
-def batches(corpus: Path, rows_wanted: int) -> Iterator[Batch]:  # noqa: ARG001 -- the folder has as many
+def batches(corpus: Path) -> Iterator[Batch]:
     ray.init(num_cpus=WORKERS, include_dashboard=False, log_to_driver=False)
     ray.data.DataContext.get_current().enable_progress_bars = False
     dataset = ray.data.read_webdataset(shards(corpus / "many"), decoder=None, include_paths=False)

@@ -18,7 +18,7 @@ def row(pair: tuple[bytes, bytes]) -> Row:
     return prepared(*pair)
 
 
-def batches(corpus: Path, rows: int) -> Iterator[Batch]:  # noqa: ARG001 -- the folder has as many
+def batches(corpus: Path) -> Iterator[Batch]:
     dataset = (
         wds.WebDataset(shards(corpus / "many"), shardshuffle=False)
         .to_tuple("jpg", "txt")
