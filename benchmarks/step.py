@@ -36,7 +36,7 @@ class Plain:
         self.model, self.stage = model.train(), stage
         groups = apply_tuning(model, stage.tune)
         self.parameters = [p for group in groups for p in group.parameters]
-        options = [{"params": g.parameters, "lr": g.how.lr, "weight_decay": g.how.weight_decay} for g in groups]
+        options = [{"params": g.parameters, "lr": g.lr, "weight_decay": g.weight_decay} for g in groups]
         self.optimizer = torch.optim.AdamW(options, betas=stage.optimizer.betas, eps=stage.optimizer.eps)
 
     def step(self, packs: Sequence[Pack]) -> float:

@@ -25,10 +25,13 @@ from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from mllm.objectives import LossOutput, Objective
-from mllm.recipe import DDP, FSDP, Recompute, Stage
+from mllm.recipe import DDP, FSDP, Recompute, Stage, ZeRO
 from mllm.tune import Group, PartReport, apply_tuning, describe
 from mllm.vlm import VisionLanguageModel
 from pipelines.types import Batch, Pack
+
+WRAPPED = "_checkpoint_wrapped_module."
+"""What recomputation puts into parameters' names."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +90,9 @@ class FSDPEngine:
     the packs alone, not on how many ranks or accumulation steps they were spread over.
     """
 
-    def __init__(self, model: VisionLanguageModel, stage: Stage, sources: int, device: torch.device) -> None:
+    def __init__(
+        self, model: VisionLanguageModel, stage: Stage, parallel: FSDP | DDP, sources: int, device: torch.device
+    ) -> None:
         self.device = device
         self.stage = stage
         self.sources = sources
@@ -96,7 +101,7 @@ class FSDPEngine:
         self.parts = describe(model, stage.tune)
         model = model.to(device)
         model.train()
-        self._shard(model, stage.parallel)
+        self._shard(model, parallel)
         self.module = Trained(model, stage.objective)
         self.sharded: FSDPModule = fully_shard(
             self.module,
@@ -123,16 +128,12 @@ class FSDPEngine:
             fully_shard(unit, mesh=self.mesh, mp_policy=self.precision, offload_policy=self.place)
 
     def _optimizer(self, groups: list[Group], model: VisionLanguageModel, stage: Stage) -> torch.optim.AdamW:
-        """Parameters are looked up again after sharding, which replaces them by their shards."""
-        named = dict(zip([g.part for g in groups], groups, strict=True))
-        after = {part: parameters for part, parameters in model.parts().items() if part in named}
-        taken: set[int] = set()
-        options = []
-        for part in sorted(after, key=lambda name: -name.count(".")):
-            mine = [p for p in after[part] if p.requires_grad and id(p) not in taken]
-            taken |= {id(p) for p in mine}
-            how = named[part].how
-            options.append({"params": mine, "lr": how.lr, "peak": how.lr, "weight_decay": how.weight_decay})
+        """Parameters are looked up again by name: sharding has replaced them by their shards."""
+        now = {name.replace(WRAPPED, ""): parameter for name, parameter in model.named_parameters()}
+        options = [
+            {"params": [now[n] for n in g.names], "lr": g.lr, "peak": g.lr, "weight_decay": g.weight_decay}
+            for g in groups
+        ]
         return torch.optim.AdamW(options, betas=stage.optimizer.betas, eps=stage.optimizer.eps)
 
     def train_step(self, packs: Sequence[Pack], lr_factor: float) -> StepReport:
@@ -233,4 +234,8 @@ def _recompute(model: nn.Module, unit: nn.Module, how: Recompute) -> None:
 
 def build_engine(model: VisionLanguageModel, stage: Stage, sources: int, device: torch.device) -> Engine:
     """The engine that the stage asks for."""
-    return FSDPEngine(model, stage, sources, device)
+    match stage.parallel:
+        case FSDP() | DDP() as parallel:
+            return FSDPEngine(model, stage, parallel, sources, device)
+        case ZeRO():
+            raise NotImplementedError("ZeRO is not built yet")

@@ -132,13 +132,18 @@ Recompute = Literal["none", "selective", "full"]
 """Activations inside a unit: kept; all but the products of matrices and attention computed again; all computed again."""
 
 
+ContextBy = Literal["ring", "ulysses"]
+"""Keys and values travel round the ranks (arXiv:2310.01889), or heads are dealt to ranks (arXiv:2309.14509)."""
+
+
 @spec
 class FSDP:
     """Fully sharded data parallelism (FSDP2). Master weights and reductions are float32; `dtype` is what layers compute in.
 
     `shard` is how many ranks hold one copy between them: None for all, fewer for hybrid sharding (best: the GPUs of a node),
     where each group has a copy. `recompute` trades time for the memory of activations. `offload` keeps weights and
-    optimiser states in the host's memory. `compile` compiles each unit by itself (regional compilation).
+    optimiser states in the host's memory. `compile` compiles each unit by itself (regional compilation). `context` is how
+    many neighbouring ranks share each pack's positions between them, for packs whose activations one rank cannot hold.
     """
 
     kind: Literal["fsdp"] = "fsdp"
@@ -147,6 +152,8 @@ class FSDP:
     shard: Positive | None = None
     offload: bool = False
     compile: bool = False
+    context: Positive = 1
+    context_by: ContextBy = "ring"
 
 
 @spec
@@ -159,7 +166,21 @@ class DDP:
     compile: bool = False
 
 
-Parallel = Annotated[FSDP | DDP, Field(discriminator="kind")]
+@spec
+class ZeRO:
+    """DeepSpeed's ZeRO (arXiv:1910.02054): ranks share optimiser states (`stage` 1), gradients too (2), weights too (3).
+
+    `offload` keeps optimiser states, and with stage 3 the weights, in the host's memory. Otherwise as `FSDP`.
+    """
+
+    kind: Literal["zero"] = "zero"
+    stage: Literal[1, 2, 3] = 3
+    dtype: Dtype = "bfloat16"
+    recompute: Recompute = "full"
+    offload: bool = False
+
+
+Parallel = Annotated[FSDP | DDP | ZeRO, Field(discriminator="kind")]
 
 
 @spec

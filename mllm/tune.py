@@ -15,10 +15,12 @@ from pipelines.types import spec
 
 @dataclass(slots=True)
 class Group:
-    """Parameters that share one entry of `Stage.tune`."""
+    """Parameters that share a learning rate and a weight decay; `names` are the model's own, in the same order."""
 
     part: str
-    how: Full
+    lr: float
+    weight_decay: float
+    names: tuple[str, ...]
     parameters: list[nn.Parameter]
 
 
@@ -31,14 +33,14 @@ def apply_tuning(model: VisionLanguageModel, tune: Mapping[str, Full]) -> list[G
     check_parts(list(parts), tune)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
-    taken: set[int] = set()
+    named = {id(parameter): name for name, parameter in model.named_parameters()}
     groups = []
     for part in sorted(tune, key=lambda name: -name.count(".")):
-        mine = [p for p in parts[part] if id(p) not in taken]
-        taken |= {id(p) for p in mine}
+        mine = [p for p in parts[part] if id(p) in named]
+        names = tuple(named.pop(id(p)) for p in mine)
         for parameter in mine:
             parameter.requires_grad_(True)
-        groups.append(Group(part, tune[part], mine))
+        groups.append(Group(part, tune[part].lr, tune[part].weight_decay, names, mine))
     return sorted(groups, key=lambda group: list(parts).index(group.part))
 
 

@@ -90,7 +90,7 @@ def test_a_part_that_the_model_lacks_is_refused_with_those_it_has(model: VisionL
 def test_the_most_exact_name_decides_a_learning_rate(recipe: Recipe) -> None:
     model = recipe.model.build()
     groups = apply_tuning(model, {"lm": Full(lr=1e-3), "lm.head": Full(lr=1e-2)})
-    assert {g.part: g.how.lr for g in groups} == {"lm": 1e-3, "lm.head": 1e-2}
+    assert {g.part: g.lr for g in groups} == {"lm": 1e-3, "lm.head": 1e-2}
     assert sum(len(g.parameters) for g in groups) == len(list(model.lm.parameters()))
     assert [(r.part, r.frozen == 0) for r in describe(model, {"lm": Full(lr=1e-3)})] == [
         ("encoder", False),
