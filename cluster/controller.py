@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from cluster import checkpoint, quarantine
+from cluster.engines import context_of
 from cluster.journal import (
     Journal,
     RunFailed,
@@ -276,7 +277,7 @@ def dealing(job: StageJob, pools: Pools) -> Any:
             divert_ray_logging()
             resumed = job.resume_from()
             start = checkpoint.read_state(resumed).position if resumed else Position()
-            hands = dataset(job.stream, start, job.stream.windows, pools, world_size)
+            hands = dataset(job.stream, start, job.stream.windows, pools, world_size, context_of(job.stage.parallel))
             return [{DATASET: split} for split in hands.streaming_split(world_size, equal=False)]
 
     return Dealing()

@@ -1,9 +1,9 @@
 """One rank's share of a stream of packs, and the proof that it is the right one.
 
 The packs of step s are `[s * B, (s + 1) * B)` of the stream, whatever the number of ranks W is. Pack n of a window goes to
-rank n mod W, in hands that tell every rank how many packs the window has; so each knows, without asking, which of its packs
-belong to which step. Before each step the ranks tell one another which packs they hold; a gap, a repeat or a swap stops the
-run with both positions.
+rank n mod W (or as `pipelines.stream.rank_of` says), in hands that tell every rank how many packs the window has; so each
+knows, without asking, which of its packs belong to which step. Before each step the ranks tell one another which packs they
+hold; a gap, a repeat or a swap stops the run with both positions.
 """
 
 from __future__ import annotations

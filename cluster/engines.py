@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
@@ -25,9 +25,10 @@ from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from mllm.objectives import LossOutput, Objective
-from mllm.recipe import DDP, FSDP, Recompute, Stage, ZeRO
+from mllm.recipe import DDP, FSDP, Parallel, Recompute, Stage, ZeRO
 from mllm.tune import Group, PartReport, apply_tuning, describe
 from mllm.vlm import VisionLanguageModel
+from ops.ring import Context
 from pipelines.types import Batch, Pack
 
 WRAPPED = "_checkpoint_wrapped_module."
@@ -101,6 +102,7 @@ class FSDPEngine:
         self.parts = describe(model, stage.tune)
         model = model.to(device)
         model.train()
+        self.context = context_group(parallel, self.world)
         self._shard(model, parallel)
         self.module = Trained(model, stage.objective)
         self.sharded: FSDPModule = fully_shard(
@@ -141,9 +143,8 @@ class FSDPEngine:
         started = time.perf_counter()
         sums = torch.zeros(self.sources, 3, dtype=torch.float64, device=self.device)
         totals = torch.zeros(2, dtype=torch.float64, device=self.device)
-        for number, pack in enumerate(packs):
-            self.sharded.set_requires_gradient_sync(number == len(packs) - 1)
-            batch = Batch.of(pack, self.device)
+        for batch, last in self._batches(packs):
+            self.sharded.set_requires_gradient_sync(last)
             output: LossOutput = self.module(batch)
             output.sum.backward()
             totals += torch.stack([output.sum.detach(), output.weight]).double()
@@ -168,10 +169,34 @@ class FSDPEngine:
             seconds=time.perf_counter() - started,
         )
 
+    def _batches(self, packs: Sequence[Pack]) -> Iterator[tuple[Batch, bool]]:
+        """Batches to train on, and whether each is the last. Ranks that share packs take each other's in turn."""
+        if self.context is None:
+            for number, pack in enumerate(packs):
+                yield Batch.of(pack, self.device), number == len(packs) - 1
+            return
+        all_packs: list[list[Pack]] = [[] for _ in range(self.context.size)]
+        dist.all_gather_object(all_packs, list(packs), group=self.context.group)
+        turns = [group[number] for number in range(len(packs)) for group in all_packs]
+        # Where packs are fewer than ranks most turns are empty, on all ranks alike: no rank need go through those.
+        filled = torch.tensor([len(pack.input_ids) > 0 for pack in turns], dtype=torch.int32, device=self.device)
+        dist.all_reduce(filled, op=dist.ReduceOp.MAX)
+        taken = filled.nonzero().squeeze(1).tolist() or [0]
+        for number in taken:
+            yield Batch.of(turns[number], self.device).shared(self.context), number == taken[-1]
+
     @torch.no_grad()
     def score(self, batch: Batch) -> LossOutput:
         """Loss of a batch without training. Every rank must call it equally often."""
-        return self.module(batch)
+        if self.context is None:
+            return self.module(batch)
+        batches: list[Batch] = [batch] * self.context.size
+        dist.all_gather_object(batches, batch.to("cpu"), group=self.context.group)
+        outputs: list[LossOutput] = [self.module(each.to(self.device).shared(self.context)) for each in batches]
+        for output in outputs:
+            for part in (output.sum, output.weight, output.documents):
+                dist.all_reduce(part, group=self.context.group)
+        return outputs[self.context.rank]
 
     @torch.no_grad()
     def next_logits(self, batch: Batch) -> Tensor:
@@ -191,6 +216,23 @@ class FSDPEngine:
 
     def load_model_state(self, state: dict[str, Any]) -> None:
         set_model_state_dict(self.module.model, state, options=StateDictOptions(strict=True))
+
+
+def context_of(parallel: Parallel) -> int:
+    """How many ranks share each pack."""
+    return parallel.context if isinstance(parallel, FSDP) else 1
+
+
+def context_group(parallel: Parallel, world: int) -> Context | None:
+    """This rank's group of neighbours that share packs; None where each rank has its own. Raises ValueError."""
+    size = context_of(parallel)
+    if world % size:
+        raise ValueError(f"{world} ranks cannot be groups of context={size}; take a divisor, or 1 for whole packs")
+    if size == 1 or not isinstance(parallel, FSDP):
+        return None
+    group, _ = dist.new_subgroups_by_enumeration([list(range(n, n + size)) for n in range(0, world, size)])
+    assert isinstance(group, dist.ProcessGroup)
+    return Context(group, parallel.context_by)
 
 
 def mesh_shape(parallel: FSDP | DDP, world: int) -> tuple[int, ...]:

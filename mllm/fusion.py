@@ -17,23 +17,21 @@ class Splice:
     kind: Literal["splice"] = "splice"
 
     def merge(
-        self, text: Float[Tensor, "T D"], visual: Float[Tensor, "N P D"], at: Bool[Tensor, " T"], count: int
+        self, text: Float[Tensor, "T D"], visual: Float[Tensor, "V D"], at: Bool[Tensor, " T"], count: int
     ) -> Float[Tensor, "T D"]:
         """`text` with the rows marked by `at` replaced, in order, by `visual`; `count` is how many are marked.
 
         Without images the one blank tile's features enter times zero: the modules run on every rank, and change nothing.
         Raises ValueError when features and places do not match, since scattering anyway would misplace every later image.
         """
-        features = visual.flatten(0, 1).to(text.dtype)
         if count == 0:
-            return text + 0 * features.sum()
-        if count != len(features):
+            return text + 0 * visual.sum()
+        if count != len(visual):
             raise ValueError(
-                f"the pack has {count} image positions and the encoder gave {len(features)} visual tokens "
-                f"({visual.shape[0]} tiles of {visual.shape[1]}); the pipeline was planned with another model: "
-                "its VisionLayout must come from this model's layout()"
+                f"the pack has {count} image positions and the encoder gave {len(visual)} visual tokens; "
+                "the pipeline was planned with another model: its VisionLayout must come from this model's layout()"
             )
-        return text.masked_scatter(at.unsqueeze(1), features)
+        return text.masked_scatter(at.unsqueeze(1), visual.to(text.dtype))
 
 
 Fusion = Splice

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from mllm.encoders import Folder
 from ops.attention import varlen_attention
+from ops.ring import Share
 from pipelines.chat import ChatML, Template
 from pipelines.types import spec
 
@@ -127,8 +128,9 @@ class LanguageModel(nn.Module):
         positions: Int[Tensor, " T"],
         cu_seqlens: Int[Tensor, " bounds"],
         max_seqlen: int,
+        share: Share | None = None,
     ) -> Float[Tensor, "T D"]:
-        """Final hidden states, after the last norm."""
+        """Final hidden states, after the last norm; of this rank's positions, where ranks share the pack."""
         output = self.model.model(
             inputs_embeds=embeddings.unsqueeze(0),
             position_ids=positions.unsqueeze(0),
@@ -136,6 +138,7 @@ class LanguageModel(nn.Module):
             use_cache=False,
             documents=cu_seqlens,
             longest=max_seqlen,
+            share=share,
         )
         return output.last_hidden_state.squeeze(0)
 
@@ -152,10 +155,13 @@ def _attend(
     scaling: float,
     documents: Tensor,
     longest: int,
+    share: Share | None = None,
     **_: object,
 ) -> tuple[Tensor, None]:
     """transformers' attention call, (1, H, T, E), over the documents of a pack."""
     q, k, v = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
+    if share is not None:
+        return share.attend(q, k, v, scaling).unsqueeze(0), None
     return varlen_attention(q, k, v, documents, longest, scale=scaling).unsqueeze(0), None
 
 

@@ -51,10 +51,12 @@ class VisionLanguageModel(nn.Module):
         self.fusion = spec.fusion
 
     def forward(self, batch: Batch) -> Float[Tensor, "T D"]:
-        visual = self.connector(self._features(batch))
+        visual = self.connector(self._features(batch)).flatten(0, 1)
+        if batch.share is not None:  # each rank has seen some of the tiles, and has positions for others
+            visual = batch.share.context.gather(visual)[batch.share.visual]
         text = self.lm.embed(batch.input_ids)
         fused = self.fusion.merge(text, visual, batch.visual, batch.visual_count)
-        return self.lm(fused, batch.positions, batch.cu_seqlens, batch.max_seqlen)
+        return self.lm(fused, batch.positions, batch.cu_seqlens, batch.max_seqlen, batch.share)
 
     def _features(self, batch: Batch) -> Float[Tensor, "N P Dv"]:
         """The encoder's features: computed here, or by an annotator in the pipeline, where it is frozen."""

@@ -2,10 +2,10 @@
 
     window numbers --planners--> portions --preprocessors--> hands [--annotators-->] --streaming_split(W)--> ranks
 
-A *hand* is what one rank gets of a run of neighbouring packs of one window: pack number n of a window goes to rank n mod W. A
-run has a hand for each rank, in the order of ranks, even an empty one; so hand i of the stream is rank i mod W's, and every
-rank learns from its own hands how many packs there were in all. Handing over costs a few milliseconds of many processes'
-time however much is in the hand, which is why packs do not travel one by one.
+A *hand* is what one rank gets of a run of neighbouring packs of one window: pack number n of a window goes to rank n mod W
+(`rank_of` where ranks share packs). A run has a hand for each rank, in the order of ranks, even an empty one; so hand i of the
+stream is rank i mod W's, and every rank learns from its own hands how many packs there were in all. Handing over costs a few
+milliseconds of many processes' time however much is in the hand, which is why packs do not travel one by one.
 
 A *portion* is some neighbouring hands before their pictures are decoded: what one preprocessor makes in one call. Ranks take
 hands in order, so what actors make ahead must wait in the object store; were a whole window one actor's, the store would have
@@ -82,18 +82,19 @@ class Portion:
 class _Planner:
     """An actor that reads and plans: window numbers in, portions out. Holds the annotators of documents."""
 
-    def __init__(self, stream: Stream, start: Position, world: int) -> None:
+    def __init__(self, stream: Stream, start: Position, world: int, context: int) -> None:
         images.settle()
         self.windows = PackWindows(stream)
         _ = self.windows.of_documents  # loaded before the first window comes
         self.start = start
         self.world = world
+        self.context = context
 
     def portions(self, batch: pa.Table) -> Iterator[Portion]:
         for k in batch["window"].to_pylist():
             plan = self.windows.plan(k, self.windows.rows(k))
             first = self.start.pack if k == self.start.window else 0
-            yield from portions(plan, self.windows.stream, first, self.world)
+            yield from portions(plan, self.windows.stream, first, self.world, self.context)
 
     def __call__(self, batch: pa.Table) -> Iterator[pa.Table]:
         for portion in self.portions(batch):
@@ -115,8 +116,8 @@ class _Cutter:
 class _Both:
     """The actor of a small pool: it plans windows and cuts them, since one more process would take a core from them."""
 
-    def __init__(self, stream: Stream, start: Position, world: int) -> None:
-        self.planner = _Planner(stream, start, world)
+    def __init__(self, stream: Stream, start: Position, world: int, context: int) -> None:
+        self.planner = _Planner(stream, start, world, context)
 
     def __call__(self, batch: pa.Table) -> Iterator[pa.Table]:
         for portion in self.planner.portions(batch):
@@ -137,7 +138,16 @@ class _Annotator:
             yield to_table(hand, np.concatenate([pack.tiles for pack in hand.packs]) if hand.packs else None)
 
 
-def portions(plan: Plan, stream: Stream, first: int, world: int) -> Iterator[Portion]:
+def rank_of(number: int, world: int, context: int = 1) -> int:
+    """The rank that is dealt pack `number` of a window.
+
+    Where neighbours share packs, `context` of them, each group of neighbours gets a pack before any gets its second.
+    """
+    groups = world // context
+    return number % groups * context + number // groups % context
+
+
+def portions(plan: Plan, stream: Stream, first: int, world: int, context: int = 1) -> Iterator[Portion]:
     """A window from pack `first` on, in portions, in the order in which their hands are dealt to `world` ranks."""
     weight = prod(stream.tiling.shape)
     each = max(1, min(MOST_PACKS, HAND_BYTES // (stream.budget.tiles * weight + 16 * stream.budget.tokens)))
@@ -146,9 +156,8 @@ def portions(plan: Plan, stream: Stream, first: int, world: int) -> Iterator[Por
     for start in range(first, plan.packs, each * world):
         stop = min(plan.packs, start + each * world)
         for rank in range(world):
-            slots.append(
-                Slot(first=start, last=stop, numbers=tuple(n for n in range(start, stop) if n % world == rank))
-            )
+            numbers = tuple(n for n in range(start, stop) if rank_of(n, world, context) == rank)
+            slots.append(Slot(first=start, last=stop, numbers=numbers))
             tiles += sum(map(plan.tiles, slots[-1].numbers))
             if tiles * weight >= PORTION_BYTES:
                 yield Portion(plan=plan.only(n for slot in slots for n in slot.numbers), slots=tuple(slots))
@@ -198,26 +207,26 @@ def execution_options(pools: Pools) -> ExecutionOptions:
     )
 
 
-def dataset(stream: Stream, start: Position, stop: int | None, pools: Pools, world: int) -> Dataset:
+def dataset(stream: Stream, start: Position, stop: int | None, pools: Pools, world: int, context: int = 1) -> Dataset:
     """Hands for `world` ranks from `start` on, up to window `stop` or without end, made by the actors of `pools`.
 
     Split it with `streaming_split(world, equal=False)`; each row is a hand as `to_table` writes it.
     """
-    context = DataContext.get_current()
-    context.target_max_block_size = 1  # every yielded row becomes its own block: the unit that the deal hands out
-    context.execution_options = execution_options(pools)
+    data = DataContext.get_current()
+    data.target_max_block_size = 1  # every yielded row becomes its own block: the unit that the deal hands out
+    data.execution_options = execution_options(pools)
     of_documents = any(isinstance(annotator, OfDocuments) for annotator in stream.annotators)
     whole = pools.preprocessors[1] <= FEW and not of_documents
-    context._max_num_blocks_in_streaming_gen_buffer = WINDOW_AHEAD if whole else AHEAD
-    context.memory_usage_poll_interval_s = None  # else each actor walks its whole memory map every second
-    context.enable_progress_bars = False
-    context.print_on_execution_start = False
+    data._max_num_blocks_in_streaming_gen_buffer = WINDOW_AHEAD if whole else AHEAD
+    data.memory_usage_poll_interval_s = None  # else each actor walks its whole memory map every second
+    data.enable_progress_bars = False
+    data.print_on_execution_start = False
     cutters = pools.preprocessors
     # Planning is a tenth of the work with pictures and nearly all of it without; planners share the preprocessors' cores.
     planners = {"compute": _pool(((cutters[0] + 1) // 2, (cutters[1] + 1) // 2)), "num_cpus": 0}
     annotators = {"compute": _pool(pools.annotators), "num_gpus": pools.gpus or None}
     each = {"batch_size": 1, "batch_format": "pyarrow"}
-    planning, cutting = (stream, start, world), (stream,)
+    planning, cutting = (stream, start, world, context), (stream,)
     rows = ray.data.read_datasource(_Windows(start.window, stop), override_num_blocks=1, num_cpus=0)
     if whole:  # the next window lies with the actor, and no more: those after it are for whoever is first
         rows = rows.map_batches(_Both, fn_constructor_args=planning, compute=_pool(cutters, 2), **each)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from enum import IntEnum, StrEnum
 from typing import Literal, Self, TypeVar, dataclass_transform
 
@@ -19,6 +19,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+
+from ops.ring import Context, Share
 
 T = TypeVar("T")
 
@@ -576,7 +578,8 @@ class Batch:
     `cu_seqlens` int32 (S+1,); `sources`, `classes` int64, `branches` int8, `weights` float32, all (S,); `cuts` int32 (I, 7)
     as in `Pack`; `tiles` uint8 (max(N, 1), 3, H, W) -- a batch without images carries one blank tile, whose features the
     model multiplies by zero, so that every rank runs the same modules. `features` bfloat16 (max(N, 1), P, D) and
-    `references` float32 (S,) where annotators made them.
+    `references` float32 (S,) where annotators made them. With a `share` the batch holds some positions of its pack and some
+    of its tiles, as many on each rank that shares it; what is said of documents stays whole.
     """
 
     input_ids: Tensor
@@ -594,6 +597,7 @@ class Batch:
     cuts: Tensor
     features: Tensor | None = None
     references: Tensor | None = None
+    share: Share | None = None
 
     @classmethod
     def of(cls, pack: Pack, device: torch.device | str = "cpu") -> Self:
@@ -626,5 +630,50 @@ class Batch:
 
     def document_of_token(self) -> Tensor:
         """Index of the document that each position belongs to, int64 (T,)."""
+        if self.share is not None:
+            return self.share.documents
         lengths = self.cu_seqlens.diff().long()
         return torch.repeat_interleave(torch.arange(len(lengths), device=lengths.device), lengths)
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The batch with its tensors on `device`; itself where they lie there."""
+        tensors = ((f.name, getattr(self, f.name)) for f in fields(self))
+        return replace(self, **{name: x.to(device) for name, x in tensors if isinstance(x, Tensor)})
+
+    def shared(self, context: Context) -> Batch:
+        """What this rank holds where the ranks of `context` share the pack between them.
+
+        Positions are filled up with some that are not learned, tiles with blank ones, so that all hold equally many.
+        """
+        length, tiles = len(self.input_ids), len(self.tiles)
+        more = context.padded(length) - length
+        each = -(-tiles // context.size)
+        first = context.rank * each
+
+        def positions(x: Tensor, fill: int) -> Tensor:
+            return torch.nn.functional.pad(x, (0, more), value=fill)[mine]
+
+        def pictures(x: Tensor) -> Tensor:
+            part = x[first : first + each]
+            return torch.cat([part, x.new_zeros(each - len(part), *x.shape[1:])])
+
+        mine = context.positions(length + more).to(self.input_ids.device)
+        visual = positions(self.visual, 0)
+        bounds = tuple(self.cu_seqlens.tolist())
+        return replace(
+            self,
+            input_ids=positions(self.input_ids, 0),
+            labels=positions(self.labels, NOT_LEARNED),
+            positions=positions(self.positions, 0),
+            visual=visual,
+            visual_count=int(visual.sum()),
+            tiles=pictures(self.tiles),
+            features=None if self.features is None else pictures(self.features),
+            share=Share(
+                context=context,
+                bounds=(*bounds, length + more) if more else bounds,
+                positions=mine,
+                documents=positions(self.document_of_token(), len(self.sources) - 1),
+                visual=positions(self.visual.long().cumsum(0) - 1, 0)[visual],
+            ),
+        )

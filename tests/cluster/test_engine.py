@@ -93,6 +93,25 @@ def test_copies_and_hybrid_shards_give_the_curve_of_full_shards(
         assert reports == [pytest.approx(whole[3], rel=1e-4)]
 
 
+@pytest.mark.parametrize(
+    ("world", "parallel"),
+    [
+        (2, FSDP(dtype="float32", context=2)),
+        (3, FSDP(dtype="float32", context=3, recompute="selective")),
+        (4, FSDP(dtype="float32", context=2, shard=2, recompute="none")),
+        (2, FSDP(dtype="float32", context=2, context_by="ulysses")),
+    ],
+)
+def test_ranks_that_share_packs_give_the_curve_of_whole_packs(
+    recipe: Recipe, stream: Stream, tmp_path: Path, world: int, parallel: FSDP
+) -> None:
+    stage = recipe.stage("sft")
+    whole = on_ranks(1, train, recipe, stage, stream, 3, str(tmp_path / "whole"), False)[0]
+    other = replace(stage, parallel=parallel)
+    for reports in on_ranks(world, train, recipe, other, stream, 3, str(tmp_path / "other"), False):
+        assert reports == [pytest.approx(pair, rel=1e-4) for pair in whole]
+
+
 def test_ranks_that_do_not_divide_into_groups_are_refused() -> None:
     with pytest.raises(ValueError, match="3 ranks cannot be groups of shard=2"):
         mesh_shape(FSDP(dtype="float32", shard=2), 3)
