@@ -15,12 +15,17 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from pydantic import TypeAdapter
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
 from cluster.journal import write_atomically
+from mllm.encoders import Folder
+from mllm.recipe import Recipe, Stage
+from mllm.tune import add_adapters, merge_adapters
+from mllm.vlm import VisionLanguageModel
 from pipelines.types import Position, spec
 
 
@@ -136,3 +141,19 @@ def load(folder: Path, state: dict[str, Any]) -> None:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled")  # it is meant to be, where one process loads
         dcp_load(state, checkpoint_id=str(folder), no_dist=alone)
+
+
+def read_model(recipe: Recipe, stage: Stage, folder: Path, weights: Folder) -> VisionLanguageModel:
+    """The model that `stage` left in the checkpoint `folder`, whole, on CPU, float32, its adapters merged.
+
+    `weights` finds what the recipe's parts name, for whatever the checkpoint does not hold.
+    """
+    torch.manual_seed(recipe.seed)
+    model = recipe.model.build(weights)
+    adapted = add_adapters(model, stage.tune)
+    state = {"model": model.state_dict()}
+    load(folder, state)
+    model.load_state_dict(state["model"])
+    if adapted:
+        merge_adapters(model)
+    return model.requires_grad_(True)

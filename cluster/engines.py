@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
@@ -24,9 +25,10 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from cluster.optimizers import build_optimizers
 from mllm.objectives import LossOutput, Objective
 from mllm.recipe import DDP, FSDP, Parallel, Recompute, Stage, ZeRO
-from mllm.tune import Group, PartReport, apply_tuning, describe
+from mllm.tune import PartReport, apply_tuning, describe
 from mllm.vlm import VisionLanguageModel
 from ops.ring import Context
 from pipelines.types import Batch, Pack
@@ -37,13 +39,26 @@ WRAPPED = "_checkpoint_wrapped_module."
 
 @dataclass(frozen=True, slots=True)
 class StepReport:
-    """Result of a step over all ranks. `sources` float64 (sources, 3): loss sum, learned tokens, right tokens."""
+    """Result of a step over all ranks. `sources` float64 (sources, 3): loss sum, learned tokens, right tokens.
+
+    `taken` is False where a guard left the weights as they were.
+    """
 
     loss: float
     grad_norm: float
     learned: int
     sources: Tensor
     seconds: float
+    taken: bool = True
+
+
+Guard = Callable[[float, float], bool]
+"""Whether to take the step of this loss and this gradient norm; asked on every rank, and must answer alike."""
+
+
+def finite(loss: float, grad_norm: float) -> bool:
+    """The guard that is there if no other is: a step of no number would leave no number in any weight."""
+    return math.isfinite(loss) and math.isfinite(grad_norm)
 
 
 class Engine(Protocol):
@@ -52,7 +67,11 @@ class Engine(Protocol):
     parts: list[PartReport]
     device: torch.device
 
-    def train_step(self, packs: Sequence[Pack], lr_factor: float) -> StepReport: ...
+    def train_step(self, packs: Sequence[Pack], lr_factor: float, guard: Guard = finite) -> StepReport: ...
+
+    def finish(self) -> None:
+        """End the stage: where averages of weights are kept they become the weights."""
+        ...
 
     def score(self, batch: Batch) -> LossOutput: ...
 
@@ -100,8 +119,10 @@ class FSDPEngine:
         self.world = dist.get_world_size()
         groups = apply_tuning(model, stage.tune)
         self.parts = describe(model, stage.tune)
-        model = model.to(device)
+        model.lm.backend = stage.attention
         model.train()
+        matrices = {name for name, p in _named(model).items() if p.ndim == 2 and _inside(p, model.units())}
+        whole = model.state_dict() if self.world > 1 and dist.get_rank() == 0 else {}
         self.context = context_group(parallel, self.world)
         self._shard(model, parallel)
         self.module = Trained(model, stage.objective)
@@ -112,15 +133,30 @@ class FSDPEngine:
             offload_policy=self.place,
             reshard_after_forward=False,
         )
-        self.optimizer = self._optimizer(groups, model, stage)
+        if self.world > 1:
+            self._spread(whole)
+        parameters = _named(model)
+        self.optimizers = build_optimizers(groups, parameters, matrices, stage.optimizer)
+        names = [name for group in groups for name in group.names] if stage.ema else []
+        self.averages = {name: parameters[name].detach().clone() for name in names}
+
+    def _spread(self, whole: Mapping[str, Tensor]) -> None:
+        """Give every rank its shards of rank 0's weights, and rank 0's buffers: nobody else need have read any."""
+        whole = {name.replace(WRAPPED, ""): value for name, value in whole.items()}
+        options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, cpu_offload=self._offloads)
+        set_model_state_dict(self.module.model, dict(whole), options=options)
+        for buffer in self.module.buffers():
+            dist.broadcast(buffer, 0)
 
     def _shard(self, model: VisionLanguageModel, parallel: FSDP | DDP) -> None:
         shape = mesh_shape(parallel, self.world)
         self.mesh = init_device_mesh(self.device.type, shape, mesh_dim_names=("copy", "shard")[-len(shape) :])
         dtype = torch.bfloat16 if parallel.dtype == "bfloat16" else torch.float32
         self.precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
-        offload = isinstance(parallel, FSDP) and parallel.offload
-        self.place = CPUOffloadPolicy() if offload and self.device.type != "cpu" else OffloadPolicy()
+        self._offloads = isinstance(parallel, FSDP) and parallel.offload and self.device.type != "cpu"
+        self.place = CPUOffloadPolicy() if self._offloads else OffloadPolicy()
+        if isinstance(parallel, FSDP) and parallel.float8:
+            _to_float8(model)
         if parallel.recompute != "none":
             for unit in model.units():
                 _recompute(model, unit, parallel.recompute)
@@ -129,16 +165,7 @@ class FSDPEngine:
                 unit.compile()
             fully_shard(unit, mesh=self.mesh, mp_policy=self.precision, offload_policy=self.place)
 
-    def _optimizer(self, groups: list[Group], model: VisionLanguageModel, stage: Stage) -> torch.optim.AdamW:
-        """Parameters are looked up again by name: sharding has replaced them by their shards."""
-        now = {name.replace(WRAPPED, ""): parameter for name, parameter in model.named_parameters()}
-        options = [
-            {"params": [now[n] for n in g.names], "lr": g.lr, "peak": g.lr, "weight_decay": g.weight_decay}
-            for g in groups
-        ]
-        return torch.optim.AdamW(options, betas=stage.optimizer.betas, eps=stage.optimizer.eps)
-
-    def train_step(self, packs: Sequence[Pack], lr_factor: float) -> StepReport:
+    def train_step(self, packs: Sequence[Pack], lr_factor: float, guard: Guard = finite) -> StepReport:
         """One optimiser step over `packs`, of which every rank brings equally many; empty ones count for nothing."""
         started = time.perf_counter()
         sums = torch.zeros(self.sources, 3, dtype=torch.float64, device=self.device)
@@ -153,21 +180,39 @@ class FSDPEngine:
         dist.all_reduce(sums)
         loss_sum, weight = totals.tolist()
         scale = self.world / max(weight, 1.0)  # FSDP has averaged over ranks; the loss is a sum over them
-        trained = [p for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
+        steps = [group for optimizer in self.optimizers for group in optimizer.param_groups]
+        trained = [p for group in steps for p in group["params"] if p.grad is not None]
         for parameter in trained:
             parameter.grad.mul_(scale)
         norm = nn.utils.clip_grad_norm_(trained, self.stage.optimizer.clip)
-        for group in self.optimizer.param_groups:
+        grad_norm = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+        loss = loss_sum / max(weight, 1.0)
+        taken = guard(loss, grad_norm)
+        for group in steps:
             group["lr"] = group["peak"] * lr_factor
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        for optimizer in self.optimizers:
+            if taken:
+                optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        if taken and self.averages:
+            now = _named(self.module.model)
+            for name, average in self.averages.items():
+                _local(average).lerp_(_local(now[name]), 1 - (self.stage.ema or 0))
         return StepReport(
-            loss=loss_sum / max(weight, 1.0),
-            grad_norm=float(norm.full_tensor() if isinstance(norm, DTensor) else norm),
+            loss=loss,
+            grad_norm=grad_norm,
             learned=int(weight),
             sources=sums.cpu(),
             seconds=time.perf_counter() - started,
+            taken=taken,
         )
+
+    @torch.no_grad()
+    def finish(self) -> None:
+        """Put the averages, if any are kept, in the weights' place."""
+        now = _named(self.module.model)
+        for name, average in self.averages.items():
+            _local(now[name]).copy_(_local(average))
 
     def _batches(self, packs: Sequence[Pack]) -> Iterator[tuple[Batch, bool]]:
         """Batches to train on, and whether each is the last. Ranks that share packs take each other's in turn."""
@@ -204,12 +249,15 @@ class FSDPEngine:
         return self.module(batch, next_logits=True)
 
     def state(self) -> dict[str, Any]:
-        """Model and optimiser as DCP saves them: names as in the model, sharded tensors, loadable by any world size."""
-        return {"model": self.model_state(), "optimizer": get_optimizer_state_dict(self.module.model, self.optimizer)}
+        """Model, optimiser and averages as DCP saves them: the model's names, sharded tensors, for any world size."""
+        optimizer = get_optimizer_state_dict(self.module.model, self.optimizers)
+        state = {"model": self.model_state(), "optimizer": optimizer}
+        return {**state, "averages": self.averages} if self.averages else state
 
     def load_state(self, state: dict[str, Any]) -> None:
         self.load_model_state(state["model"])
-        set_optimizer_state_dict(self.module.model, self.optimizer, state["optimizer"])
+        set_optimizer_state_dict(self.module.model, self.optimizers, state["optimizer"])
+        self.averages = state.get("averages", {})
 
     def model_state(self) -> dict[str, Any]:
         return get_model_state_dict(self.module.model)
@@ -245,6 +293,32 @@ def mesh_shape(parallel: FSDP | DDP, world: int) -> tuple[int, ...]:
     if world % shard:
         raise ValueError(f"{world} ranks cannot be groups of shard={shard}; take a divisor, or None for one copy")
     return world // shard, shard
+
+
+def _named(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Parameters by the model's own names, whatever it has been wrapped in."""
+    return {name.replace(WRAPPED, ""): parameter for name, parameter in model.named_parameters()}
+
+
+def _local(tensor: Tensor) -> Tensor:
+    """This rank's shard, as plain numbers without gradient."""
+    tensor = tensor.detach()
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _inside(parameter: nn.Parameter, units: Sequence[nn.Module]) -> bool:
+    return any(parameter is other for unit in units for other in unit.parameters())
+
+
+def _to_float8(model: VisionLanguageModel) -> None:
+    """Let the language model's layers multiply in eight bits; kernels take sides that are multiples of 16."""
+    from torchao.float8 import convert_to_float8_training
+
+    def fits(module: nn.Module, _: str) -> bool:
+        return isinstance(module, nn.Linear) and not (module.in_features % 16 or module.out_features % 16)
+
+    for layer in model.lm.units():
+        convert_to_float8_training(layer, module_filter_fn=fits)
 
 
 KEPT = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.bmm.default)

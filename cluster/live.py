@@ -256,6 +256,8 @@ class Live:
             view.before, view.after = before, after
             self.view = self.tail = None
         loss = f", loss {view.steps[0].loss:.4f} {self.arrow} {view.steps[-1].loss:.4f}" if view.steps else ""
+        left = sum(not step.taken for step in view.steps)
+        loss += f", {left:,} steps not taken for having no finite gradient" if left else ""
         came_to = f"{len(view.steps):,} steps, {quantity(view.tokens)} tokens in {duration(view.seconds)}{loss}"
         self._line("done", came_to, stage=view.name)
         scores = paired_scores(before, after)
@@ -351,7 +353,7 @@ class Live:
             Text(f"{last.progress:.0%}", style="bold"),
             Text(self._expectation(view), style="dim"),
         )
-        losses = sparkline([step.loss for step in view.steps])
+        losses = sparkline([step.loss for step in view.steps if step.taken])
         figures = Text("   ").join(
             [
                 Text.assemble(("loss ", "dim"), (f"{last.loss:.4f} ", "bold"), (losses, "cyan")),

@@ -13,7 +13,7 @@ from functools import cache
 from pathlib import Path
 from typing import Literal
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from cluster.journal import write_atomically
 from mllm.evaluate import Answer, ProbeScore, SourceScore
@@ -44,7 +44,8 @@ class StepRecord:
     """One optimiser step, over all ranks. Times are seconds of the slowest rank; `time` is seconds since 1970.
 
     `tokens` counts all positions, `learned` those with loss; `fill` is tokens by what the packs could hold; `imbalance` is the
-    greatest rank's tokens by the mean; `dropped` names rows and reasons as `Rejected.label` does.
+    greatest rank's tokens by the mean; `dropped` names rows and reasons as `Rejected.label` does. `taken` is False
+    where loss or gradient were no numbers and the weights stayed as they were.
     """
 
     step: int
@@ -66,6 +67,9 @@ class StepRecord:
     packs: tuple[PackRecord, ...]
     dropped: tuple[str, ...] = ()
     reasons: dict[str, int] = field(default_factory=dict)
+    taken: bool = True
+
+    __pydantic_config__ = ConfigDict(ser_json_inf_nan="constants")  # a loss may be no number, and must be read again
 
 
 @spec

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import replace
-
-import torch
 
 from cluster.schedule import accumulation, planned_steps
 from cluster.site import Site, SiteError
@@ -19,13 +16,7 @@ WORLDS = (1, 2, 4, 8, 16, 64, 128)
 
 def meta_model(model: VLM) -> VisionLanguageModel:
     """The module without memory: shapes from the recipe, no weights read."""
-    bare = replace(
-        model,
-        encoder=replace(model.encoder, weights=None),
-        lm=replace(model.lm, weights=None, tokenizer=model.lm.text_codec),
-    )
-    with torch.device("meta"):
-        return bare.build()
+    return model.meta()
 
 
 @spec

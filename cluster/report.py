@@ -155,7 +155,8 @@ def _totals(views: Sequence[StageView], state: RunState) -> dict[str, float | No
 
 
 def _stage_tables(view: StageView, sources: Sequence[str]) -> dict[str, Rows]:
-    return {view.name: _step_rows(view.steps), f"{view.name}/sources": _source_rows(view.steps, sources)}
+    taken = [step for step in view.steps if step.taken]  # the others' losses are no numbers
+    return {view.name: _step_rows(taken), f"{view.name}/sources": _source_rows(taken, sources)}
 
 
 def _step_rows(steps: Sequence[StepRecord]) -> Rows:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
@@ -16,7 +17,7 @@ from cluster.journal import Journal, RunState
 from cluster.local import quieten, ray_running
 from cluster.metrics import RunFolder
 from cluster.site import Site
-from mllm.recipe import Recipe, load
+from mllm.recipe import FSDP, Recipe, load
 from mllm.vlm import VisionLanguageModel
 
 
@@ -121,7 +122,8 @@ def evaluate_run(site: Site, name: str, console: Console) -> None:
         from cluster.engines import build_engine
 
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        engine = build_engine(trained_model(site, recipe, folder), recipe.stages[-1], 1, device)
+        alone = replace(recipe.stages[-1], parallel=FSDP(dtype=recipe.stages[-1].parallel.dtype))
+        engine = build_engine(trained_model(site, recipe, folder), alone, 1, device)
         result = evaluation_of(engine, held_out, recipe, recipe.stages[-1].name, "after")
     for score in result.scores:
         console.print(
@@ -137,17 +139,11 @@ def trained_model(site: Site, recipe: Recipe, folder: RunFolder) -> VisionLangua
 
     Raises RunError when no stage is finished.
     """
-    import torch
-
     last = Journal(folder.root).state().finished_stages
     if not last:
         raise RunError(f"run {folder.root.name!r} has finished no stage yet; train it further first")
-    torch.manual_seed(recipe.seed)
-    model = recipe.model.build(site.folder)
-    state = {"model": model.state_dict()}
-    checkpoint.load(folder.root / last[-1].checkpoint, state)
-    model.load_state_dict(state["model"])
-    return model.eval()
+    stage = recipe.stage(last[-1].stage)
+    return checkpoint.read_model(recipe, stage, folder.root / last[-1].checkpoint, site.folder).eval()
 
 
 def export_run(site: Site, name: str, out: Path | None) -> Path:

@@ -23,7 +23,9 @@ from cluster.journal import write_atomically
 from cluster.metrics import Evaluation, PackRecord, RunFolder, SourceLoss, StepRecord
 from cluster.schedule import learning_rate_factor, progress
 from mllm import evaluate
-from mllm.recipe import Recipe, Source, Stage
+from mllm.recipe import LoRA, Recipe, Source, Stage
+from mllm.tune import peak_rate
+from mllm.vlm import VisionLanguageModel
 from pipelines.annotate import OfPacks
 from pipelines.types import Measured, Pack, Picture, Rejected, Text, spec
 from pipelines.windows import PackWindows, Stream
@@ -38,6 +40,9 @@ ANSWERS_EACH = 3
 """Held-out rows of each source that the model writes an answer to."""
 
 ANSWER_TOKENS = 24
+
+MOST_SKIPPED = 10
+"""Steps in a row that may be left out for having no finite loss or gradient before the run stops."""
 
 
 @spec
@@ -57,6 +62,20 @@ class StageJob:
     @property
     def folder(self) -> RunFolder:
         return RunFolder(self.run)
+
+    @property
+    def before(self) -> Stage:
+        """The stage that this one follows."""
+        return self.recipe.stages[self.recipe.stages.index(self.stage) - 1]
+
+    @property
+    def adapted(self) -> bool:
+        """Whether the stage before has trained adapters."""
+        return any(isinstance(how, LoRA) for how in self.before.tune.values())
+
+    def place(self, name: str) -> str:
+        """The folder (or hub id) of weights by their name in the recipe."""
+        return self.weights.get(name, name)
 
     def resume_from(self) -> Path | None:
         """The checkpoint to go on from, or None at the stage's beginning."""
@@ -117,7 +136,7 @@ def _train(job: StageJob) -> None:
 
     if rank == 0:
         job.folder.mend_steps(job.stage.name)
-    engine = build_engine(_build_model(job), job.stage, len(job.stage.mixture), _device())
+    engine = build_engine(_build_model(job, resumed), job.stage, len(job.stage.mixture), _device())
     _restore(engine, job, resumed)
     if job.held_out and job.folder.evaluation(job.stage.name, "before") is None:
         _evaluate(job, engine, "before")
@@ -130,15 +149,21 @@ def _train(job: StageJob) -> None:
 
 def _steps(job: StageJob, engine: Engine, deal: Deal, state: TrainState) -> None:
     """Train from `state` to the stage's end, saving on the way. Raises StopRun when the data ends first."""
+    skipped = 0
     for step in deal:
         following = _progress(job, state, step)
         factor = learning_rate_factor(job.stage.schedule, (state.progress + following) / 2)
         report = engine.train_step(step.mine, factor)
+        skipped = 0 if report.taken else skipped + 1
+        if skipped > MOST_SKIPPED:
+            raise StopRun(_no_number(job, state, step, report))
         state = state.advanced(
             sum(held.tokens for held in step.all), following, step.following, _tally(job, state.shards, step.all)
         )
         _record(job, state, step, report, factor)
         done = state.progress >= 1
+        if done:
+            engine.finish()
         if done or state.step % job.stage.save_every == 0:
             _save(job, engine, state, final=done)
         if done:
@@ -146,6 +171,15 @@ def _steps(job: StageJob, engine: Engine, deal: Deal, state: TrainState) -> None
     raise StopRun(
         f"stage {job.stage.name!r}: the stream ended at {state.progress:.1%} after {state.step} steps; "
         "its mixture is smaller than its duration asks, give the duration in epochs"
+    )
+
+
+def _no_number(job: StageJob, state: TrainState, step: Step, report: StepReport) -> str:
+    packs = ", ".join(f"pack {held.at.pack} of window {held.at.window}" for held in step.all[:4])
+    return (
+        f"stage {job.stage.name!r}: step {state.step + 1} and the {MOST_SKIPPED} before it had loss {report.loss:g} and "
+        f"gradient norm {report.grad_norm:g}, and were not taken; the last trained on {packs}. A rate that is too high does "
+        "this (lower it, or warm up longer), and so do weights that are broken"
     )
 
 
@@ -163,12 +197,17 @@ def _device() -> torch.device:
     return ray.train.torch.get_device() if torch.cuda.is_available() else torch.device("cpu")
 
 
-def _build_model(job: StageJob) -> Any:
+def _build_model(job: StageJob, resumed: Path | None) -> VisionLanguageModel:
+    """The model to train: rank 0 reads weights, and the engine hands them on to the others."""
     if not torch.cuda.is_available():  # ranks of one machine share its cores instead of each taking all
         local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // local))
     torch.manual_seed(job.recipe.seed)
-    return job.recipe.model.build(lambda name: job.weights.get(name, name))
+    if dist.get_rank() != 0:
+        return job.recipe.model.empty()
+    if job.previous and not resumed and job.adapted:
+        return checkpoint.read_model(job.recipe, job.before, Path(job.previous), job.place)
+    return job.recipe.model.build(job.place)
 
 
 def _restore(engine: Engine, job: StageJob, resumed: Path | None) -> None:
@@ -176,7 +215,7 @@ def _restore(engine: Engine, job: StageJob, resumed: Path | None) -> None:
         state = engine.state()
         checkpoint.load(resumed, state)
         engine.load_state(state)
-    elif job.previous:
+    elif job.previous and not job.adapted:  # else its adapters had to be merged first, and are
         state = {"model": engine.model_state()}
         checkpoint.load(Path(job.previous), state)
         engine.load_model_state(state["model"])
@@ -239,7 +278,7 @@ def _record(job: StageJob, state: TrainState, step: Step, report: StepReport, fa
         progress=state.progress,
         loss=report.loss,
         grad_norm=report.grad_norm,
-        lr=factor * max(how.lr for how in job.stage.tune.values()),
+        lr=factor * peak_rate(job.stage.tune),
         tokens=total,
         learned=report.learned,
         images=sum(held.images for held in step.all),
@@ -248,6 +287,7 @@ def _record(job: StageJob, state: TrainState, step: Step, report: StepReport, fa
         imbalance=max(loads) * len(loads) / max(1, sum(loads)),
         seconds=max(seconds) + max(waits),
         data_wait=max(waits),
+        taken=report.taken,
         world=len(loads),
         time=time.time(),
         sources=tuple(

@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from mllm.encoders import Folder
-from ops.attention import varlen_attention
+from ops.attention import Backend, varlen_attention
 from ops.ring import Share
 from pipelines.chat import ChatML, Template
 from pipelines.types import spec
@@ -93,6 +93,8 @@ class CausalLM:
             return LanguageModel(LlamaForCausalLM._from_config(self.arch.config(), attn_implementation=ATTENTION))
         place = folder(self.weights)
         model = LlamaForCausalLM.from_pretrained(place, attn_implementation=ATTENTION, dtype=torch.float32)
+        if self.arch.vocab_size > model.config.vocab_size:  # rows for new words, drawn like the old ones
+            model.resize_token_embeddings(self.arch.vocab_size)
         for field in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"):
             wanted, has = getattr(self.arch.config(), field), getattr(model.config, field)
             if wanted != has:
@@ -108,6 +110,10 @@ class LanguageModel(nn.Module):
     def __init__(self, model: Any) -> None:
         super().__init__()
         self.model = model
+        self.backend: Backend | None = None
+        self.first_embedded = self.first_predicted = (
+            0  # rows before these learn nothing, where the whole would be trained
+        )
 
     @property
     def width(self) -> int:
@@ -116,11 +122,15 @@ class LanguageModel(nn.Module):
     @property
     def head(self) -> Tensor:
         """The output matrix (C, D); the embedding itself where they are tied."""
-        return self.model.lm_head.weight
+        weight = self.model.lm_head.weight
+        return _Rows.apply(weight, self.first_predicted) if self.first_predicted else weight
 
     def embed(self, ids: Int[Tensor, " T"]) -> Float[Tensor, "T D"]:
         """Embeddings; positions that hold no vocabulary id (images) get row 0, to be replaced."""
-        return self.model.model.embed_tokens(ids.clamp(min=0))
+        embedded = self.model.model.embed_tokens(ids.clamp(min=0))
+        if not self.first_embedded:
+            return embedded
+        return torch.where((ids >= self.first_embedded).unsqueeze(1), embedded, embedded.detach())
 
     def forward(
         self,
@@ -139,11 +149,27 @@ class LanguageModel(nn.Module):
             documents=cu_seqlens,
             longest=max_seqlen,
             share=share,
+            backend=self.backend,
         )
         return output.last_hidden_state.squeeze(0)
 
     def units(self) -> list[nn.Module]:
         return list(self.model.model.layers)
+
+
+class _Rows(torch.autograd.Function):
+    """A matrix as it is, whose rows before `first` get no gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, first: int) -> Tensor:
+        ctx.first = first
+        return weight.view_as(weight)
+
+    @staticmethod
+    def backward(ctx: Any, *slopes: Tensor) -> tuple[Tensor, None]:
+        slope = slopes[0].clone()
+        slope[: ctx.first] = 0
+        return slope, None
 
 
 def _attend(
@@ -156,13 +182,14 @@ def _attend(
     documents: Tensor,
     longest: int,
     share: Share | None = None,
+    backend: Backend | None = None,
     **_: object,
 ) -> tuple[Tensor, None]:
     """transformers' attention call, (1, H, T, E), over the documents of a pack."""
     q, k, v = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
     if share is not None:
         return share.attend(q, k, v, scaling).unsqueeze(0), None
-    return varlen_attention(q, k, v, documents, longest, scale=scaling).unsqueeze(0), None
+    return varlen_attention(q, k, v, documents, longest, scale=scaling, backend=backend).unsqueeze(0), None
 
 
 def register_attention() -> None:

@@ -17,11 +17,13 @@ from difflib import get_close_matches
 from functools import cache
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import Discriminator, Field, Tag, TypeAdapter, ValidationError
 
 from mllm.annotators import Annotator, DiscreteCodes, FrozenFeatures, ReferenceLogProbs
 from mllm.objectives import NextToken, Objective
 from mllm.vlm import VLM
+from ops.attention import Backend
+from ops.ring import ContextBy, heads_fit
 from pipelines.corpora import Corpus
 from pipelines.manifest import Manifest
 from pipelines.order import BySize, ByWeight, Drawn, Sampling, Scheduled
@@ -63,21 +65,91 @@ Duration = Annotated[Epochs | Steps | Tokens, Field(discriminator="kind")]
 
 @spec
 class Full:
-    """Train every weight of a part."""
+    """Train every weight of a part.
+
+    `layer_decay` multiplies the rate once for each layer between a weight's and the last (BEiT, arXiv:2106.08254, app. H).
+    `first_row` trains an embedding's or head's rows from that one on and leaves those before as they are: new words only.
+    """
 
     kind: Literal["full"] = "full"
     lr: Rate
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
+    first_row: Annotated[int, Field(ge=0)] = 0
+
+    def __post_init__(self) -> None:
+        if self.first_row and self.weight_decay:
+            raise ValueError(
+                f"first_row={self.first_row} leaves rows before it as they are, and weight_decay={self.weight_decay} would "
+                "shrink them; set weight_decay to 0"
+            )
+
+
+@spec
+class LoRA:
+    """Train low-rank additions to the matrices of a part's linear layers (arXiv:2106.09685), which stay as they are.
+
+    They are merged into the weights when the stage's result is used: by the next stage, an export, an evaluation elsewhere.
+    `dora` trains each row's length as well (arXiv:2402.09353). `layers` are the last names of those meant, such as q_proj and
+    v_proj; all of the part's, if there are none, but for a language model's head.
+    """
+
+    kind: Literal["lora"] = "lora"
+    lr: Rate
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    rank: Positive = 64
+    alpha: Positive = 128
+    dora: bool = False
+    layers: tuple[str, ...] = ()
+
+
+@spec
+class Frozen:
+    """Leave a part as it is that lies within another."""
+
+    kind: Literal["frozen"] = "frozen"
+
+
+def _kind(tuning: Any) -> str:
+    """A tuning without a kind is `Full`: `{"lr": 1e-5}` says enough."""
+    return tuning.get("kind", "full") if isinstance(tuning, dict) else getattr(tuning, "kind", "full")
+
+
+Tuning = Annotated[
+    Annotated[Full, Tag("full")] | Annotated[LoRA, Tag("lora")] | Annotated[Frozen, Tag("frozen")], Discriminator(_kind)
+]
 
 
 @spec
 class AdamW:
-    """AdamW (arXiv:1711.05101) with VILA's defaults; gradients clipped to norm `clip`."""
+    """AdamW (arXiv:1711.05101) with VILA's defaults; gradients clipped to norm `clip`.
+
+    With `bits` 8 its moments are kept in blocks of eight-bit numbers (arXiv:2110.02861), a quarter of their memory.
+    """
 
     kind: Literal["adamw"] = "adamw"
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
     clip: Rate = 1.0
+    bits: Literal[8, 32] = 32
+
+
+@spec
+class Muon:
+    """Muon (Jordan et al., 2024) for the matrices within layers, AdamW for everything else.
+
+    A matrix of A x B moves by 0.2 * sqrt(max(A, B)) times its rate, about as far as with AdamW, so that one rate serves
+    both (Moonlight, arXiv:2502.16982, 2.2).
+    """
+
+    kind: Literal["muon"] = "muon"
+    momentum: Share = 0.95
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    clip: Rate = 1.0
+
+
+Optimizer = Annotated[AdamW | Muon, Field(discriminator="kind")]
 
 
 @spec
@@ -132,17 +204,14 @@ Recompute = Literal["none", "selective", "full"]
 """Activations inside a unit: kept; all but the products of matrices and attention computed again; all computed again."""
 
 
-ContextBy = Literal["ring", "ulysses"]
-"""Keys and values travel round the ranks (arXiv:2310.01889), or heads are dealt to ranks (arXiv:2309.14509)."""
-
-
 @spec
 class FSDP:
     """Fully sharded data parallelism (FSDP2). Master weights and reductions are float32; `dtype` is what layers compute in.
 
     `shard` is how many ranks hold one copy between them: None for all, fewer for hybrid sharding (best: the GPUs of a node),
     where each group has a copy. `recompute` trades time for the memory of activations. `offload` keeps weights and
-    optimiser states in the host's memory. `compile` compiles each unit by itself (regional compilation). `context` is how
+    optimiser states in the host's memory. `compile` compiles each unit by itself (regional compilation). `float8` multiplies
+    the language model's matrices in eight bits, each scaled by its greatest number (arXiv:2209.05433). `context` is how
     many neighbouring ranks share each pack's positions between them, for packs whose activations one rank cannot hold.
     """
 
@@ -152,6 +221,7 @@ class FSDP:
     shard: Positive | None = None
     offload: bool = False
     compile: bool = False
+    float8: bool = False
     context: Positive = 1
     context_by: ContextBy = "ring"
 
@@ -212,18 +282,20 @@ class Stage:
     `context` is the length of a pack in tokens and `max_tiles` its tiles; a step is `tokens_per_step // context` packs,
     whatever the number of workers. `window` rows are shuffled and packed together, read in runs of `chunk`. `sampling` None
     goes by weight where sources have one, else by size; `grouping` says which samples may share a pack; `annotators` are
-    models that run in the pipeline.
+    models that run in the pipeline. With `ema` the stage's result is the moving average of its weights, each step's entering by
+    1 - `ema`. `attention` asks for a backend, where the best that a machine has is not meant.
     """
 
     name: str
     mixture: tuple[Source, ...]
-    tune: dict[str, Full]
+    tune: dict[str, Tuning]
     context: Positive
     tokens_per_step: Positive
     max_tiles: Positive = 16
     duration: Duration = Epochs()
     objective: Objective = NextToken()
-    optimizer: AdamW = AdamW()
+    optimizer: Optimizer = AdamW()
+    ema: Annotated[float, Field(gt=0, lt=1)] | None = None
     schedule: Schedule = Cosine()
     parallel: Parallel = FSDP()
     sampling: Sampling | None = None
@@ -232,12 +304,19 @@ class Stage:
     window: Positive = 1024
     chunk: Positive = 32
     save_every: Positive = 200
+    attention: Backend | None = None
 
     def __post_init__(self) -> None:
         if not self.mixture:
             raise ValueError(f"stage {self.name!r} has an empty mixture; give it at least one Source")
-        if not self.tune:
+        if all(isinstance(how, Frozen) for how in self.tune.values()):
             raise ValueError(f"stage {self.name!r} trains nothing; name a part in tune")
+        if isinstance(self.parallel, ZeRO) and self.ema is not None:
+            raise ValueError(f"stage {self.name!r}: ema averages shards that ZeRO keeps to itself; take FSDP or DDP")
+        if isinstance(self.parallel, ZeRO) and (isinstance(self.optimizer, Muon) or self.optimizer.bits == 8):
+            raise ValueError(
+                f"stage {self.name!r}: ZeRO steps by a plain AdamW; take FSDP or DDP for {self.optimizer.kind}"
+            )
         if self.tokens_per_step < self.context:
             raise ValueError(
                 f"stage {self.name!r}: tokens_per_step={self.tokens_per_step} is less than one pack of context={self.context}"
@@ -286,6 +365,10 @@ class Recipe:
                     f"stage {stage.name!r}: one tile is {layout.tokens_per_tile} tokens and a pack holds {stage.context}; "
                     "raise context or choose a smaller tiling"
                 )
+            parallel, arch = stage.parallel, self.model.lm.arch
+            by, ranks = (parallel.context_by, parallel.context) if isinstance(parallel, FSDP) else ("ring", 1)
+            if reason := heads_fit(by, ranks, arch.heads, arch.kv_heads):
+                raise ValueError(f"stage {stage.name!r}: {reason}")
             if stage.context > self.model.lm.arch.context:
                 raise ValueError(
                     f"stage {stage.name!r}: context={stage.context} exceeds the language model's {self.model.lm.arch.context}"
@@ -359,7 +442,9 @@ def fingerprint(recipe: Recipe, stage: Stage, before: str) -> str:
     """Names a stage by all that decides its result: itself, the model, the data's shape, and the stage before it."""
     words = json.loads(dump(recipe))
     mine = next(s for s in words["stages"] if s["name"] == stage.name)
-    del mine["save_every"]  # how often a run saves changes nothing of what it learns
+    for how in ("save_every", "attention"):  # how a run is done changes nothing of what it learns
+        del mine[how]
+    mine["parallel"] = {name: mine["parallel"].get(name) for name in ("dtype", "float8")}
     for annotator in mine["annotators"]:
         annotator.pop("cache", None)  # nor does where features are kept
     text = json.dumps([words["model"], words["tiling"], words["seed"], mine, before], sort_keys=True)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Literal
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -38,6 +40,21 @@ class VLM:
     def build(self, folder: Folder = str) -> VisionLanguageModel:
         """The module, float32, on the current default device; `folder` finds the weights that the parts name."""
         return VisionLanguageModel(self, folder)
+
+    def meta(self) -> VisionLanguageModel:
+        """The module without memory: shapes alone, nothing is read."""
+        with torch.device("meta"):
+            return self._bare().build()
+
+    def empty(self) -> VisionLanguageModel:
+        """The module in memory that nobody has written to, for weights that come from elsewhere. Nothing is read."""
+        model = self.meta().to_empty(device="cpu")
+        model.lm.model.tie_weights()  # which memory of their own has parted
+        return model
+
+    def _bare(self) -> VLM:
+        lm = replace(self.lm, weights=None, tokenizer=self.lm.text_codec)
+        return replace(self, encoder=replace(self.encoder, weights=None), lm=lm)
 
 
 class VisionLanguageModel(nn.Module):

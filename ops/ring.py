@@ -182,7 +182,7 @@ class _Ring(torch.autograd.Function):
         return by_q.to(q.dtype), *gathered.to(k.dtype), None, None, None
 
 
-_ring: Callable[..., Tensor] = torch.compiler.disable(_Ring.apply)
+_ring: Any = torch.compiler.disable(_Ring.apply)
 """A compiler cannot follow what ranks send each other."""
 
 

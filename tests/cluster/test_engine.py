@@ -14,7 +14,7 @@ from cluster.engines import Engine, build_engine, mesh_shape
 from cluster.site import Site
 from cluster.worker import empty_pack, evaluation_of
 from mllm.annotators import DiscreteCodes, FrozenFeatures, Recaption, ScoreFilter
-from mllm.recipe import DDP, FSDP, Recipe, Stage
+from mllm.recipe import DDP, FSDP, Full, LoRA, Muon, Recipe, Stage
 from pipelines.types import Pack, Position
 from pipelines.windows import PackWindows, Stream
 from tests.cluster.processes import on_ranks
@@ -110,6 +110,83 @@ def test_ranks_that_share_packs_give_the_curve_of_whole_packs(
     other = replace(stage, parallel=parallel)
     for reports in on_ranks(world, train, recipe, other, stream, 3, str(tmp_path / "other"), False):
         assert reports == [pytest.approx(pair, rel=1e-4) for pair in whole]
+
+
+def trained_with(recipe: Recipe, stage: Stage, stream: Stream, steps: int, folder: str) -> list[float]:
+    """Losses of steps, the last of them after a checkpoint was written and a fresh engine has read it."""
+    packs = list(PackWindows(stream).packs(0))
+    torch.manual_seed(dist.get_rank())  # only rank 0's weights may count
+    engine = build_engine(recipe.model.build() if dist.get_rank() == 0 else recipe.model.empty(), stage, 2, CPU)
+    losses = [engine.train_step(share(packs, 4, step), 1.0).loss for step in range(steps - 1)]
+    manifest = Manifest(
+        run="r", stage=stage.name, fingerprint="f", order="o", step=1, world=1, final=False, versions={}
+    )
+    path = checkpoint.save(Path(folder), engine.state(), TrainState(step=1), manifest)
+    fresh = engine_of(recipe, stage)
+    state = fresh.state()
+    checkpoint.load(path, state)
+    fresh.load_state(state)
+    return [*losses, fresh.train_step(share(packs, 4, steps - 1), 1.0).loss]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"optimizer": Muon()},
+        {"tune": {"lm": LoRA(lr=1e-2, rank=4), "connector": Full(lr=1e-3)}},
+        {"ema": 0.9, "tune": {"encoder": Full(lr=1e-3, layer_decay=0.5), "lm.head": Full(lr=1e-2)}},
+    ],
+    ids=["muon", "lora", "ema"],
+)
+def test_ways_of_training_know_no_number_of_ranks_either(
+    recipe: Recipe, stream: Stream, tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    stage = replace(recipe.stage("pretrain"), **changes)
+    one = on_ranks(1, trained_with, recipe, stage, stream, 4, str(tmp_path / "one"))[0]
+    assert one[-1] < one[0]
+    for losses in on_ranks(2, trained_with, recipe, stage, stream, 4, str(tmp_path / "two")):
+        assert losses == pytest.approx(one, rel=1e-3)
+
+
+def averaged(recipe: Recipe, stage: Stage, stream: Stream) -> float:
+    """How far the weights that a stage of two steps leaves lie from an average that is kept by hand."""
+    packs = list(PackWindows(stream).packs(0))
+    engine = engine_of(recipe, stage)
+    by_hand = {name: value.full_tensor().clone() for name, value in engine.model_state().items()}
+    for step in range(2):
+        engine.train_step(share(packs, 4, step), 1.0)
+        for name, value in engine.model_state().items():
+            by_hand[name] = 0.75 * by_hand[name] + 0.25 * value.full_tensor()
+    engine.finish()
+    left = {name: value.full_tensor() for name, value in engine.model_state().items()}
+    return max(float((value - by_hand[name]).abs().max()) for name, value in left.items())
+
+
+def test_a_stage_with_averages_ends_as_the_average_of_its_weights(recipe: Recipe, stream: Stream) -> None:
+    stage = replace(recipe.stage("pretrain"), ema=0.75)
+    assert on_ranks(2, averaged, recipe, stage, stream) == pytest.approx([0.0, 0.0], abs=1e-6)
+    without = on_ranks(2, averaged, recipe, replace(stage, ema=None), stream)
+    assert min(without) > 1e-4
+
+
+def guarded(recipe: Recipe, stage: Stage, stream: Stream) -> tuple[list[bool], bool, bool]:
+    """Whether each of three steps was taken where the second has a number that is none, and what moved when."""
+    packs = list(PackWindows(stream).packs(0))
+    engine = engine_of(recipe, stage)
+    pictures = next(p for p in packs if len(p.tiles))
+    broken = replace(pictures, weights=pictures.weights * float("nan"))
+    taken = [engine.train_step([pictures], 1.0).taken]
+    before = {name: value.full_tensor().clone() for name, value in engine.model_state().items()}
+    taken.append(engine.train_step([broken if dist.get_rank() else pictures], 1.0).taken)
+    kept = all(torch.equal(value.full_tensor(), before[name]) for name, value in engine.model_state().items())
+    taken.append(engine.train_step([pictures], 1.0, lambda loss, norm: loss < 100 and norm > 0).taken)
+    moved = any(not torch.equal(value.full_tensor(), before[name]) for name, value in engine.model_state().items())
+    return taken, kept, moved
+
+
+def test_a_step_without_numbers_is_not_taken_on_any_rank(recipe: Recipe, stream: Stream) -> None:
+    for result in on_ranks(2, guarded, recipe, recipe.stage("pretrain"), stream):
+        assert result == ([True, False, True], True, True)
 
 
 def test_ranks_that_do_not_divide_into_groups_are_refused() -> None:

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from mllm.objectives import NextToken
-from mllm.recipe import Full, Recipe
-from mllm.tune import apply_tuning, describe
+from mllm.recipe import Recipe
+from mllm.tune import apply_tuning
 from mllm.vlm import VisionLanguageModel
 from pipelines.types import IMAGE_TOKEN, Batch, Pack, Sample
 from pipelines.windows import PackWindows
@@ -80,23 +80,6 @@ def test_a_pipeline_of_another_model_is_refused(model: VisionLanguageModel, pack
     batch.tiles = torch.cat([batch.tiles, batch.tiles])
     with pytest.raises(ValueError, match="36 image positions and the encoder gave 72 visual tokens"):
         model(batch)
-
-
-def test_a_part_that_the_model_lacks_is_refused_with_those_it_has(model: VisionLanguageModel) -> None:
-    with pytest.raises(ValueError, match="no part 'conector'; did you mean 'connector'"):
-        apply_tuning(model, {"conector": Full(lr=1)})
-
-
-def test_the_most_exact_name_decides_a_learning_rate(recipe: Recipe) -> None:
-    model = recipe.model.build()
-    groups = apply_tuning(model, {"lm": Full(lr=1e-3), "lm.head": Full(lr=1e-2)})
-    assert {g.part: g.lr for g in groups} == {"lm": 1e-3, "lm.head": 1e-2}
-    assert sum(len(g.parameters) for g in groups) == len(list(model.lm.parameters()))
-    assert [(r.part, r.frozen == 0) for r in describe(model, {"lm": Full(lr=1e-3)})] == [
-        ("encoder", False),
-        ("connector", False),
-        ("lm", True),
-    ]
 
 
 def test_over_fitting_two_documents_learns_them(recipe: Recipe, packs: PackWindows) -> None:
