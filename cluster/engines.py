@@ -312,7 +312,7 @@ def _inside(parameter: nn.Parameter, units: Sequence[nn.Module]) -> bool:
 
 def _to_float8(model: VisionLanguageModel) -> None:
     """Let the language model's layers multiply in eight bits; kernels take sides that are multiples of 16."""
-    from torchao.float8 import convert_to_float8_training
+    from torchao.float8 import convert_to_float8_training  # pyright: ignore[reportMissingImports] -- an extra
 
     def fits(module: nn.Module, _: str) -> bool:
         return isinstance(module, nn.Linear) and not (module.in_features % 16 or module.out_features % 16)

@@ -35,7 +35,7 @@ def build_optimizers(
         case AdamW(bits=32):
             return [torch.optim.AdamW(options(everything), betas=how.betas, eps=how.eps, fused=True)]
         case AdamW():
-            from torchao.optim import AdamW8bit
+            from torchao.optim import AdamW8bit  # pyright: ignore[reportMissingImports] -- an extra
 
             return [AdamW8bit(options(everything), betas=how.betas, eps=how.eps)]
         case Muon():

@@ -575,11 +575,11 @@ class Batch:
     """A pack as tensors on a device, with no batch dimension.
 
     `input_ids`, `labels`, `positions` int64 (T,); `visual` bool (T,) marks positions that hold visual features;
-    `cu_seqlens` int32 (S+1,); `sources`, `classes` int64, `branches` int8, `weights` float32, all (S,); `cuts` int32 (I, 7)
-    as in `Pack`; `tiles` uint8 (max(N, 1), 3, H, W) -- a batch without images carries one blank tile, whose features the
-    model multiplies by zero, so that every rank runs the same modules. `features` bfloat16 (max(N, 1), P, D) and
-    `references` float32 (S,) where annotators made them. With a `share` the batch holds some positions of its pack and some
-    of its tiles, as many on each rank that shares it; what is said of documents stays whole.
+    `cu_seqlens` int32 (S+1,); `sources`, `classes` int64, `branches` int8, `weights` float32 and `pictured` bool (whether it
+    has pictures), all (S,); `cuts` int32 (I, 7) as in `Pack`; `tiles` uint8 (max(N, 1), 3, H, W) -- a batch without images
+    carries one blank tile, whose features the model multiplies by zero, so that every rank runs the same modules. `features`
+    bfloat16 (max(N, 1), P, D) and `references` float32 (S,) where annotators made them. With a `share` the batch holds some
+    positions of its pack and some of its tiles, as many on each rank that shares it; what is said of documents stays whole.
     """
 
     input_ids: Tensor
@@ -593,6 +593,7 @@ class Batch:
     branches: Tensor
     classes: Tensor
     weights: Tensor
+    pictured: Tensor
     tiles: Tensor
     cuts: Tensor
     features: Tensor | None = None
@@ -622,6 +623,7 @@ class Batch:
             classes=on(np.full(1, -1) if blank else pack.classes).long(),
             branches=on(np.zeros(1, np.int8) if blank else pack.branches),
             weights=on(np.ones(1, np.float32) if blank else pack.weights),
+            pictured=on(np.logical_or.reduceat(ids == IMAGE_TOKEN, cu_seqlens[:-1])),
             tiles=on(tiles),
             cuts=on(pack.cuts),
             features=None if pack.features is None else on(_lively(pack.features).view(np.int16)).view(torch.bfloat16),

@@ -1,13 +1,17 @@
 """The model over packs: documents are alone in company, gradients are where the stage says, counts are the layout's."""
 
+import random
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
 
-from mllm.objectives import NextToken
+from mllm.objectives import Ids, NextToken
 from mllm.recipe import Recipe
 from mllm.tune import apply_tuning
 from mllm.vlm import VisionLanguageModel
@@ -39,6 +43,52 @@ def test_a_documents_loss_in_a_pack_is_its_loss_alone(model: VisionLanguageModel
         alone = NextToken()(model, Batch.of(together(packs, [sample])))
         torch.testing.assert_close(packed.documents[place], alone.documents[0], rtol=1e-5, atol=1e-5)
     assert packed.sum.item() == pytest.approx(float(packed.documents[:, 0].sum()), rel=1e-5)
+
+
+WEIGHTED = NextToken(z_loss=1e-3, text_alone=0.5, codes=Ids(first=300, last=900), codes_weight=3.0)
+
+
+@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(st.integers(0, 3), min_size=5, max_size=5), st.randoms(use_true_random=False))
+def test_sums_weights_and_gradients_do_not_know_how_documents_are_packed(
+    model: VisionLanguageModel, packs: PackWindows, places: list[int], dice: random.Random
+) -> None:
+    samples = [
+        replace(sample, weight=weight) for sample, weight in zip(samples_of(packs), (1, 2, 1, 3, 1), strict=True)
+    ]
+    expected = sums([samples], model, packs)
+    spread = [[sample for sample, place in zip(samples, places, strict=True) if place == n] for n in range(4)]
+    for pack in spread:
+        dice.shuffle(pack)
+    for ours, theirs in zip(sums(spread, model, packs), expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=2e-4, atol=2e-4)
+
+
+def sums(spread: list[list[Sample]], model: VisionLanguageModel, packs: PackWindows) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss, weight and some gradients, summed over packs as an engine does."""
+    model.zero_grad()
+    outputs = [WEIGHTED(model, Batch.of(together(packs, samples))) for samples in spread]
+    for output in outputs:
+        output.sum.backward()
+    gradients = [p.grad.flatten()[:2000] for p in model.connector.parameters() if p.grad is not None]
+    assert model.lm.head.grad is not None
+    total = torch.stack([output.sum.detach() for output in outputs]).sum()
+    weight = torch.stack([output.weight for output in outputs]).sum()
+    return total, weight, torch.cat([*gradients, model.lm.head.grad.flatten()[:2000]])
+
+
+def test_modalities_count_as_often_as_they_are_said_to(model: VisionLanguageModel, packs: PackWindows) -> None:
+    samples = samples_of(packs)
+    plain = NextToken()(model, Batch.of(together(packs, samples)))
+    pictured, text = plain.documents[:3], plain.documents[3:]
+    halved = NextToken(text_alone=0.5)(model, Batch.of(together(packs, samples)))
+    assert halved.sum.item() == pytest.approx(float(pictured[:, 0].sum() + text[:, 0].sum() / 2), rel=1e-5)
+    assert halved.weight.item() == pytest.approx(float(pictured[:, 1].sum() + text[:, 1].sum() / 2))
+    batch = Batch.of(together(packs, samples))
+    tripled = NextToken(codes=Ids(first=300, last=900), codes_weight=3.0)(model, batch)
+    codes = int(((batch.labels >= 300) & (batch.labels <= 900)).sum())
+    assert 0 < codes < plain.weight.item()
+    assert tripled.weight.item() == pytest.approx(plain.weight.item() + 2 * codes)
 
 
 def test_packs_hold_the_visual_tokens_that_the_layout_counts(recipe: Recipe, packs: PackWindows) -> None:
