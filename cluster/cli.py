@@ -76,6 +76,8 @@ class Plan:
             print(f"  {'workers':>10} {'packs each':>11} {'memory a GPU (estimate)':>25}")
             for world, packs in stage.accumulation.items():
                 print(f"  {world:>10} {packs:>11} {stage.memory[world] / 2**30:>21.1f} GiB")
+        for why in result.refused:
+            print(f"\nnot here: {why}")
 
 
 @dataclass

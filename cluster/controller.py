@@ -26,6 +26,7 @@ from cluster.journal import (
 )
 from cluster.metrics import Evaluation, RunFolder
 from cluster.plan import meta_model
+from cluster.preflight import refusals, this_machine
 from cluster.schedule import planned_steps
 from cluster.site import Site
 from cluster.worker import DATASET, StageJob, failure_file, train_worker
@@ -72,8 +73,11 @@ class Controller:
     def prepare(self) -> RunState:
         """Check everything that can be checked before a worker starts. Returns the run's state so far.
 
-        Raises RunError when the folder holds a run of another recipe, SiteError when corpora or tokenizer are not there.
+        Raises RunError when this machine cannot train it or the folder holds a run of another recipe, SiteError when corpora
+        or tokenizer are not there.
         """
+        if refused := refusals(self.recipe, self.site.workers, this_machine()):
+            raise RunError(f"recipe {self.recipe.name!r} cannot be trained here: {'; '.join(refused)}")
         self._same_recipe()
         self.jobs = self._jobs()
         return self.journal.state()

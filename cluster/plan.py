@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from cluster.preflight import refusals, this_machine
 from cluster.schedule import accumulation, planned_steps
 from cluster.site import Site, SiteError
 from mllm.recipe import Recipe, Stage, Tokens
@@ -35,11 +36,12 @@ class StagePlan:
 
 @spec
 class Plan:
-    """A recipe on a site."""
+    """A recipe on a site. `refused` says why this machine could not train it with the site's workers."""
 
     recipe: str
     tokens_per_image: str
     stages: tuple[StagePlan, ...]
+    refused: tuple[str, ...]
 
 
 def plan(recipe: Recipe, site: Site, worlds: Iterable[int] = WORLDS) -> Plan:
@@ -50,6 +52,7 @@ def plan(recipe: Recipe, site: Site, worlds: Iterable[int] = WORLDS) -> Plan:
         recipe=recipe.name,
         tokens_per_image=f"{layout.tokens_per_tile} tokens a tile of {layout.tile} x {layout.tile} pixels",
         stages=tuple(_stage(recipe, stage, site, model, tuple(worlds)) for stage in recipe.stages),
+        refused=refusals(recipe, site.workers, this_machine()),
     )
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import multiprocessing
+import queue
 import tempfile
+import time
 import traceback
 from collections.abc import Callable
 from multiprocessing.queues import Queue
@@ -20,8 +22,15 @@ PRELOAD = [
 ]
 
 
+DEADLINE = 120.0
+"""Seconds within which ranks must be done: they wait for each other for ever if one of them skips a collective."""
+
+
 def on_ranks(world: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
-    """`function(*arguments)` on each of `world` ranks of a process group; their results in rank order."""
+    """`function(*arguments)` on each of `world` ranks of a process group; their results in rank order.
+
+    Fails with the first rank's traceback, or after `DEADLINE` seconds.
+    """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)  # imports are most of a fresh process's first seconds
     results: Queue[tuple[int, Any, str]] = context.Queue()
@@ -32,13 +41,30 @@ def on_ranks(world: int, function: Callable[..., Any], *arguments: Any) -> list[
         ]
         for process in started:
             process.start()
-        collected = [results.get(timeout=120) for _ in started]
-        for process in started:
-            process.join(timeout=30)
-    for rank, _, error in collected:
+        try:
+            values = _collect(results, world)
+            for process in started:
+                process.join(timeout=30)
+        finally:
+            for process in started:
+                process.kill()
+                process.join()
+    return [values[rank] for rank in range(world)]
+
+
+def _collect(results: Queue[tuple[int, Any, str]], world: int) -> dict[int, Any]:
+    values: dict[int, Any] = {}
+    ends = time.monotonic() + DEADLINE
+    while len(values) < world:
+        try:
+            rank, value, error = results.get(timeout=max(0.0, ends - time.monotonic()))
+        except queue.Empty:
+            late = sorted(set(range(world)) - set(values))
+            raise AssertionError(f"ranks {late} of {world} have not come to an end in {DEADLINE:.0f} s") from None
         if error:
             raise AssertionError(f"rank {rank}:\n{error}")
-    return [value for _, value, _ in sorted(collected, key=lambda item: item[0])]
+        values[rank] = value
+    return values
 
 
 def _rank(

@@ -1,0 +1,72 @@
+"""What a recipe asks of a machine, asked before any worker starts: engines, precisions, kernels, numbers of ranks."""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+from collections.abc import Iterator
+
+import torch
+
+from cluster.engines import context_of, mesh_shape
+from mllm.recipe import DDP, FSDP, AdamW, Recipe, Stage, ZeRO
+from ops.attention import Backend, available, chosen
+from pipelines.types import spec
+
+
+@spec
+class Machine:
+    """What decides whether a stage can run. `gpu` is the compute capability, None without a GPU."""
+
+    gpu: tuple[int, int] | None
+    packages: frozenset[str]
+    compiler: bool
+    attention: dict[Backend, str]
+
+
+def this_machine() -> Machine:
+    names = ("deepspeed", "torchao")
+    gpu = torch.cuda.get_device_capability() if torch.cuda.is_available() else None
+    return Machine(
+        gpu=gpu,
+        packages=frozenset(name for name in names if importlib.util.find_spec(name)),
+        compiler=gpu is not None or shutil.which("g++") is not None or shutil.which("clang++") is not None,
+        attention=available(),
+    )
+
+
+def refusals(recipe: Recipe, world: int, machine: Machine) -> tuple[str, ...]:
+    """Why `recipe` cannot be trained by `world` such machines: what is missing, and the nearest choice. Empty if it can."""
+    return tuple(f"stage {stage.name!r} {why}" for stage in recipe.stages for why in _refused(stage, world, machine))
+
+
+def _refused(stage: Stage, world: int, machine: Machine) -> Iterator[str]:
+    parallel = stage.parallel
+    if isinstance(parallel, ZeRO) and "deepspeed" not in machine.packages:
+        yield "asks for ZeRO, and DeepSpeed is not installed; pip install 'mllm[zero]', or take FSDP, which shards alike"
+    if isinstance(parallel, FSDP | DDP):
+        try:
+            mesh_shape(parallel, world)
+        except ValueError as error:
+            yield f"cannot be laid out: {error}"
+    if world % context_of(parallel):
+        yield f"cannot share packs: {world} workers are no groups of context={context_of(parallel)}; take a multiple"
+    if isinstance(parallel, FSDP) and parallel.float8:
+        if machine.gpu is None or machine.gpu < (8, 9):
+            yield f"asks for float8, which needs a GPU of compute capability 8.9, and {_has(machine)}; take bfloat16"
+        elif "torchao" not in machine.packages:
+            yield "asks for float8, and torchao is not installed; pip install 'mllm[float8]', or take bfloat16"
+    if parallel.dtype == "bfloat16" and machine.gpu is not None and machine.gpu < (8, 0):
+        yield f"computes in bfloat16, which needs compute capability 8.0, and {_has(machine)}; take dtype float32"
+    if isinstance(parallel, FSDP | DDP) and parallel.compile and not machine.compiler:
+        yield "asks for compile, and there is no C++ compiler; install g++, or leave compile away"
+    if isinstance(stage.optimizer, AdamW) and stage.optimizer.bits == 8 and "torchao" not in machine.packages:
+        yield "keeps moments in 8 bits, and torchao is not installed; pip install 'mllm[float8]', or take 32"
+    if stage.attention is not None and (reason := machine.attention[stage.attention]):
+        device = torch.device("cpu" if machine.gpu is None else "cuda")
+        nearest = chosen(device, torch.bfloat16 if parallel.dtype == "bfloat16" else torch.float32)
+        yield f"asks for attention by {stage.attention}, which {reason}; {nearest} is the best here"
+
+
+def _has(machine: Machine) -> str:
+    return "there is none" if machine.gpu is None else f"this one has {machine.gpu[0]}.{machine.gpu[1]}"
