@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import os
 import time
+import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,7 +18,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
-from torch.utils.checkpoint import set_checkpoint_early_stop
 
 from cluster.engines import WRAPPED, StepReport, Trained, _recompute
 from mllm.objectives import LossOutput
@@ -106,6 +106,9 @@ class ZeroEngine:
             "stage": parallel.stage,
             "reduce_bucket_size": min(BUCKET, trained),
             "stage3_param_persistence_threshold": WHOLE_BELOW * model.lm.width,
+            # Stage 3's own linear layers let go of gathered weights until backward, as computing again does by itself; they
+            # add biases in place, to products that selective recomputing has kept, and would add them twice.
+            "memory_efficient_linear": parallel.recompute == "none",
         }
         if parallel.offload and self.device.type != "cpu":
             zero["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
@@ -131,7 +134,7 @@ class ZeroEngine:
             self.engine.set_gradient_accumulation_boundary(number == len(packs) - 1)
             batch = Batch.of(pack, self.device)
             output = self._loss(batch)
-            self.engine.backward(output.sum)
+            self._backward(output.sum)
             totals += torch.stack([output.sum.detach(), output.weight]).double()
             sums.index_add_(0, batch.sources, output.documents.double())
         dist.all_reduce(totals)
@@ -149,6 +152,13 @@ class ZeroEngine:
             sources=sums.cpu(),
             seconds=time.perf_counter() - started,
         )
+
+    def _backward(self, loss: Tensor) -> None:
+        from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
+
+        depth = len(FWD_MODULE_STACK)
+        self.engine.backward(loss)
+        del FWD_MODULE_STACK[depth:]  # computing again stops inside a module, which stage 3 would list for ever
 
     @contextmanager
     def _divided(self, by: float) -> Iterator[None]:
@@ -169,10 +179,7 @@ class ZeroEngine:
             self.optimizer.loss_scale = 1.0
 
     def _loss(self, batch: Batch) -> LossOutput:
-        # Stage 3 gathers before a module's forward and lets go after it, also when activations are computed again; that
-        # must then not end in the middle of a module.
-        with set_checkpoint_early_stop(False) if self.level == 3 else nullcontext():
-            total, weight, documents = self.engine(batch)
+        total, weight, documents = self.engine(batch)
         return LossOutput(sum=total, weight=weight, documents=documents)
 
     @torch.no_grad()
@@ -242,7 +249,6 @@ class ZeroEngine:
 
     def _begin_moments(self) -> None:
         """Moments from the beginning, so that a checkpoint has a place to be read into before the first step."""
-        self._flat_states = []
         for flat in self._flat_masters():
             state = self.optimizer.state[flat]
             state["step"] = torch.zeros((), dtype=torch.float32)
@@ -307,7 +313,7 @@ class ZeroEngine:
         filled = local.new_zeros(rows, *piece.shape[1:])
         filled[: len(local)] = local
         whole = local.new_empty(rows * self.world, *piece.shape[1:])
-        dist.all_gather_into_tensor(whole, filled)
+        dist.all_gather(list(whole.split(rows)), filled)
         return whole[: len(piece)]
 
 
@@ -323,6 +329,8 @@ def _deepspeed(stage: str, device: torch.device) -> Any:
             f"stage {stage!r} has parallel=ZeRO(...) and deepspeed is not installed here ({error}): pip install mllm[zero]; "
             "the nearest choice without it is parallel=FSDP()"
         ) from error
+    # It calls torch's collectives by names that torch is taking out of use.
+    warnings.filterwarnings("ignore", "`torch.distributed.* is deprecated", FutureWarning)
     if device.type == "cpu":
         # A faster sum over ranks of one machine, which training never asks for, would be compiled for a minute.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
