@@ -74,10 +74,7 @@ class ZeroEngine:
             for unit in model.units():
                 _recompute(model, unit, parallel.recompute)
         adam = torch.optim.AdamW(
-            [
-                {"params": g.parameters, "lr": g.lr, "peak": g.lr, "weight_decay": g.weight_decay}
-                for g in self.groups
-            ],
+            [{"params": g.parameters, "lr": g.lr, "peak": g.lr, "weight_decay": g.weight_decay} for g in self.groups],
             betas=stage.optimizer.betas,
             eps=stage.optimizer.eps,
         )

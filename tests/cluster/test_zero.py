@@ -24,26 +24,36 @@ PLAIN += [ZeRO(stage=3, dtype="float32", recompute="none")]
 ALL_TRAINED = {"encoder": Full(lr=1e-4), "connector": Full(lr=1e-3), "lm": Full(lr=1e-3)}
 
 
+@pytest.fixture
+def small(recipe: Recipe) -> Recipe:
+    """The tiny recipe with a smaller model still: fifty steps in seconds, and so calm that rounding stays rounding."""
+    model = recipe.model
+    tower = replace(model.encoder.arch, hidden_size=32, layers=2, heads=2, intermediate_size=64)
+    decoder = replace(model.lm.arch, hidden_size=64, layers=2, heads=2, kv_heads=1, intermediate_size=128)
+    parts = replace(model, encoder=replace(model.encoder, arch=tower), lm=replace(model.lm, arch=decoder))
+    return replace(recipe, model=parts)
+
+
 def curves(
     recipe: Recipe, stage: Stage, ways: Sequence[Parallel], stream: Stream, steps: int
 ) -> list[list[tuple[float, float, int]]]:
-    """Of each way to train: loss, gradient norm and learned tokens of each step, three packs a step."""
+    """Of each way to train: loss, gradient norm and learned tokens of each step, two packs a step."""
     windows = PackWindows(stream)
-    packs = list(islice(cycle([*windows.packs(0), *windows.packs(1)]), 3 * steps))
+    packs = list(islice(cycle([*windows.packs(0), *windows.packs(1)]), 2 * steps))
     found = []
     for parallel in ways:
         engine = engine_of(recipe, replace(stage, parallel=parallel))
-        reports = [engine.train_step(share(packs, 3, step), 1.0) for step in range(steps)]
+        reports = [engine.train_step(share(packs, 2, step), 1.0) for step in range(steps)]
         found.append([(report.loss, report.grad_norm, report.learned) for report in reports])
     return found
 
 
-def test_fifty_steps_of_every_stage_follow_full_shards(recipe: Recipe, stream: Stream) -> None:
-    stage = recipe.stage("pretrain")
-    for shards, *zeros in on_ranks(2, curves, recipe, stage, [SHARDS, *PLAIN], stream, 50):
+def test_fifty_steps_of_every_stage_follow_full_shards(small: Recipe, stream: Stream) -> None:
+    stage = small.stage("pretrain")
+    for shards, *zeros in on_ranks(2, curves, small, stage, [SHARDS, *PLAIN], stream, 50):
         for reports in zeros:
-            assert reports == [pytest.approx(one, rel=1e-3) for one in shards]
-        assert shards[-1][0] < 0.8 * shards[0][0]  # a curve that fell has something to follow
+            assert reports == [pytest.approx(one, rel=1e-4) for one in shards]
+        assert shards[-1][0] < 0.9 * shards[0][0]  # a curve that fell has something to follow
 
 
 @pytest.mark.parametrize(
@@ -55,14 +65,14 @@ def test_fifty_steps_of_every_stage_follow_full_shards(recipe: Recipe, stream: S
     ids=["zero2-fsdp-zero3", "fsdp-zero1-zero3-zero2"],
 )
 def test_a_checkpoint_goes_on_in_the_other_engine_on_any_number_of_ranks(
-    recipe: Recipe, stream: Stream, tmp_path: Path, legs: list[tuple[Parallel, int, int]]
+    small: Recipe, stream: Stream, tmp_path: Path, legs: list[tuple[Parallel, int, int]]
 ) -> None:
-    stage = recipe.stage("pretrain")
-    whole = on_ranks(1, train, recipe, stage, stream, 5, str(tmp_path / "whole"), False)[0]
+    stage = small.stage("pretrain")
+    whole = on_ranks(1, train, small, stage, stream, 5, str(tmp_path / "whole"), False)[0]
     broken: list[tuple[float, float]] = []
     for number, (parallel, world, steps) in enumerate(legs):
         leg = replace(stage, parallel=parallel)
-        broken += on_ranks(world, train, recipe, leg, stream, steps, str(tmp_path / "legs"), number > 0)[0]
+        broken += on_ranks(world, train, small, leg, stream, steps, str(tmp_path / "legs"), number > 0)[0]
     assert broken == [pytest.approx(pair, rel=1e-4) for pair in whole]
 
 
@@ -91,29 +101,29 @@ def of_kinds(recipe: Recipe, stage: Stage, ways: Sequence[Parallel], stream: Str
 
 @pytest.mark.parametrize("tune", ["align", "pretrain", "all"])
 def test_ranks_with_different_kinds_of_packs_never_wait_for_each_other(
-    recipe: Recipe, stream: Stream, tune: str
+    small: Recipe, stream: Stream, tune: str
 ) -> None:
-    stage = recipe.stage("pretrain")
-    stage = replace(stage, tune=ALL_TRAINED if tune == "all" else recipe.stage(tune).tune)
+    stage = small.stage("pretrain")
+    stage = replace(stage, tune=ALL_TRAINED if tune == "all" else small.stage(tune).tune)
     ways = [SHARDS, ZeRO(stage=2, dtype="float32"), ZeRO(stage=3, dtype="float32")]
-    for shards, *zeros in on_ranks(3, of_kinds, recipe, stage, ways, stream):
+    for shards, *zeros in on_ranks(3, of_kinds, small, stage, ways, stream):
         for seen in zeros:
             assert seen == pytest.approx(shards, rel=1e-4)
 
 
-def test_recomputing_activations_changes_nothing(recipe: Recipe, stream: Stream) -> None:
-    stage = replace(recipe.stage("pretrain"), tune=ALL_TRAINED)
+def test_recomputing_activations_changes_nothing(small: Recipe, stream: Stream) -> None:
+    stage = replace(small.stage("pretrain"), tune=ALL_TRAINED)
     for level in (2, 3):
         ways = [ZeRO(stage=level, dtype="float32", recompute=how) for how in ("selective", "full", "none")]
-        selective, full, none = on_ranks(1, curves, recipe, stage, ways, stream, 2)[0]
+        selective, full, none = on_ranks(1, curves, small, stage, ways, stream, 2)[0]
         assert selective == [pytest.approx(one, rel=1e-5) for one in none]
         assert full == [pytest.approx(one, rel=1e-5) for one in none]
 
 
-def test_bfloat16_follows_float32(recipe: Recipe, stream: Stream) -> None:
-    stage = recipe.stage("pretrain")
+def test_bfloat16_follows_float32(small: Recipe, stream: Stream) -> None:
+    stage = small.stage("pretrain")
     ways: list[Parallel] = [SHARDS, *(ZeRO(stage=level, recompute="selective") for level in (1, 2, 3))]
-    for full, *halves in on_ranks(2, curves, recipe, stage, ways, stream, 4):
+    for full, *halves in on_ranks(2, curves, small, stage, ways, stream, 4):
         for half in halves:
             assert [one[0] for one in half] == pytest.approx([one[0] for one in full], rel=1e-2)
             assert [one[1] for one in half] == pytest.approx([one[1] for one in full], rel=5e-2)
@@ -135,9 +145,9 @@ def kept(recipe: Recipe, stage: Stage, level: int, cache: str) -> tuple[float, s
 
 @pytest.mark.parametrize("level", [1, 2, 3])
 def test_weights_in_bfloat16_have_masters_in_float32_and_nothing_is_compiled(
-    recipe: Recipe, tmp_path: Path, level: int
+    small: Recipe, tmp_path: Path, level: int
 ) -> None:
-    for far, words, compiled in on_ranks(2, kept, recipe, recipe.stage("align"), level, str(tmp_path)):
+    for far, words, compiled in on_ranks(2, kept, small, small.stage("align"), level, str(tmp_path)):
         assert far == 0
         assert "lacks ['connector.layers.0.bias']" in words
         assert compiled == []
@@ -148,10 +158,10 @@ def deepspeed_is_there() -> bool:
 
 
 def test_engines_come_without_deepspeed_and_say_so_when_it_is_asked_for(
-    recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+    small: Recipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert on_ranks(1, deepspeed_is_there) == [False]  # and cluster.engines is
     monkeypatch.setitem(sys.modules, "deepspeed", None)
-    stage = replace(recipe.stages[0], parallel=ZeRO())
+    stage = replace(small.stages[0], parallel=ZeRO())
     with pytest.raises(ValueError, match=r"pip install mllm\[zero\]; the nearest choice without it is parallel=FSDP"):
-        build_engine(recipe.model.build(), stage, 1, CPU)
+        build_engine(small.model.build(), stage, 1, CPU)
