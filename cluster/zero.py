@@ -226,8 +226,8 @@ class ZeroEngine:
         expected = {*self.parameters, *self.buffers}
         if expected != state.keys():
             raise ValueError(
-                f"the state lacks {sorted(expected - state.keys())} of the model's names and has {sorted(state.keys() - expected)} "
-                "beside them: it was saved from another model; load it into the model of its own recipe"
+                f"the state lacks {sorted(expected - state.keys())} of the model's names and has beside them "
+                f"{sorted(state.keys() - expected)}: it was saved from another model; load it into the model of its own recipe"
             )
         for name, parameter in self.parameters.items():
             whole = self._whole(state[name])
