@@ -10,6 +10,7 @@ import time
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from importlib.util import find_spec
 from types import SimpleNamespace
 from typing import Any
 
@@ -63,6 +64,7 @@ class ZeroEngine:
         # Copies for checkpoints lie in the host's memory: the accelerator's may be full.
         self.mesh = init_device_mesh("cpu", (self.world,))
         self.groups = apply_tuning(model, stage.tune)
+        self.trained = [name for group in self.groups for name in group.names]
         self.parts = describe(model, stage.tune)
         model.train()
         # DeepSpeed keeps these very objects and changes what they hold.
@@ -191,11 +193,10 @@ class ZeroEngine:
 
     def state(self) -> dict[str, Any]:
         """Model and optimiser as DCP saves them, in the layout of `FSDPEngine.state`."""
-        step = self._flats()[0]["step"]
+        step = self._flat_states()[0]["step"]
         states = {
             name: {"step": step.clone().cpu()} | {moment: self._mine(self._moment(name, moment)) for moment in MOMENTS}
-            for group in self.groups
-            for name in group.names
+            for name in self.trained
         }
         options = [
             {**option, "params": list(group.names)} for option, group in zip(self.options, self.groups, strict=True)
@@ -203,13 +204,14 @@ class ZeroEngine:
         return {"model": self.model_state(), "optimizer": {"state": states, "param_groups": options}}
 
     def load_state(self, state: dict[str, Any]) -> None:
+        """Take what `state` gave, here or in another engine; learning rates are the recipe's."""
         self.load_model_state(state["model"])
         states = state["optimizer"]["state"]
-        for name in (name for group in self.groups for name in group.names):
+        for name in self.trained:
             for moment in MOMENTS:
                 self._set_moment(name, moment, self._whole(states[name][moment]))
-        step = states[self.groups[0].names[0]]["step"]
-        for flat in self._flats():
+        step = states[self.trained[0]]["step"]
+        for flat in self._flat_states():
             flat["step"].copy_(step)
 
     def model_state(self) -> dict[str, Any]:
@@ -246,7 +248,7 @@ class ZeroEngine:
 
     def _begin_moments(self) -> None:
         """Moments from the beginning, so that a checkpoint has a place to be read into before the first step."""
-        for flat in self._flat_masters():
+        for flat in self._flat_weights():
             state = self.optimizer.state[flat]
             state["step"] = torch.zeros((), dtype=torch.float32)
             for moment in MOMENTS:
@@ -254,15 +256,15 @@ class ZeroEngine:
         if self.level < 3:
             self.optimizer._lazy_init_hp_params_optimizer_state()
 
-    def _flat_masters(self) -> list[Tensor]:
+    def _flat_weights(self) -> list[Tensor]:
         """This rank's float32 weights, end to end, as the optimiser knows them."""
         if self.level == 3:
             return self.optimizer.fp32_partitioned_groups_flat
         return [flat for group in self.optimizer.param_groups for flat in group["params"]]
 
-    def _flats(self) -> list[dict[str, Tensor]]:
+    def _flat_states(self) -> list[dict[str, Tensor]]:
         """The optimiser's states of this rank's weights."""
-        return [self.optimizer.state[flat] for flat in self._flat_masters()]
+        return [self.optimizer.state[flat] for flat in self._flat_weights()]
 
     def _master(self, name: str) -> Tensor:
         return self.deepspeed.utils.safe_get_full_fp32_param(self.parameters[name])
@@ -316,16 +318,16 @@ class ZeroEngine:
 
 def _deepspeed(stage: str, device: torch.device) -> Any:
     """DeepSpeed, made ready for a process group that is there already. Raises ValueError when it is not installed."""
+    if find_spec("deepspeed") is None:
+        raise ValueError(
+            f"stage {stage!r} has parallel=ZeRO(...) and deepspeed is not installed here: pip install mllm[zero]; "
+            "the nearest choice without it is parallel=FSDP()"
+        )
     os.environ.setdefault("DS_ACCELERATOR", device.type)  # else it asks the machine, which may have more than is used
     os.environ.setdefault("LOCAL_RANK", str(device.index or 0))  # it insists, and takes the device that it is told
-    try:
-        import deepspeed
-        import deepspeed.ops
-    except ImportError as error:
-        raise ValueError(
-            f"stage {stage!r} has parallel=ZeRO(...) and deepspeed is not installed here ({error}): pip install mllm[zero]; "
-            "the nearest choice without it is parallel=FSDP()"
-        ) from error
+    import deepspeed
+    import deepspeed.ops
+
     # It calls torch's collectives by names that torch is taking out of use.
     warnings.filterwarnings("ignore", "`torch.distributed.* is deprecated", FutureWarning)
     if device.type == "cpu":

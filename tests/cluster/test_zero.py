@@ -35,15 +35,15 @@ def small(recipe: Recipe) -> Recipe:
 
 
 def curves(
-    recipe: Recipe, stage: Stage, ways: Sequence[Parallel], stream: Stream, steps: int
+    recipe: Recipe, stage: Stage, ways: Sequence[Parallel], stream: Stream, steps: int, per_step: int = 2
 ) -> list[list[tuple[float, float, int]]]:
-    """Of each way to train: loss, gradient norm and learned tokens of each step, two packs a step."""
+    """Of each way to train: loss, gradient norm and learned tokens of each step, `per_step` packs a step."""
     windows = PackWindows(stream)
-    packs = list(islice(cycle([*windows.packs(0), *windows.packs(1)]), 2 * steps))
+    packs = list(islice(cycle([*windows.packs(0), *windows.packs(1)]), per_step * steps))
     found = []
     for parallel in ways:
         engine = engine_of(recipe, replace(stage, parallel=parallel))
-        reports = [engine.train_step(share(packs, 2, step), 1.0) for step in range(steps)]
+        reports = [engine.train_step(share(packs, per_step, step), 1.0) for step in range(steps)]
         found.append([(report.loss, report.grad_norm, report.learned) for report in reports])
     return found
 
@@ -123,7 +123,7 @@ def test_recomputing_activations_changes_nothing(small: Recipe, stream: Stream) 
 def test_bfloat16_follows_float32(small: Recipe, stream: Stream) -> None:
     stage = small.stage("pretrain")
     ways: list[Parallel] = [SHARDS, *(ZeRO(stage=level, recompute="selective") for level in (1, 2, 3))]
-    for full, *halves in on_ranks(2, curves, small, stage, ways, stream, 4):
+    for full, *halves in on_ranks(2, curves, small, stage, ways, stream, 4, 3):  # two packs a rank, one of them empty
         for half in halves:
             assert [one[0] for one in half] == pytest.approx([one[0] for one in full], rel=1e-2)
             assert [one[1] for one in half] == pytest.approx([one[1] for one in full], rel=5e-2)
