@@ -353,5 +353,7 @@ def build_engine(model: VisionLanguageModel, stage: Stage, sources: int, device:
     match stage.parallel:
         case FSDP() | DDP() as parallel:
             return FSDPEngine(model, stage, parallel, sources, device)
-        case ZeRO():
-            raise NotImplementedError("ZeRO is not built yet")
+        case ZeRO() as parallel:
+            from cluster.zero import ZeroEngine  # DeepSpeed is an extra
+
+            return ZeroEngine(model, stage, parallel, sources, device)
