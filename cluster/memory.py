@@ -25,7 +25,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._sharding_prop import ShardingPropagator
@@ -37,13 +37,14 @@ from cluster.engines import FSDPEngine
 from cluster.schedule import accumulation
 from mllm.annotators import FrozenFeatures
 from mllm.recipe import DDP, FSDP, AdamW, Constant, Recipe, Source, Stage, Steps, ZeRO, dump, load
-from mllm.tune import apply_tuning
 from mllm.vlm import VLM, VisionLanguageModel
 from pipelines.corpora import TextOnly
-from pipelines.types import IMAGE_TOKEN, Pack, Position, spec
+from pipelines.types import IMAGE_TOKEN, Pack, Position
 
-DEPTH = 4
-"""Layers that are built of a deeper stack, and one more to see what a layer adds. Both ends of it have two layers each."""
+DEPTH = 3
+"""Layers that are built of a deeper stack, and one more to see what a layer adds: two at either end, which differ by what is
+gathered ahead of them and still sent behind them; between them memory goes straight.
+"""
 
 RANKS = 8
 """Ranks of the simulated world, from which all others follow but one rank alone, which gathers nothing."""
@@ -59,7 +60,7 @@ def memory(recipe: Recipe, stage: Stage, worlds: Sequence[int], gpu: bool = True
     states are `offload`ed leaves out shards of weights, gradients and moments. Ranks that share a pack (`context`) are taken
     to hold equal parts of its positions and tiles. Raises ValueError where ranks do not divide into groups of `shard`.
     """
-    ask = partial(_memory, dump(_plain(recipe, stage)), _takes_features(stage), tuple(worlds), gpu)
+    ask = partial(_memory, dump(_plain(recipe, stage)), takes_features(stage), tuple(worlds), gpu)
     packs = {world: min(2, accumulation(stage.packs_per_step, world)) for world in worlds}
     if not dist.is_initialized():
         return ask(packs)
@@ -76,7 +77,8 @@ def bare(model: VLM) -> VLM:
     )
 
 
-def _takes_features(stage: Stage) -> bool:
+def takes_features(stage: Stage) -> bool:
+    """Whether a stage's packs carry the encoder's features."""
     return any(isinstance(annotator, FrozenFeatures) for annotator in stage.annotators)
 
 
@@ -199,7 +201,7 @@ def _encoder_learns(stage: Stage) -> bool:
 def _shortened(model: VLM, depths: _Depths) -> VLM:
     encoder = model.encoder
     if "encoder" in depths:
-        encoder = replace(encoder, arch=replace(encoder.arch, **{"layers": depths["encoder"]}))
+        encoder = replace(encoder, arch=replace(encoder.arch, layers=depths["encoder"]))
     return replace(model, encoder=encoder, lm=replace(model.lm, arch=replace(model.lm.arch, layers=depths["lm"])))
 
 
@@ -236,7 +238,6 @@ def _course(words: str, features: bool, gpu: bool, packs: int, depths: _Depths, 
         model = _shortened(recipe.model, depths).build()
         model.to = lambda *_, **__: model  # it is there, and torch refuses to move what is fake and watched
         engine = FSDPEngine(model, stage, parallel, 1, CPU)
-        del model
         for group in engine.optimizer.param_groups:
             group["foreach"] = gpu
             for parameter in group["params"]:
@@ -288,16 +289,15 @@ def _mark(engine: FSDPEngine, held: Held) -> None:
         packs += 1
         held.moment(f"pack {packs}")
 
-    def at(place: str) -> Callable[..., None]:
-        return lambda *_: held.moment(f"pack {packs} {place}")
+    def at(*places: str) -> Callable[..., None]:
+        return lambda *_: held.moment(*(f"pack {packs} {place}" for place in places))
 
     engine.module.register_forward_pre_hook(begin)
     for part, units in (("encoder", model.encoder.tower.units()), ("lm", model.lm.units())):
         for number, unit in enumerate(units):
-            last = number - len(units)
-            place = f"{part} {number if number < 2 else last if last >= -2 else 'between'}"
-            unit.register_forward_pre_hook(at(f"forward {place}"))
-            unit.register_full_backward_pre_hook(at(f"backward {place}"))
+            ends = [end for end in (number, number - len(units)) if -2 <= end < 2]
+            unit.register_forward_pre_hook(at(*(f"forward {part} {end}" for end in ends)))
+            unit.register_full_backward_pre_hook(at(*(f"backward {part} {end}" for end in ends)))
 
     def step(*_: object) -> None:
         states = [state for states in engine.optimizer.state.values() for state in states.values()]
@@ -322,14 +322,14 @@ class Held(TorchDispatchMode):
         self.watched: dict[int, tuple[int, int, weakref.ref[torch.UntypedStorage]]] = {}
         self.changes: list[tuple[int, int]] = []
         self.shared: set[int] = set()
-        self.moments: list[tuple[int, str]] = [(0, "before")]
+        self.moments: list[tuple[int, tuple[str, ...]]] = [(0, ())]
         self.all_shared = False
         self.paused = False
         self.stack = ExitStack()
 
-    def moment(self, label: str, shared: bool = False) -> None:
-        """What follows belongs to `label`; with `shared`, what is made there are parts that ranks share."""
-        self.moments.append((len(self.changes), label))
+    def moment(self, *labels: str, shared: bool = False) -> None:
+        """What follows belongs to `labels`; with `shared`, what is made there are parts that ranks share."""
+        self.moments.append((len(self.changes), labels))
         self.all_shared = shared
 
     def share(self, tensors: Sequence[Tensor]) -> None:
@@ -346,9 +346,9 @@ class Held(TorchDispatchMode):
         whole, parts = np.cumsum(np.where(shared, 0, by)), np.cumsum(np.where(shared, by, 0)) * ranks
         ends = [begin for begin, _ in self.moments[1:]] + [len(by)]
         course: _Course = {}
-        for (begin, label), end in list(zip(self.moments, ends, strict=True))[1:]:
+        for (begin, labels), end in zip(self.moments, ends, strict=True):
             span = slice(max(begin - 1, 0), end)
-            course[label] = whole[span], parts[span]
+            course |= dict.fromkeys(labels, (whole[span], parts[span]))
         return course
 
     def __enter__(self) -> Held:

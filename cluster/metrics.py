@@ -8,6 +8,7 @@ After a kill the steps since the last checkpoint are trained again and their lin
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import field
 from functools import cache
 from pathlib import Path
@@ -45,6 +46,8 @@ class StepRecord:
 
     `tokens` counts all positions, `learned` those with loss; `fill` is tokens by what the packs could hold; `imbalance` is the
     greatest rank's tokens by the mean; `dropped` names rows and reasons as `Rejected.label` does.
+    `flops` are those that the mathematics of the packs needs and `hardware_flops` those that were computed; `peak` is the
+    FLOP/s that one rank's device could reach. All three are 0 where nobody knew.
     """
 
     step: int
@@ -66,6 +69,22 @@ class StepRecord:
     packs: tuple[PackRecord, ...]
     dropped: tuple[str, ...] = ()
     reasons: dict[str, int] = field(default_factory=dict)
+    flops: float = 0.0
+    hardware_flops: float = 0.0
+    peak: float = 0.0
+
+    @property
+    def mfu(self) -> float | None:
+        """Model FLOPs utilisation (PaLM, arXiv:2204.02311, B); None where it is not known."""
+        return utilisation([self])
+
+
+def utilisation(steps: Iterable[StepRecord]) -> float | None:
+    """Model FLOPs by what the devices could have computed in the steps' time; None where no step knows."""
+    known = [step for step in steps if step.flops and step.peak and step.seconds]
+    if not known:
+        return None
+    return sum(step.flops for step in known) / sum(step.seconds * step.world * step.peak for step in known)
 
 
 @spec
