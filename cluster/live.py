@@ -496,7 +496,7 @@ def quantity(value: float) -> str:
 
 def flop_words(value: float) -> str:
     """Three digits and the unit: `312 TFLOP`, `1.21 EFLOP`."""
-    for size, letter in ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M")):
+    for size, letter in ((1e21, "Z"), (1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M")):
         if value >= 0.9995 * size:
             return f"{value / size:.3g} {letter}FLOP"
     return f"{value:.3g} FLOP"

@@ -135,11 +135,13 @@ def _peak(words: str, features: bool, gpu: bool, packs: int, ranks: int) -> floa
     parallel = stage.parallel
     if isinstance(parallel, ZeRO):
         packs = 1  # it hands gradients on after every pack
+    simulated = FSDP(dtype=parallel.dtype, recompute=parallel.recompute)
+    built = dump(replace(recipe, stages=(replace(stage, parallel=simulated),)))
     full = _depths(recipe.model)
     small = _small(recipe.model, stage)
 
     def peaks(depths: _Depths) -> dict[str, float]:
-        course = _course(words, features, gpu, packs, depths, 1 if ranks == 1 else RANKS)
+        course = _course(built, features, gpu, packs, depths, 1 if ranks == 1 else RANKS)
         return {label: float((whole + shared / ranks).max()) for label, (whole, shared) in course.items()}
 
     base = peaks(small)
@@ -231,13 +233,13 @@ def _course(words: str, features: bool, gpu: bool, packs: int, depths: _Depths, 
     """Simulate the second step of a run on rank 0 of `world`."""
     recipe = load(words)
     stage = recipe.stages[0]
-    parallel = FSDP(dtype=stage.parallel.dtype, recompute=stage.parallel.recompute)
+    assert isinstance(stage.parallel, FSDP)
     held = Held()
     pack = fullest(recipe, stage, features)
     with _nobody(world), FakeTensorMode(allow_non_fake_inputs=True), held:
         model = _shortened(recipe.model, depths).build()
         model.to = lambda *_, **__: model  # it is there, and torch refuses to move what is fake and watched
-        engine = FSDPEngine(model, stage, parallel, 1, CPU)
+        engine = FSDPEngine(model, stage, stage.parallel, 1, CPU)
         for group in engine.optimizer.param_groups:
             group["foreach"] = gpu
             for parameter in group["params"]:
@@ -366,8 +368,8 @@ class Held(TorchDispatchMode):
         if any(issubclass(kind, DTensor) for kind in types):
             return NotImplemented  # its parts come by here one by one
         kwargs = kwargs or {}
-        if func is torch.ops.prim.device.default:
-            return func(*args, **kwargs)
+        if func is torch.ops.prim.device.default:  # half of all that comes by
+            return args[0].fake_device if isinstance(args[0], FakeTensor) else func(*args, **kwargs)
         kinds = {type(x) for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
         if func is torch.ops.aten._local_scalar_dense.default and FakeTensor in kinds and args[0].constant is None:
             return 1.0 if args[0].is_floating_point() else 1

@@ -200,7 +200,8 @@ class _Count(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if any(isinstance(x, Tensor) and x.is_meta for x in tree_leaves((args, kwargs))):
+        there = {x.is_meta for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
+        if len(there) == 2:
             args, kwargs = tree_map_only(
                 Tensor, lambda x: x if x.is_meta else torch.empty_like(x, device="meta"), (args, kwargs)
             )

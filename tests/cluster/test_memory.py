@@ -94,12 +94,12 @@ def test_a_plan_s_worlds_hold_together() -> None:
 
 def other_group(recipe: Recipe) -> tuple[dict[int, int], int]:
     """A plan made inside a process group, and the group's size afterwards."""
-    found = memory(recipe, recipe.stage("align"), (1, 2), gpu=False)
+    found = memory(recipe, recipe.stage("align"), (2,), gpu=False)
     return found, dist.get_world_size()
 
 
 def test_a_plan_neither_needs_nor_leaves_a_process_group() -> None:
     recipe = by_name("vila_smoke")
-    alone = memory(recipe, recipe.stage("align"), (1, 2), gpu=False)
+    alone = memory(recipe, recipe.stage("align"), (2,), gpu=False)
     assert not dist.is_initialized()
     assert on_ranks(1, other_group, recipe) == [(alone, 1)]
