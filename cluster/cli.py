@@ -56,7 +56,7 @@ class Recipes:
 
 @dataclass
 class Plan:
-    """Tell what a run would be: mixture, trained parts, memory, steps. Needs no GPU and no data."""
+    """Tell what a run would be: mixture, trained parts, FLOPs, memory, steps. Needs no GPU and no data."""
 
     recipe: Positional[str]
     s: Change = ()

@@ -58,10 +58,14 @@ def memory(recipe: Recipe, stage: Stage, worlds: Sequence[int], gpu: bool = True
     `gpu` counts the optimiser as it runs there, on all parameters at once. ZeRO is reckoned from full shards: stage 3 is
     taken for them, stage 2 adds the weights in the compute type and stage 1 the gradients too, both whole. A model whose
     states are `offload`ed leaves out shards of weights, gradients and moments. Ranks that share a pack (`context`) are taken
-    to hold equal parts of its positions and tiles. Raises ValueError where ranks do not divide into groups of `shard`.
+    to hold equal parts of its positions and tiles. Worlds that are no whole number of groups are left out.
+
+    A rank with several packs a step holds the gradients of all its trained weights whole, in float32, until the last of
+    them: FSDP adds them up before it sends them. That shows where a world is large enough for one pack a rank.
     """
     ask = partial(_memory, dump(_plain(recipe, stage)), takes_features(stage), tuple(worlds), gpu)
-    packs = {world: min(2, accumulation(stage.packs_per_step, world)) for world in worlds}
+    share = stage.parallel.context if isinstance(stage.parallel, FSDP) else 1
+    packs = {world: min(2, accumulation(stage.packs_per_step, max(1, world // share))) for world in worlds}
     if not dist.is_initialized():
         return ask(packs)
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as apart:  # a process has one world
@@ -193,7 +197,9 @@ def _depths(model: VLM) -> _Depths:
 def _small(model: VLM, stage: Stage) -> _Depths:
     unread = 1 if model.encoder.layer == -2 else 0
     least = {"lm": DEPTH, "encoder": unread + (DEPTH if _encoder_learns(stage) else 2)}
-    return _Depths({part: min(layers, least[part]) for part, layers in _depths(model).items()})
+    return _Depths(
+        {part: layers if layers <= least[part] + 1 else least[part] for part, layers in _depths(model).items()}
+    )
 
 
 def _encoder_learns(stage: Stage) -> bool:
