@@ -56,7 +56,7 @@ class Recipes:
 
 @dataclass
 class Plan:
-    """Tell what a run would be: mixture, trained parts, memory, steps. Needs no GPU and no data."""
+    """Tell what a run would be: mixture, trained parts, FLOPs, memory, steps. Needs no GPU and no data."""
 
     recipe: Positional[str]
     s: Change = ()
@@ -64,6 +64,7 @@ class Plan:
     site: SiteFile = None
 
     def __call__(self) -> None:
+        from cluster.live import flop_words
         from cluster.plan import plan
 
         result = plan(_recipe(self.recipe, self.s), _site(self.site))
@@ -73,9 +74,13 @@ class Plan:
             print(stage.mixture)
             for part in stage.parts:
                 print(f"  {part.line()}")
+            whole = f", {flop_words(stage.total_flops)} in all" if stage.total_flops is not None else ""
+            print(f"  {flop_words(stage.flops)} a full step{whole}")
             print(f"  {'workers':>10} {'packs each':>11} {'memory a GPU (estimate)':>25}")
             for world, packs in stage.accumulation.items():
-                print(f"  {world:>10} {packs:>11} {stage.memory[world] / 2**30:>21.1f} GiB")
+                bytes_ = stage.memory.get(world)
+                words = "cannot be" if bytes_ is None else f"{bytes_ / 2**30:.1f} GiB"
+                print(f"  {world:>10} {packs:>11} {words:>25}")
         for why in result.refused:
             print(f"\nnot here: {why}")
 

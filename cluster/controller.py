@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from cluster import checkpoint, quarantine
-from cluster.engines import context_of
+from cluster.fsdp import context_of
 from cluster.journal import (
     Journal,
     RunFailed,

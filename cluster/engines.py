@@ -1,40 +1,23 @@
-"""Engines: one optimiser step over the packs of a step, on all ranks. The only place that divides a loss."""
+"""Engines: one optimiser step over the packs of a step, on all ranks. The only place that divides a loss.
+
+Two there are: `cluster/fsdp.py` on torch's own sharding, `cluster/zero.py` on DeepSpeed's.
+"""
 
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Protocol
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointWrapper, checkpoint_wrapper
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    get_optimizer_state_dict,
-    set_model_state_dict,
-    set_optimizer_state_dict,
-)
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
-from torch.distributed.tensor import DTensor
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from cluster.optimizers import build_optimizers
 from mllm.objectives import LossOutput, Objective
-from mllm.recipe import DDP, FSDP, Parallel, Recompute, Stage, ZeRO
-from mllm.tune import PartReport, apply_tuning, describe
+from mllm.recipe import DDP, FSDP, Stage, ZeRO
+from mllm.tune import PartReport
 from mllm.vlm import VisionLanguageModel
-from ops.ring import Context
 from pipelines.types import Batch, Pack
-
-WRAPPED = "_checkpoint_wrapped_module."
-"""What recomputation puts into parameters' names."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,258 +84,16 @@ class Trained(nn.Module):
         return last @ self.model.lm.head.to(last.dtype).T
 
 
-class FSDPEngine:
-    """Data parallelism by torch's FSDP2: one copy over all ranks, one in each group of ranks, or one on each (DDP).
-
-    On CPU with gloo, on GPU with NCCL, the same code.
-
-    Gradients of a step's packs are summed, divided once by the step's global weight, clipped, applied: the result depends on
-    the packs alone, not on how many ranks or accumulation steps they were spread over.
-    """
-
-    def __init__(
-        self, model: VisionLanguageModel, stage: Stage, parallel: FSDP | DDP, sources: int, device: torch.device
-    ) -> None:
-        self.device = device
-        self.stage = stage
-        self.sources = sources
-        self.world = dist.get_world_size()
-        groups = apply_tuning(model, stage.tune)
-        self.parts = describe(model, stage.tune)
-        model.lm.backend = stage.attention
-        model.train()
-        matrices = {name for name, p in _named(model).items() if p.ndim == 2 and _inside(p, model.units())}
-        whole = model.state_dict() if self.world > 1 and dist.get_rank() == 0 else {}
-        self.context = context_group(parallel, self.world)
-        self._shard(model, parallel)
-        self.module = Trained(model, stage.objective)
-        self.sharded: FSDPModule = fully_shard(
-            self.module,
-            mesh=self.mesh,
-            mp_policy=self.precision,
-            offload_policy=self.place,
-            reshard_after_forward=False,
-        )
-        if self.world > 1:
-            self._spread(whole)
-        parameters = _named(model)
-        self.optimizers = build_optimizers(groups, parameters, matrices, stage.optimizer)
-        names = [name for group in groups for name in group.names] if stage.ema else []
-        self.averages = {name: parameters[name].detach().clone() for name in names}
-
-    def _spread(self, whole: Mapping[str, Tensor]) -> None:
-        """Give every rank its shards of rank 0's weights, and rank 0's buffers: nobody else need have read any."""
-        whole = {name.replace(WRAPPED, ""): value for name, value in whole.items()}
-        options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, cpu_offload=self._offloads)
-        set_model_state_dict(self.module.model, dict(whole), options=options)
-        for buffer in self.module.buffers():
-            dist.broadcast(buffer, 0)
-
-    def _shard(self, model: VisionLanguageModel, parallel: FSDP | DDP) -> None:
-        shape = mesh_shape(parallel, self.world)
-        self.mesh = init_device_mesh(self.device.type, shape, mesh_dim_names=("copy", "shard")[-len(shape) :])
-        dtype = torch.bfloat16 if parallel.dtype == "bfloat16" else torch.float32
-        self.precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
-        self._offloads = isinstance(parallel, FSDP) and parallel.offload and self.device.type != "cpu"
-        self.place = CPUOffloadPolicy() if self._offloads else OffloadPolicy()
-        if isinstance(parallel, FSDP) and parallel.float8:
-            _to_float8(model)
-        if parallel.recompute != "none":
-            for unit in model.units():
-                _recompute(model, unit, parallel.recompute)
-        for unit in model.units():
-            if parallel.compile:
-                unit.compile()
-            fully_shard(unit, mesh=self.mesh, mp_policy=self.precision, offload_policy=self.place)
-
-    def train_step(self, packs: Sequence[Pack], lr_factor: float, guard: Guard = finite) -> StepReport:
-        """One optimiser step over `packs`, of which every rank brings equally many; empty ones count for nothing."""
-        started = time.perf_counter()
-        sums = torch.zeros(self.sources, 3, dtype=torch.float64, device=self.device)
-        totals = torch.zeros(2, dtype=torch.float64, device=self.device)
-        for batch, last in self._batches(packs):
-            self.sharded.set_requires_gradient_sync(last)
-            output: LossOutput = self.module(batch)
-            output.sum.backward()
-            totals += torch.stack([output.sum.detach(), output.weight]).double()
-            sums.index_add_(0, batch.sources, output.documents.double())
-        dist.all_reduce(totals)
-        dist.all_reduce(sums)
-        loss_sum, weight = totals.tolist()
-        scale = self.world / max(weight, 1.0)  # FSDP has averaged over ranks; the loss is a sum over them
-        steps = [group for optimizer in self.optimizers for group in optimizer.param_groups]
-        trained = [p for group in steps for p in group["params"] if p.grad is not None]
-        for parameter in trained:
-            parameter.grad.mul_(scale)
-        norm = nn.utils.clip_grad_norm_(trained, self.stage.optimizer.clip)
-        grad_norm = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
-        loss = loss_sum / max(weight, 1.0)
-        taken = guard(loss, grad_norm)
-        for group in steps:
-            group["lr"] = group["peak"] * lr_factor
-        for optimizer in self.optimizers:
-            if taken:
-                optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-        if taken and self.averages:
-            now = _named(self.module.model)
-            for name, average in self.averages.items():
-                _local(average).lerp_(_local(now[name]), 1 - (self.stage.ema or 0))
-        return StepReport(
-            loss=loss,
-            grad_norm=grad_norm,
-            learned=int(weight),
-            sources=sums.cpu(),
-            seconds=time.perf_counter() - started,
-            taken=taken,
-        )
-
-    @torch.no_grad()
-    def finish(self) -> None:
-        """Put the averages, if any are kept, in the weights' place."""
-        now = _named(self.module.model)
-        for name, average in self.averages.items():
-            _local(now[name]).copy_(_local(average))
-
-    def _batches(self, packs: Sequence[Pack]) -> Iterator[tuple[Batch, bool]]:
-        """Batches to train on, and whether each is the last. Ranks that share packs take each other's in turn."""
-        if self.context is None:
-            for number, pack in enumerate(packs):
-                yield Batch.of(pack, self.device), number == len(packs) - 1
-            return
-        all_packs: list[list[Pack]] = [[] for _ in range(self.context.size)]
-        dist.all_gather_object(all_packs, list(packs), group=self.context.group)
-        turns = [group[number] for number in range(len(packs)) for group in all_packs]
-        # Where packs are fewer than ranks most turns are empty, on all ranks alike: no rank need go through those.
-        filled = torch.tensor([len(pack.input_ids) > 0 for pack in turns], dtype=torch.int32, device=self.device)
-        dist.all_reduce(filled, op=dist.ReduceOp.MAX)
-        taken = filled.nonzero().squeeze(1).tolist() or [0]
-        for number in taken:
-            yield Batch.of(turns[number], self.device).shared(self.context), number == taken[-1]
-
-    @torch.no_grad()
-    def score(self, batch: Batch) -> LossOutput:
-        """Loss of a batch without training. Every rank must call it equally often."""
-        if self.context is None:
-            return self.module(batch)
-        batches: list[Batch] = [batch] * self.context.size
-        dist.all_gather_object(batches, batch.to("cpu"), group=self.context.group)
-        outputs: list[LossOutput] = [self.module(each.to(self.device).shared(self.context)) for each in batches]
-        for output in outputs:
-            for part in (output.sum, output.weight, output.documents):
-                dist.all_reduce(part, group=self.context.group)
-        return outputs[self.context.rank]
-
-    @torch.no_grad()
-    def next_logits(self, batch: Batch) -> Tensor:
-        """Logits of the token after each document, float (S, C). Every rank must call it equally often."""
-        return self.module(batch, next_logits=True)
-
-    def state(self) -> dict[str, Any]:
-        """Model, optimiser and averages as DCP saves them: the model's names, sharded tensors, for any world size."""
-        optimizer = get_optimizer_state_dict(self.module.model, self.optimizers)
-        state = {"model": self.model_state(), "optimizer": optimizer}
-        return {**state, "averages": self.averages} if self.averages else state
-
-    def load_state(self, state: dict[str, Any]) -> None:
-        self.load_model_state(state["model"])
-        set_optimizer_state_dict(self.module.model, self.optimizers, state["optimizer"])
-        self.averages = state.get("averages", {})
-
-    def model_state(self) -> dict[str, Any]:
-        return get_model_state_dict(self.module.model)
-
-    def load_model_state(self, state: dict[str, Any]) -> None:
-        set_model_state_dict(self.module.model, state, options=StateDictOptions(strict=True))
-
-
-def context_of(parallel: Parallel) -> int:
-    """How many ranks share each pack."""
-    return parallel.context if isinstance(parallel, FSDP) else 1
-
-
-def context_group(parallel: Parallel, world: int) -> Context | None:
-    """This rank's group of neighbours that share packs; None where each rank has its own. Raises ValueError."""
-    size = context_of(parallel)
-    if world % size:
-        raise ValueError(f"{world} ranks cannot be groups of context={size}; take a divisor, or 1 for whole packs")
-    if size == 1 or not isinstance(parallel, FSDP):
-        return None
-    group, _ = dist.new_subgroups_by_enumeration([list(range(n, n + size)) for n in range(0, world, size)])
-    assert isinstance(group, dist.ProcessGroup)
-    return Context(group, parallel.context_by)
-
-
-def mesh_shape(parallel: FSDP | DDP, world: int) -> tuple[int, ...]:
-    """Ranks as (copies, ranks that share a copy); as one number where there is one copy. Raises ValueError."""
-    if isinstance(parallel, DDP):
-        return world, 1
-    shard = parallel.shard
-    if shard is None:
-        return (world,)
-    if world % shard:
-        raise ValueError(f"{world} ranks cannot be groups of shard={shard}; take a divisor, or None for one copy")
-    return world // shard, shard
-
-
-def _named(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Parameters by the model's own names, whatever it has been wrapped in."""
-    return {name.replace(WRAPPED, ""): parameter for name, parameter in model.named_parameters()}
-
-
-def _local(tensor: Tensor) -> Tensor:
-    """This rank's shard, as plain numbers without gradient."""
-    tensor = tensor.detach()
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def _inside(parameter: nn.Parameter, units: Sequence[nn.Module]) -> bool:
-    return any(parameter is other for unit in units for other in unit.parameters())
-
-
-def _to_float8(model: VisionLanguageModel) -> None:
-    """Let the language model's layers multiply in eight bits; kernels take sides that are multiples of 16."""
-    from torchao.float8 import convert_to_float8_training  # pyright: ignore[reportMissingImports] -- an extra
-
-    def fits(module: nn.Module, _: str) -> bool:
-        return isinstance(module, nn.Linear) and not (module.in_features % 16 or module.out_features % 16)
-
-    for layer in model.lm.units():
-        convert_to_float8_training(layer, module_filter_fn=fits)
-
-
-KEPT = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.bmm.default)
-"""What selective recomputing keeps: products of matrices cost most to compute again."""
-
-ATTENTION = ("scaled_dot_product", "flash_attn", "flex_attention", "varlen_attn")
-
-
-def _keeps(_: object, op: Any, *__: object, **___: object) -> CheckpointPolicy:
-    kept = op in KEPT or any(word in str(op) for word in ATTENTION)
-    return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
-
-
-def _recompute(model: nn.Module, unit: nn.Module, how: Recompute) -> None:
-    """Wrap `unit` in place so that its activations, or some, are computed again in the backward pass."""
-    more: dict[str, Any] = {"context_fn": partial(create_selective_checkpoint_contexts, _keeps)}
-    for parent in model.modules():
-        for name, child in parent.named_children():
-            if child is unit and not isinstance(parent, CheckpointWrapper):
-                setattr(
-                    parent,
-                    name,
-                    checkpoint_wrapper(
-                        unit, checkpoint_fn=checkpoint, use_reentrant=False, **(more if how == "selective" else {})
-                    ),
-                )
-                return
-
-
 def build_engine(model: VisionLanguageModel, stage: Stage, sources: int, device: torch.device) -> Engine:
-    """The engine that the stage asks for."""
+    """The engine that the stage asks for. Its weights are those that rank 0 brings, whatever the others bring."""
     match stage.parallel:
         case FSDP() | DDP() as parallel:
-            return FSDPEngine(model, stage, parallel, sources, device)
+            from cluster.fsdp import FSDPEngine
+
+            engine = FSDPEngine(model, stage, parallel, sources, device)
+            if engine.world > 1:
+                engine.spread()
+            return engine
         case ZeRO() as parallel:
             from cluster.zero import ZeroEngine  # DeepSpeed is an extra
 

@@ -26,7 +26,7 @@ from rich.table import Table
 from rich.text import Text
 
 from cluster.journal import Journal, RunState, StageFinished, StageStarted
-from cluster.metrics import Evaluation, RunFolder, StepRecord, parse_step
+from cluster.metrics import Evaluation, RunFolder, StepRecord, parse_step, utilisation
 from mllm.evaluate import ProbeScore, SourceScore
 from mllm.recipe import Recipe
 
@@ -101,11 +101,15 @@ class StageView:
             reasons.update(step.reasons)
         return reasons
 
-    def rate(self, what: Literal["tokens", "images"], last: int | None = None) -> float:
+    def rate(self, what: Literal["tokens", "images", "flops"], last: int | None = None) -> float:
         """`what` a second, over the `last` steps or all of them."""
         steps = self.steps if last is None else self.steps[-last:]
         seconds = sum(step.seconds for step in steps)
         return sum(getattr(step, what) for step in steps) / seconds if seconds else 0.0
+
+    def mfu(self, last: int | None = None) -> float | None:
+        """Share of what the devices could compute that went into the model, waiting included; None where it is unknown."""
+        return utilisation(self.steps if last is None else self.steps[-last:])
 
     def wait(self, last: int | None = None) -> float:
         """Share of the time spent waiting for data."""
@@ -321,7 +325,7 @@ class Live:
             "step",
             f"{last.step:>6,} of {view.total_words:>6} {last.progress:>4.0%}  loss {last.loss:8.4f}  "
             f"{quantity(view.rate('tokens', RECENT)):>6} tokens/s  {quantity(view.rate('images', RECENT)):>6} images/s  "
-            f"wait {view.wait(RECENT):>4.0%}  lr {last.lr:.2e}  eta {duration(view.remaining):>7}",
+            f"{_utilised(view)}wait {view.wait(RECENT):>4.0%}  lr {last.lr:.2e}  eta {duration(view.remaining):>7}",
         )
 
     def _display(self) -> RenderableType:
@@ -354,11 +358,16 @@ class Live:
             Text(self._expectation(view), style="dim"),
         )
         losses = sparkline([step.loss for step in view.steps if step.taken])
+        mfu = view.mfu(RECENT)
+        utilised = Text.assemble(
+            (f"{flop_words(view.rate('flops', RECENT))}/s ", "bold"), ("MFU ", "dim"), (f"{mfu or 0:.1%}", "bold")
+        )
         figures = Text("   ").join(
             [
                 Text.assemble(("loss ", "dim"), (f"{last.loss:.4f} ", "bold"), (losses, "cyan")),
                 Text.assemble((quantity(view.rate("tokens", RECENT)), "bold"), (" tokens/s", "dim")),
                 Text.assemble((quantity(view.rate("images", RECENT)), "bold"), (" images/s", "dim")),
+                *([] if mfu is None else [utilised]),
                 Text.assemble(("wait ", "dim"), (f"{view.wait(RECENT):.0%}", "bold")),
                 Text.assemble(("lr ", "dim"), (f"{last.lr:.2e}", "bold")),
             ]
@@ -372,6 +381,12 @@ class Live:
         if silent > QUIET_SECONDS and view.last and silent > 5 * view.last.seconds:
             return f"nothing heard for {duration(silent)}"
         return "" if view.remaining is None else f"eta {duration(view.remaining)}"
+
+
+def _utilised(view: StageView) -> str:
+    """What the last steps computed, as part of a plain line; nothing where it is unknown."""
+    mfu = view.mfu(RECENT)
+    return "" if mfu is None else f"{flop_words(view.rate('flops', RECENT)):>10}/s  mfu {mfu:>5.1%}  "
 
 
 class Tail:
@@ -479,6 +494,14 @@ def quantity(value: float) -> str:
         if abs(value) >= 0.9995 * size:
             return f"{value / size:.3g}{letter}"
     return f"{value:.3g}"
+
+
+def flop_words(value: float) -> str:
+    """Three digits and the unit: `312 TFLOP`, `1.21 EFLOP`."""
+    for size, letter in ((1e21, "Z"), (1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M")):
+        if value >= 0.9995 * size:
+            return f"{value / size:.3g} {letter}FLOP"
+    return f"{value:.3g} FLOP"
 
 
 def duration(seconds: float | None) -> str:

@@ -8,6 +8,7 @@ After a kill the steps since the last checkpoint are trained again and their lin
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import field
 from functools import cache
 from pathlib import Path
@@ -46,6 +47,8 @@ class StepRecord:
     `tokens` counts all positions, `learned` those with loss; `fill` is tokens by what the packs could hold; `imbalance` is the
     greatest rank's tokens by the mean; `dropped` names rows and reasons as `Rejected.label` does. `taken` is False
     where loss or gradient were no numbers and the weights stayed as they were.
+    `flops` are those that the mathematics of the packs needs and `hardware_flops` those that were computed; `peak` is the
+    FLOP/s that one rank's device could reach. All three are 0 where nobody knew.
     """
 
     step: int
@@ -68,8 +71,24 @@ class StepRecord:
     dropped: tuple[str, ...] = ()
     reasons: dict[str, int] = field(default_factory=dict)
     taken: bool = True
+    flops: float = 0.0
+    hardware_flops: float = 0.0
+    peak: float = 0.0
 
     __pydantic_config__ = ConfigDict(ser_json_inf_nan="constants")  # a loss may be no number, and must be read again
+
+    @property
+    def mfu(self) -> float | None:
+        """Model FLOPs utilisation (PaLM, arXiv:2204.02311, B); None where it is not known."""
+        return utilisation([self])
+
+
+def utilisation(steps: Iterable[StepRecord]) -> float | None:
+    """Model FLOPs by what the devices could have computed in the steps' time; None where no step knows."""
+    known = [step for step in steps if step.flops and step.peak and step.seconds]
+    if not known:
+        return None
+    return sum(step.flops for step in known) / sum(step.seconds * step.world * step.peak for step in known)
 
 
 @spec

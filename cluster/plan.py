@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from cluster.memory import fullest, memory, takes_features
 from cluster.preflight import refusals, this_machine
 from cluster.schedule import accumulation, planned_steps
 from cluster.site import Site, SiteError
+from mllm.flops import Cost, cost_of, work_of
 from mllm.recipe import Recipe, Stage, Tokens
 from mllm.tune import PartReport, apply_tuning, describe
 from mllm.vlm import VLM, VisionLanguageModel
@@ -22,7 +24,10 @@ def meta_model(model: VLM) -> VisionLanguageModel:
 
 @spec
 class StagePlan:
-    """One stage. `rows` and `windows` are None when its corpora are not on the site; `memory` is bytes a GPU by world size."""
+    """One stage. `rows` and `windows` are None when its corpora are not on the site; `memory` is the peak bytes a GPU by world
+    size, without sizes that cannot be; `flops` are the model's in a step of full packs, which is the most, and `total_flops`
+    those of all steps where their number is known.
+    """
 
     name: str
     parts: tuple[PartReport, ...]
@@ -32,6 +37,8 @@ class StagePlan:
     packs_per_step: int
     accumulation: dict[int, int]
     memory: dict[int, int]
+    flops: float
+    total_flops: float | None
 
 
 @spec
@@ -44,20 +51,30 @@ class Plan:
     refused: tuple[str, ...]
 
 
+_Costs = dict[tuple[object, ...], Cost]
+"""Costs by what they depend on, for stages that are alike."""
+
+
 def plan(recipe: Recipe, site: Site, worlds: Iterable[int] = WORLDS) -> Plan:
     """Plan `recipe`. Corpora that the site lacks are named, not demanded."""
-    model = meta_model(recipe.model)
     layout = recipe.model.layout(recipe.tiling)
+    costs: _Costs = {}
     return Plan(
         recipe=recipe.name,
         tokens_per_image=f"{layout.tokens_per_tile} tokens a tile of {layout.tile} x {layout.tile} pixels",
-        stages=tuple(_stage(recipe, stage, site, model, tuple(worlds)) for stage in recipe.stages),
+        stages=tuple(_stage(recipe, stage, site, tuple(worlds), costs) for stage in recipe.stages),
         refused=refusals(recipe, site.workers, this_machine()),
     )
 
 
-def _stage(recipe: Recipe, stage: Stage, site: Site, model: VisionLanguageModel, worlds: tuple[int, ...]) -> StagePlan:
+def _stage(recipe: Recipe, stage: Stage, site: Site, worlds: tuple[int, ...], costs: _Costs) -> StagePlan:
+    model = meta_model(recipe.model)
     apply_tuning(model, stage.tune)
+    trained = tuple(name for name, parameter in model.named_parameters() if parameter.requires_grad)
+    key = (trained, stage.objective, stage.parallel.recompute, takes_features(stage))
+    cost = costs.get(key) or costs.setdefault(key, _cost(model, recipe, stage))
+    flops = stage.packs_per_step * cost.model_flops(work_of(fullest(recipe, stage, takes_features(stage))))
+    count = planned_steps(stage)
     rows = None
     try:
         order = site.stream(recipe, stage).order
@@ -75,8 +92,23 @@ def _stage(recipe: Recipe, stage: Stage, site: Site, model: VisionLanguageModel,
         steps=_steps(stage, rows),
         packs_per_step=stage.packs_per_step,
         accumulation={world: accumulation(stage.packs_per_step, world) for world in worlds},
-        memory={world: memory(model, stage, world) for world in worlds},
+        memory=memory(recipe, stage, worlds),
+        flops=flops,
+        total_flops=None if count is None else count * flops,
     )
+
+
+def stage_cost(recipe: Recipe, stage: Stage) -> Cost:
+    """FLOPs of a stage's packs, as `mllm.flops.cost_of` counts them."""
+    model = meta_model(recipe.model)
+    apply_tuning(model, stage.tune)
+    return _cost(model, recipe, stage)
+
+
+def _cost(model: VisionLanguageModel, recipe: Recipe, stage: Stage) -> Cost:
+    patches = recipe.model.encoder.arch.tokens(recipe.tiling.size) if takes_features(stage) else None
+    layout = recipe.model.layout(recipe.tiling)
+    return cost_of(model, stage.objective, layout, stage.parallel.recompute, patches)
 
 
 def _steps(stage: Stage, rows: int | None) -> str:
@@ -87,25 +119,3 @@ def _steps(stage: Stage, rows: int | None) -> str:
         return f"about {stage.duration.count / stage.tokens_per_step:,.0f} steps ({stage.duration.count:,} tokens)"
     count = f"{stage.duration.count:g} epoch{'s' if stage.duration.count != 1 else ''}"
     return f"{count} of {rows:,} rows" if rows is not None else f"{count} of rows that are not on this site"
-
-
-def memory(model: VisionLanguageModel, stage: Stage, world: int) -> int:
-    """An estimate of the peak bytes on each of `world` GPUs.
-
-    Sharded: 4 bytes a parameter, 12 more where it is trained (gradient and Adam's two moments, float32). Whole: the root's
-    parameters and the two largest units, in the compute type, and the root's gradients. Activations: the inputs of each
-    unit, one unit's insides (34 T D bytes for a decoder layer in bfloat16, arXiv:2205.05198), one chunk of logits.
-    """
-    item = 2 if stage.parallel.dtype == "bfloat16" else 4
-    total = sum(p.numel() for p in model.parameters())
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    units = model.units()
-    inside = {id(p) for unit in units for p in unit.parameters()}
-    root = [p for p in model.parameters() if id(p) not in inside]
-    largest = sorted((sum(p.numel() for p in unit.parameters()) for unit in units), reverse=True)[:2]
-    whole = item * (sum(p.numel() for p in root) + sum(largest)) + 4 * sum(p.numel() for p in root if p.requires_grad)
-    layer = 17 * item * stage.context * model.lm.width
-    kept = len(units) * item * stage.context * model.lm.width
-    activations = kept + layer if stage.parallel.recompute == "full" else len(model.lm.units()) * layer
-    logits = 2 * 4 * min(2048, stage.context) * model.lm.head.shape[0]
-    return (4 * total + 12 * trained) // world + (whole if world > 1 else whole // 2) + activations + logits

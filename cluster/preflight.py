@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import torch
 
-from cluster.engines import context_of, mesh_shape
+from cluster.fsdp import context_of, mesh_shape
 from mllm.recipe import DDP, FSDP, AdamW, Recipe, Stage, ZeRO
 from ops.attention import Backend, available, chosen
 from pipelines.types import spec

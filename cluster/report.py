@@ -28,13 +28,14 @@ from cluster.live import (
     StageView,
     borders,
     duration,
+    flop_words,
     paired_probes,
     paired_scores,
     quantity,
     run_standing,
     stage_views,
 )
-from cluster.metrics import Evaluation, RunFolder, StepRecord
+from cluster.metrics import Evaluation, RunFolder, StepRecord, utilisation
 from mllm.recipe import Recipe, dump
 from pipelines.types import spec
 
@@ -86,13 +87,14 @@ def write_report(run: RunFolder, recipe: Recipe, state: RunState) -> Path:
         state=state,
         standing=run_standing(state),
         views=views,
+        utilised=any(view.mfu() is not None for view in views),
         total=_totals(views, state),
         written=time.time(),
         sources=sources,
         sources_of={view.name: list(dict.fromkeys(tables[f"{view.name}/sources"]["source"])) for view in views},
         held_out=held_out,
         grouped={view.name: -(-len(view.steps) // POINTS) for view in views},
-        gauges={view.name: [(gauge, gauge.value(view)) for gauge in GAUGES] for view in views},
+        gauges={view.name: [(gauge, gauge.value(view)) for gauge in gauges_of(view)] for view in views},
         scores={view.name: paired_scores(view.before, view.after) for view in views},
         probes={view.name: paired_probes(view.before, view.after) for view in views},
         drops=_drops(views),
@@ -120,7 +122,7 @@ def _environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"quantity": quantity, "duration": duration, "moment": _moment}
+    environment.filters |= {"quantity": quantity, "duration": duration, "moment": _moment, "flop_words": flop_words}
     return environment
 
 
@@ -179,6 +181,8 @@ def _step_rows(steps: Sequence[StepRecord]) -> Rows:
             "imbalance": sum(step.imbalance for step in group) / len(group),
             "lr": last.lr,
             "grad_norm": sum(step.grad_norm for step in group) / len(group),
+            "flops": sum(step.flops for step in group) / seconds,
+            "mfu": utilisation(group) or 0.0,
         }
         for name, value in values.items():
             rows[name].append(_short(value))
@@ -262,10 +266,12 @@ class Gauge:
         if not view.steps:
             return ""
         match self.column:
-            case "tokens" | "images":
+            case "tokens" | "images" | "flops":
                 value = view.rate(self.column)
             case "wait":
                 value = view.wait()
+            case "mfu":
+                value = view.mfu() or 0.0
             case "learned":
                 value = sum(step.learned for step in view.steps) / max(1, view.tokens)
             case column:
@@ -277,6 +283,8 @@ class Gauge:
 GAUGES = (
     Gauge(column="tokens", title="tokens a second", form=".3~s", words=quantity),
     Gauge(column="images", title="images a second", form=".3~s", words=quantity),
+    Gauge(column="flops", title="model FLOP/s", form=".3~s", words=lambda value: f"{flop_words(value)}/s"),
+    Gauge(column="mfu", title="model FLOPs utilisation", form=".1~%", words="{:.1%}".format),
     Gauge(column="wait", title="time waiting for data", form=".1~%", words="{:.1%}".format),
     Gauge(column="fill", title="pack fill", form=".1~%", words="{:.1%}".format),
     Gauge(column="learned", title="tokens with loss", form=".1~%", words="{:.1%}".format),
@@ -284,6 +292,11 @@ GAUGES = (
     Gauge(column="lr", title="learning rate", form=".1~e", words="{:.2e}".format, mean=False),
     Gauge(column="grad_norm", title="gradient norm", form=".2~g", words="{:.3g}".format, mean=False),
 )
+
+
+def gauges_of(view: StageView) -> list[Gauge]:
+    """The gauges that a stage's steps can fill: FLOPs are not known of every run."""
+    return [gauge for gauge in GAUGES if gauge.column not in ("flops", "mfu") or view.mfu() is not None]
 
 
 def _charts(
@@ -295,7 +308,7 @@ def _charts(
         if view.steps:
             charts[f"{view.name}-loss"] = _loss_chart(view.name)
             charts[f"{view.name}-sources"] = _source_chart(view.name, sources)
-            for gauge in GAUGES:
+            for gauge in gauges_of(view):
                 charts[f"{view.name}-{gauge.column}"] = _gauge_chart(view.name, gauge)
     order = [border for border, _ in evaluations]
     if len(order) > 1 and held_out:

@@ -8,7 +8,7 @@ import os
 import time
 import traceback
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,11 @@ from cluster.deal import Deal, Held, Step
 from cluster.engines import Engine, StepReport, build_engine
 from cluster.journal import write_atomically
 from cluster.metrics import Evaluation, PackRecord, RunFolder, SourceLoss, StepRecord
+from cluster.mfu import peak_flops
+from cluster.plan import stage_cost
 from cluster.schedule import learning_rate_factor, progress
 from mllm import evaluate
+from mllm.flops import Cost, Work, work_of
 from mllm.recipe import LoRA, Recipe, Source, Stage
 from mllm.tune import peak_rate
 from mllm.vlm import VisionLanguageModel
@@ -149,6 +152,7 @@ def _train(job: StageJob) -> None:
 
 def _steps(job: StageJob, engine: Engine, deal: Deal, state: TrainState) -> None:
     """Train from `state` to the stage's end, saving on the way. Raises StopRun when the data ends first."""
+    meter = _meter(job, engine.device) if dist.get_rank() == 0 else None
     skipped = 0
     for step in deal:
         following = _progress(job, state, step)
@@ -160,7 +164,7 @@ def _steps(job: StageJob, engine: Engine, deal: Deal, state: TrainState) -> None
         state = state.advanced(
             sum(held.tokens for held in step.all), following, step.following, _tally(job, state.shards, step.all)
         )
-        _record(job, state, step, report, factor)
+        _record(job, state, step, report, factor, meter)
         done = state.progress >= 1
         if done:
             engine.finish()
@@ -260,14 +264,34 @@ def _check_share(source: Source, tally: dict[str, ShardTally], last: Rejected, r
         )
 
 
-def _record(job: StageJob, state: TrainState, step: Step, report: StepReport, factor: float) -> None:
-    """Rank 0 writes the step's line."""
+@dataclass(frozen=True, slots=True)
+class Meter:
+    """What a pack costs and what a device could compute, FLOP/s. `cost` is None for a model that cannot be counted."""
+
+    cost: Cost | None
+    peak: float
+
+
+def _meter(job: StageJob, device: torch.device) -> Meter:
+    try:
+        cost = stage_cost(job.recipe, job.stage)
+    except (ValueError, RuntimeError):  # a run does not stop for want of a number; `mllm plan` says why it is missing
+        cost = None
+    return Meter(cost, peak_flops(device, job.stage.parallel.dtype))
+
+
+def _record(
+    job: StageJob, state: TrainState, step: Step, report: StepReport, factor: float, meter: Meter | None
+) -> None:
+    """Rank 0, which has the `meter`, writes the step's line."""
     timings: list[Any] = [None] * dist.get_world_size()
     tokens = sum(len(pack.input_ids) for pack in step.mine)
-    dist.gather_object((step.waited, report.seconds, tokens), timings if dist.get_rank() == 0 else None)
-    if dist.get_rank() != 0:
+    work = sum((work_of(pack) for pack in step.mine), Work())
+    dist.gather_object((step.waited, report.seconds, tokens, work), timings if dist.get_rank() == 0 else None)
+    if meter is None:
         return
-    waits, seconds, loads = zip(*timings, strict=True)
+    waits, seconds, loads, works = zip(*timings, strict=True)
+    work = sum(works, Work())
     total = sum(held.tokens for held in step.all)
     dropped = [rejected for held in step.all for rejected in held.dropped]
     reasons: dict[str, int] = {}
@@ -298,6 +322,9 @@ def _record(job: StageJob, state: TrainState, step: Step, report: StepReport, fa
         packs=tuple(PackRecord(window=h.at.window, pack=h.at.pack, digest=h.digest) for h in step.all),
         dropped=tuple(rejected.label() for rejected in dropped),
         reasons=reasons,
+        flops=meter.cost.model_flops(work) if meter.cost else 0.0,
+        hardware_flops=meter.cost.hardware_flops(work) if meter.cost else 0.0,
+        peak=meter.peak,
     )
     job.folder.write_step(job.stage.name, record)
 

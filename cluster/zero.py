@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
 from types import SimpleNamespace
@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
-from cluster.engines import WRAPPED, StepReport, Trained, _recompute
+from cluster.engines import Guard, StepReport, Trained, finite
+from cluster.recompute import WRAPPED, recompute
 from mllm.objectives import LossOutput
 from mllm.recipe import Stage, ZeRO
 from mllm.tune import apply_tuning, describe
@@ -66,7 +67,10 @@ class ZeroEngine:
         self.groups = apply_tuning(model, stage.tune)
         self.trained = [name for group in self.groups for name in group.names]
         self.parts = describe(model, stage.tune)
+        model.lm.backend = stage.attention
         model.train()
+        if self.world > 1:
+            _spread(model, device)
         # DeepSpeed keeps these very objects and changes what they hold.
         self.parameters = dict(model.named_parameters(remove_duplicate=False))
         weights: dict[str, Any] = {name: self._mine(p) for name, p in self.parameters.items()}
@@ -74,12 +78,15 @@ class ZeroEngine:
         persistent = [name for name in model.state_dict() if name not in self.parameters]
         if parallel.recompute != "none":
             for unit in model.units():
-                _recompute(model, unit, parallel.recompute)
+                recompute(model, unit, parallel.recompute)
+        self.asked: Callable[[], bool] | None = None
         adam = torch.optim.AdamW(
             [{"params": g.parameters, "lr": g.lr, "peak": g.lr, "weight_decay": g.weight_decay} for g in self.groups],
             betas=stage.optimizer.betas,
             eps=stage.optimizer.eps,
         )
+        self.step = adam.step
+        adam.step = self._step  # DeepSpeed knows the gradient's norm only on its way there, and takes no subclass
         self.options = [{k: v for k, v in group.items() if k != "params"} for group in adam.param_groups]
         self.module = Untangled(model, stage.objective)
         self.engine: Any = self.deepspeed.initialize(
@@ -124,7 +131,7 @@ class ZeroEngine:
             "zero_optimization": zero,
         }
 
-    def train_step(self, packs: Sequence[Pack], lr_factor: float) -> StepReport:
+    def train_step(self, packs: Sequence[Pack], lr_factor: float, guard: Guard = finite) -> StepReport:
         """One optimiser step over `packs`, of which every rank brings equally many; empty ones count for nothing."""
         started = time.perf_counter()
         sums = torch.zeros(self.sources, 3, dtype=torch.float64, device=self.device)
@@ -141,16 +148,27 @@ class ZeroEngine:
         loss_sum, weight = totals.tolist()
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak"] * lr_factor
+        loss = loss_sum / max(weight, 1.0)
+        answers: list[bool] = []
+        self.asked = lambda: _once(answers, lambda: guard(loss, float(self.optimizer._global_grad_norm)))
         # DeepSpeed has averaged over ranks; the loss is a sum over them.
         with self._divided(max(weight, 1.0) / self.world):
             self.engine.step()
+        self.asked = None
         return StepReport(
-            loss=loss_sum / max(weight, 1.0),
+            loss=loss,
             grad_norm=float(self.engine.get_global_grad_norm()),
             learned=int(weight),
             sources=sums.cpu(),
             seconds=time.perf_counter() - started,
+            taken=answers == [True],  # DeepSpeed itself leaves a step out whose norm is no number, and asks nobody
         )
+
+    def _step(self, closure: Any = None) -> Any:
+        return self.step(closure) if self.asked is None or self.asked() else None
+
+    def finish(self) -> None:
+        """Nothing to end: a stage with averages is not ZeRO's."""
 
     def _backward(self, loss: Tensor) -> None:
         from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
@@ -314,6 +332,22 @@ class ZeroEngine:
         whole = local.new_empty(rows * self.world, *piece.shape[1:])
         dist.all_gather(list(whole.split(rows)), filled)
         return whole[: len(piece)]
+
+
+def _once(answers: list[bool], ask: Callable[[], bool]) -> bool:
+    """The first answer, for all who ask again: stage 3 steps group by group."""
+    if not answers:
+        answers.append(ask())
+    return answers[0]
+
+
+@torch.no_grad()
+def _spread(model: nn.Module, device: torch.device) -> None:
+    """Give every rank rank 0's weights: nobody else need have read any."""
+    for tensor in [*model.parameters(), *model.buffers()]:
+        moved = tensor.to(device)
+        dist.broadcast(moved, 0)
+        tensor.copy_(moved)
 
 
 def _deepspeed(stage: str, device: torch.device) -> Any:

@@ -44,7 +44,7 @@ class VLM:
     def meta(self) -> VisionLanguageModel:
         """The module without memory: shapes alone, nothing is read."""
         with torch.device("meta"):
-            return self._bare().build()
+            return self.bare().build()
 
     def empty(self) -> VisionLanguageModel:
         """The module in memory that nobody has written to, for weights that come from elsewhere. Nothing is read."""
@@ -52,7 +52,8 @@ class VLM:
         model.lm.model.tie_weights()  # which memory of their own has parted
         return model
 
-    def _bare(self) -> VLM:
+    def bare(self) -> VLM:
+        """The same without what must be read: no weights, no tokenizer."""
         lm = replace(self.lm, weights=None, tokenizer=self.lm.text_codec)
         return replace(self, encoder=replace(self.encoder, weights=None), lm=lm)
 

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 PRELOAD = [
-    "cluster.engines",
+    "cluster.fsdp",
     "pipelines.windows",
     "transformers.models.clip.modeling_clip",
     "transformers.models.llama",

@@ -10,7 +10,8 @@ import torch.distributed as dist
 
 from cluster import checkpoint
 from cluster.checkpoint import Manifest, TrainState
-from cluster.engines import Engine, build_engine, finite, mesh_shape
+from cluster.engines import Engine, build_engine, finite
+from cluster.fsdp import mesh_shape
 from cluster.site import Site
 from cluster.worker import empty_pack, evaluation_of
 from mllm.annotators import DiscreteCodes, FrozenFeatures, Recaption, ScoreFilter

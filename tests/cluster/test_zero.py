@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from cluster.engines import build_engine
-from mllm.recipe import FSDP, Full, Parallel, Recipe, Stage, ZeRO
+from mllm.recipe import DDP, FSDP, Full, Parallel, Recipe, Stage, ZeRO
 from pipelines.types import Batch, Pack
 from pipelines.windows import PackWindows, Stream
 from tests.cluster.processes import on_ranks
@@ -22,16 +22,6 @@ SHARDS = FSDP(dtype="float32", recompute="none")
 PLAIN = [ZeRO(stage=1, dtype="float32", recompute="none"), ZeRO(stage=2, dtype="float32", recompute="none")]
 PLAIN += [ZeRO(stage=3, dtype="float32", recompute="none")]
 ALL_TRAINED = {"encoder": Full(lr=1e-4), "connector": Full(lr=1e-3), "lm": Full(lr=1e-3)}
-
-
-@pytest.fixture
-def small(recipe: Recipe) -> Recipe:
-    """The tiny recipe with a smaller model still: fifty steps in seconds, and so calm that rounding stays rounding."""
-    model = recipe.model
-    tower = replace(model.encoder.arch, hidden_size=32, layers=2, heads=2, intermediate_size=64)
-    decoder = replace(model.lm.arch, hidden_size=64, layers=2, heads=2, kv_heads=1, intermediate_size=128)
-    parts = replace(model, encoder=replace(model.encoder, arch=tower), lm=replace(model.lm, arch=decoder))
-    return replace(recipe, model=parts)
 
 
 def curves(
@@ -48,10 +38,11 @@ def curves(
     return found
 
 
-def test_fifty_steps_of_every_stage_follow_full_shards(small: Recipe, stream: Stream) -> None:
+def test_fifty_steps_of_every_engine_follow_full_shards(small: Recipe, stream: Stream) -> None:
     stage = small.stage("pretrain")
-    for shards, *zeros in on_ranks(2, curves, small, stage, [SHARDS, *PLAIN], stream, 50):
-        for reports in zeros:
+    ways = [SHARDS, DDP(dtype="float32", recompute="none"), replace(SHARDS, context=2), *PLAIN]
+    for shards, *others in on_ranks(2, curves, small, stage, ways, stream, 50):
+        for reports in others:
             assert reports == [pytest.approx(one, rel=1e-4) for one in shards]
         assert shards[-1][0] < 0.9 * shards[0][0]  # a curve that fell has something to follow
 

@@ -78,6 +78,10 @@ def test_all_stages_are_trained_evaluated_and_told(unbroken: tuple[RunFolder, st
     assert [event.stage for event in state.finished_stages] == list(STAGES)
     for stage in STAGES:
         assert [record.step for record in folder.steps(stage)] == list(range(1, STEPS + 1))
+        for record in folder.steps(stage):
+            assert 0 < record.flops < record.hardware_flops
+            assert record.mfu is not None
+            assert 0 < record.mfu < 2  # of what products alone reach; a noisy machine may have been slower then
         before, after = (folder.evaluation(stage, when) for when in ("before", "after"))  # type: ignore[arg-type]  # else the test fails
         assert before is not None
         assert after is not None

@@ -17,12 +17,15 @@ def test_it_builds_round_trips_and_is_planned(name: str) -> None:
     recipe = by_name(name)
     assert recipe.name == name
     assert load(dump(recipe)) == recipe
-    planned = plan(recipe, SITE)
+    planned = plan(recipe, SITE, (2, 16) if name == "vila_smoke" else ())
     assert [stage.name for stage in planned.stages] == ["align", "pretrain", "sft"]
     for stage in planned.stages:
         assert any(part.trained for part in stage.parts)
         memory = list(stage.memory.values())
         assert memory == sorted(memory, reverse=True)
+        known = isinstance(recipe.stage(stage.name).duration, Steps)
+        assert (stage.total_flops is not None) == known
+        assert stage.flops > 0
 
 
 @pytest.mark.parametrize(

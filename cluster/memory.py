@@ -1,0 +1,459 @@
+"""Peak memory of a training step, foretold by running it on tensors that have shapes and no memory.
+
+The engine itself takes a step on a pack that is as full as the stage allows, under torch's fake tensors and a process group
+that sends nothing; every storage that comes and goes is counted. So shards, recomputation, types, frozen parts and the loss's
+chunks are those of the code that will run. What is not in it: the allocator's gaps, the communicators' buffers and the
+libraries' workspaces, about 1 to 2 GiB on a GPU.
+
+Two things keep it quick. Of equal layers only a few are built, and what each moment of the step holds goes on in a straight
+line with their number. And what a rank holds at a moment is whole + sharded / ranks, so that one world tells all others.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import re
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from functools import cache, partial
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from numpy.typing import NDArray
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._sharding_prop import ShardingPropagator
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from cluster.fsdp import FSDPEngine
+from mllm.annotators import FrozenFeatures
+from mllm.recipe import (
+    DDP,
+    FSDP,
+    AdamW,
+    Constant,
+    Frozen,
+    Full,
+    LoRA,
+    Recipe,
+    Source,
+    Stage,
+    Steps,
+    Tuning,
+    ZeRO,
+    dump,
+    load,
+)
+from mllm.tune import apply_tuning
+from mllm.vlm import VLM, VisionLanguageModel
+from pipelines.corpora import TextOnly
+from pipelines.types import IMAGE_TOKEN, Pack, Position
+
+DEPTH = 3
+"""Layers that are built of a deeper stack, and one more to see what a layer adds: two at either end, which differ by what is
+gathered ahead of them and still sent behind them; between them memory goes straight.
+"""
+
+RANKS = 8
+"""Ranks of the simulated world, from which all others follow but one rank alone, which gathers nothing."""
+
+CPU = torch.device("cpu")
+
+
+def memory(recipe: Recipe, stage: Stage, worlds: Sequence[int]) -> dict[int, int]:
+    """Peak bytes on each rank by world size, from the second step on, when the optimiser has its states.
+
+    The optimiser is taken for AdamW, whose moments are the largest. ZeRO is reckoned from full shards: stage 3 is
+    taken for them, stage 2 adds the weights in the compute type and stage 1 the gradients too, both whole. A model whose
+    states are `offload`ed leaves out shards of weights, gradients and moments. Ranks that share a pack (`context`) are taken
+    to hold equal parts of its positions and tiles. Worlds that are no whole number of groups are left out.
+    """
+    ask = partial(_memory, dump(_plain(recipe, stage)), takes_features(stage), tuple(worlds))
+    if not dist.is_initialized():
+        return ask()
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as apart:  # a process has one world
+        return apart.submit(ask).result()
+
+
+def takes_features(stage: Stage) -> bool:
+    """Whether a stage's packs carry the encoder's features."""
+    return any(isinstance(annotator, FrozenFeatures) for annotator in stage.annotators)
+
+
+def _plain(recipe: Recipe, stage: Stage) -> Recipe:
+    """The recipe with one stage and only what memory depends on, so that stages alike are simulated once."""
+    parallel = stage.parallel
+    share = parallel.context if isinstance(parallel, FSDP) else 1
+    plain = replace(
+        stage,
+        name="stage",
+        mixture=(Source(corpus=TextOnly(name="any")),),
+        tune=_coarse(stage.tune),
+        ema=None,
+        attention=None,
+        context=-(-stage.context // share),
+        max_tiles=-(-stage.max_tiles // share),
+        tokens_per_step=stage.context,
+        duration=Steps(count=1),
+        optimizer=AdamW(),
+        schedule=Constant(),
+        sampling=None,
+        grouping="mixed",
+        annotators=(),
+        window=1,
+        chunk=1,
+        save_every=1,
+    )
+    return replace(recipe, name="plain", model=recipe.model.bare(), stages=(plain,), held_out=(), shots=(), seed=0)
+
+
+def _coarse(tune: Mapping[str, Tuning]) -> dict[str, Tuning]:
+    """What a stage trains, without what takes no memory. A pattern is taken for the whole of the part that it lies in."""
+    found: dict[str, Tuning] = {}
+    for key, how in tune.items():
+        match how:
+            case Full():
+                found[key if not re.search(r"[*?[]", key) else key.split(".")[0]] = Full(lr=1.0)
+            case LoRA():
+                found[key] = replace(how, lr=1.0, weight_decay=0.0)
+            case Frozen():
+                pass  # a little too much is foretold
+    return found
+
+
+def _memory(words: str, features: bool, worlds: tuple[int, ...]) -> dict[int, int]:
+    stage = load(words).stages[0]
+    found = {}
+    for world in worlds:
+        ranks = _ranks(stage.parallel, world)
+        if ranks is not None:
+            found[world] = round(_peak(words, features, ranks))
+    return found
+
+
+def _ranks(parallel: FSDP | DDP | ZeRO, world: int) -> int | None:
+    """Ranks that hold one copy between them; None where `world` is not a whole number of such groups."""
+    match parallel:
+        case FSDP(shard=shard):
+            ranks = world if shard is None else shard
+            return None if world % ranks or world % parallel.context else ranks
+        case DDP():
+            return 1
+        case ZeRO():
+            return world
+
+
+def _peak(words: str, features: bool, ranks: int) -> float:
+    recipe = load(words)
+    stage = recipe.stages[0]
+    parallel = stage.parallel
+    simulated = FSDP(dtype=parallel.dtype, recompute=parallel.recompute)
+    built = dump(replace(recipe, stages=(replace(stage, parallel=simulated),)))
+    full = _depths(recipe.model)
+    small = _small(recipe.model, stage)
+
+    def peaks(depths: _Depths) -> dict[str, float]:
+        course = _course(built, features, depths, 1 if ranks == 1 else RANKS)
+        return {label: float((whole + shared / ranks).max()) for label, (whole, shared) in course.items()}
+
+    base = peaks(small)
+    found = dict(base)
+    for part, layers in full.items():
+        added = layers - small[part]
+        if not added:
+            continue
+        if part == "encoder" and not _encoder_learns(stage):
+            extra = {label: 4 * _layer(_shortened(recipe.model, small)) / ranks for label in base}  # it only lies there
+        else:
+            deeper = peaks(_Depths(small | {part: small[part] + 1}))
+            extra = {label: deeper[label] - base[label] for label in base}
+        found = {label: peak + added * extra[label] for label, peak in found.items()}
+    return _adjusted(found, recipe, ranks)
+
+
+def _adjusted(found: dict[str, float], recipe: Recipe, ranks: int) -> float:
+    """The peak, with what the simulation cannot know."""
+    stage = recipe.stages[0]
+    parallel = stage.parallel
+    total, trained = _counts(dump(recipe)) if not isinstance(parallel, DDP) else (0, 0)
+    if isinstance(parallel, ZeRO) and parallel.stage < 3:
+        item = 2 if parallel.dtype == "bfloat16" else 4
+        whole = item * total + (4 * trained if parallel.stage == 1 else 0)
+        found = {label: peak + whole * (1 - 1 / ranks) for label, peak in found.items()}
+    if not isinstance(parallel, DDP) and parallel.offload:
+        away = 12 * trained if isinstance(parallel, ZeRO) and parallel.stage < 3 else 4 * total + 12 * trained
+        found = {label: peak - away / ranks for label, peak in found.items() if "step" not in label}
+    return max(found.values())
+
+
+class _Depths(dict[str, int]):
+    """Layers by part, "encoder" and "lm", of those parts that have equal layers; usable as a key."""
+
+    def __hash__(self) -> int:  # type: ignore[override]
+        return hash(tuple(sorted(self.items())))
+
+
+def _depths(model: VLM) -> _Depths:
+    """Layers of the stacks that can be shortened: a tower only where the layer that is read counts from its end."""
+    depths = _Depths(lm=model.lm.arch.layers)
+    layers = getattr(model.encoder.arch, "layers", None)
+    if layers is not None and model.encoder.layer in (-1, -2):
+        depths["encoder"] = layers
+    return depths
+
+
+def _small(model: VLM, stage: Stage) -> _Depths:
+    unread = 1 if model.encoder.layer == -2 else 0
+    least = {"lm": DEPTH, "encoder": unread + (DEPTH if _encoder_learns(stage) else 2)}
+    return _Depths(
+        {part: layers if layers <= least[part] + 1 else least[part] for part, layers in _depths(model).items()}
+    )
+
+
+def _encoder_learns(stage: Stage) -> bool:
+    return any(part.split(".")[0] == "encoder" for part in stage.tune)
+
+
+def _shortened(model: VLM, depths: _Depths) -> VLM:
+    encoder = model.encoder
+    if "encoder" in depths:
+        encoder = replace(encoder, arch=replace(encoder.arch, layers=depths["encoder"]))
+    return replace(model, encoder=encoder, lm=replace(model.lm, arch=replace(model.lm.arch, layers=depths["lm"])))
+
+
+def _layer(model: VLM) -> int:
+    """Parameters of a tower's layer."""
+    with torch.device("meta"):
+        tower = model.encoder.build(str).tower
+    return sum(p.numel() for p in tower.units()[0].parameters())
+
+
+@cache
+def _counts(words: str) -> tuple[int, int]:
+    """Parameters of the model, all and trained."""
+    recipe = load(words)
+    module = recipe.model.meta()
+    groups = apply_tuning(module, recipe.stages[0].tune)
+    trained = sum(p.numel() for group in groups for p in group.parameters)
+    return sum(p.numel() for p in module.parameters()), trained
+
+
+_Course = dict[str, tuple[NDArray[np.float64], NDArray[np.float64]]]
+"""Bytes after each change, by the moment of the step: what a rank holds whole, and what all ranks hold of it together."""
+
+
+@cache
+def _course(words: str, features: bool, depths: _Depths, world: int) -> _Course:
+    """Simulate the second step of a run on rank 0 of `world`."""
+    recipe = load(words)
+    stage = recipe.stages[0]
+    assert isinstance(stage.parallel, FSDP)
+    held = Held()
+    pack = fullest(recipe, stage, features)
+    with _nobody(world), FakeTensorMode(allow_non_fake_inputs=True), held:
+        model = _shortened(recipe.model, depths).build()
+        engine = FSDPEngine(model, stage, stage.parallel, 1, CPU)
+        engine.whole = {}  # of rank 0's weights, which are spread before the first step
+        (optimizer,) = engine.optimizers
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                parameter.grad = torch.zeros_like(parameter)
+        optimizer.step()
+        optimizer.zero_grad()
+        _mark(engine, optimizer, held)
+        held.moment("begin")
+        engine.train_step([pack, pack], 1.0)  # the second meets the gradients of the first
+        return held.course(world)
+
+
+def fullest(recipe: Recipe, stage: Stage, features: bool = False) -> Pack:
+    """The pack that takes the most memory: one document, as many tiles as fit, everything else learned."""
+    layout = recipe.model.layout(recipe.tiling)
+    tokens = stage.context
+    tiles = min(stage.max_tiles, (tokens - 1) // layout.tokens_per_tile)
+    ids = np.ones(tokens, np.int32)
+    ids[: tiles * layout.tokens_per_tile] = IMAGE_TOKEN
+    labels = np.where(ids == IMAGE_TOKEN, np.int32(-100), np.int32(1))
+    arch = recipe.model.encoder.arch
+    made = np.zeros((tiles, arch.tokens(recipe.tiling.size), arch.width), np.uint16) if features else None
+    return Pack(
+        at=Position(),
+        of=1,
+        input_ids=ids,
+        labels=labels,
+        positions=np.arange(tokens, dtype=np.int32),
+        cu_seqlens=np.array([0, tokens], np.int32),
+        sources=np.zeros(1, np.int16),
+        branches=np.zeros(1, np.int8),
+        classes=np.full(1, -1, np.int32),
+        weights=np.ones(1, np.float32),
+        ids=(),
+        tiles=np.zeros((0 if features else tiles, *layout.shape), np.uint8),
+        cuts=np.zeros((tiles, 7), np.int32),
+        rows=(),
+        features=made,
+    )
+
+
+def _mark(engine: FSDPEngine, optimizer: torch.optim.Optimizer, held: Held) -> None:
+    """Name the moments of a step: which pack, forward or backward, at which end of which stack."""
+    model: VisionLanguageModel = engine.module.model
+    packs = 0
+
+    def begin(*_: object) -> None:
+        nonlocal packs
+        packs += 1
+        held.moment(f"pack {packs}")
+
+    def at(*places: str) -> Callable[..., None]:
+        return lambda *_: held.moment(*(f"pack {packs} {place}" for place in places))
+
+    engine.module.register_forward_pre_hook(begin)
+    for part, units in (("encoder", model.encoder.tower.units()), ("lm", model.lm.units())):
+        for number, unit in enumerate(units):
+            ends = [end for end in (number, number - len(units)) if -2 <= end < 2]
+            unit.register_forward_pre_hook(at(*(f"forward {part} {end}" for end in ends)))
+            unit.register_full_backward_pre_hook(at(*(f"backward {part} {end}" for end in ends)))
+
+    def step(*_: object) -> None:
+        states = [state for states in optimizer.state.values() for state in states.values()]
+        parameters = list(engine.module.parameters())
+        held.share([*parameters, *(p.grad for p in parameters if p.grad is not None), *states])
+        held.moment("step", shared=True)
+
+    optimizer.register_step_pre_hook(step)
+
+
+class Held(TorchDispatchMode):
+    """Counts the bytes of all storages alive. Used inside a FakeTensorMode.
+
+    Whole numbers and truths are computed for real -- lengths of documents, places of labels -- for the program asks for
+    them; numbers asked of a fake tensor are one.
+    """
+
+    KNOWN = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.watched: dict[int, tuple[int, int, weakref.ref[torch.UntypedStorage]]] = {}
+        self.changes: list[tuple[int, int]] = []
+        self.shared: set[int] = set()
+        self.moments: list[tuple[int, tuple[str, ...]]] = [(0, ())]
+        self.all_shared = False
+        self.paused = False
+        self.stack = ExitStack()
+
+    def moment(self, *labels: str, shared: bool = False) -> None:
+        """What follows belongs to `labels`; with `shared`, what is made there are parts that ranks share."""
+        self.moments.append((len(self.changes), labels))
+        self.all_shared = shared
+
+    def share(self, tensors: Sequence[Tensor]) -> None:
+        """These are a rank's part of something that ranks share."""
+        for tensor in tensors:
+            local = tensor._local_tensor if isinstance(tensor, DTensor) else None
+            if local is not None and local.untyped_storage()._cdata in self.watched:
+                self.shared.add(self.watched[local.untyped_storage()._cdata][0])
+
+    def course(self, ranks: int) -> _Course:
+        """What was held from the first moment on, by moment."""
+        by = np.array([amount for _, amount in self.changes], np.float64)
+        shared = np.array([number in self.shared for number, _ in self.changes], bool)
+        whole, parts = np.cumsum(np.where(shared, 0, by)), np.cumsum(np.where(shared, by, 0)) * ranks
+        ends = [begin for begin, _ in self.moments[1:]] + [len(by)]
+        course: _Course = {}
+        for (begin, labels), end in zip(self.moments, ends, strict=True):
+            span = slice(max(begin - 1, 0), end)
+            course |= dict.fromkeys(labels, (whole[span], parts[span]))
+        return course
+
+    def __enter__(self) -> Held:
+        self.stack.enter_context(patch.object(torch.UntypedStorage, "resize_", self._resizing()))
+        self.stack.enter_context(
+            patch.object(ShardingPropagator, "_propagate_tensor_meta_non_cached", self._unwatched())
+        )
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self.stack.close()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if any(issubclass(kind, DTensor) for kind in types):
+            return NotImplemented  # its parts come by here one by one
+        kwargs = kwargs or {}
+        if func is torch.ops.prim.device.default:  # half of all that comes by
+            return args[0].fake_device if isinstance(args[0], FakeTensor) else func(*args, **kwargs)
+        kinds = {type(x) for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
+        if func is torch.ops.aten._local_scalar_dense.default and FakeTensor in kinds and args[0].constant is None:
+            return 1.0 if args[0].is_floating_point() else 1
+        real = FakeTensor not in kinds if kinds else kwargs.get("dtype") in self.KNOWN
+        if real:
+            with unset_fake_temporarily():
+                result = func(*args, **kwargs)
+        else:
+            result = func(*args, **kwargs)
+        if not self.paused:
+            for x in tree_leaves(result):
+                if isinstance(x, Tensor):
+                    self._watch(x.untyped_storage())
+        return result
+
+    def _watch(self, storage: torch.UntypedStorage) -> None:
+        key = storage._cdata
+        if key in self.watched:
+            return
+        number = len(self.changes)  # an address is used again, this is not
+        if self.all_shared:
+            self.shared.add(number)
+        self.watched[key] = (number, storage.nbytes(), weakref.ref(storage, lambda _: self._gone(key)))
+        self.changes.append((number, storage.nbytes()))
+
+    def _gone(self, key: int) -> None:
+        number, size, _ = self.watched.pop(key)
+        self.changes.append((number, -size))
+
+    def _resizing(self) -> Callable[[torch.UntypedStorage, int], None]:
+        """FSDP frees and takes memory by resizing storages, which no dispatch sees."""
+        resize = torch.UntypedStorage.resize_
+
+        def resized(storage: torch.UntypedStorage, size: int) -> None:
+            resize(storage, size)
+            if storage._cdata in self.watched:
+                number, before, alive = self.watched[storage._cdata]
+                self.watched[storage._cdata] = number, storage.nbytes(), alive
+                self.changes.append((number, storage.nbytes() - before))
+
+        return resized
+
+    def _unwatched(self) -> Callable[..., Any]:
+        """DTensor finds shapes by fake tensors of whole size, which are no part of the program."""
+        find = ShardingPropagator._propagate_tensor_meta_non_cached
+
+        def found(*args: Any, **kwargs: Any) -> Any:
+            before, self.paused = self.paused, True
+            try:
+                return find(*args, **kwargs)
+            finally:
+                self.paused = before
+
+        return found
+
+
+@contextmanager
+def _nobody(world: int) -> Iterator[None]:
+    """A process group of `world` ranks that sends nothing, and none afterwards."""
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()

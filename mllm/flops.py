@@ -1,0 +1,269 @@
+"""Floating-point operations of a step, counted on the model itself.
+
+    cost = cost_of(model, objective, layout, "full")     one forward and backward on tensors without memory
+    cost.model_flops(work_of(pack))                       what the mathematics of a pack asks
+    cost.hardware_flops(work_of(pack))                    what is computed for it
+
+Model FLOPs are those of PaLM's MFU (arXiv:2204.02311, B): nothing that is computed again counts, nor what a mask hides. Which
+of a product's three parts -- forward, gradient by input, gradient by weight -- are needed is not reckoned but seen: autograd
+runs them, under the model's own `requires_grad`. Only products of matrices and convolutions count, a multiplication and an
+addition being two.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any, Literal, get_args
+from unittest.mock import patch
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import flop_registry
+
+from mllm.objectives import Objective
+from mllm.recipe import Recompute
+from mllm.vlm import VisionLanguageModel
+from pipelines.types import NOT_LEARNED, Batch, Pack, VisionLayout, spec
+
+TOKENS, TILES, LEARNED = (1_000_003, 1_000_033), (1009, 1013), (101, 103)
+"""Sizes of the pack that is counted: primes, the first of each that divides no size of the model."""
+
+
+Grows = Literal["tiles", "tokens", "pairs", "learned"]
+
+
+@spec
+class Work:
+    """What a pack asks of a model: tiles, positions, pairs of positions that see each other, positions with loss.
+
+    `blanks` are tiles that no pack has and the model sees all the same: one in each pack without pictures.
+    """
+
+    tiles: int = 0
+    tokens: int = 0
+    pairs: int = 0
+    learned: int = 0
+    blanks: int = 0
+
+    def __add__(self, other: Work) -> Work:
+        return Work(
+            tiles=self.tiles + other.tiles,
+            tokens=self.tokens + other.tokens,
+            pairs=self.pairs + other.pairs,
+            learned=self.learned + other.learned,
+            blanks=self.blanks + other.blanks,
+        )
+
+
+def work_of(pack: Pack) -> Work:
+    """A pack's work under a causal mask: of a document of n positions, n (n + 1) / 2 pairs are seen."""
+    lengths = np.diff(pack.cu_seqlens.astype(np.int64))
+    tiles = len(pack.tiles if pack.features is None else pack.features)
+    return Work(
+        tiles=tiles,
+        tokens=len(pack.input_ids),
+        pairs=int((lengths * (lengths + 1) // 2).sum()),
+        learned=pack.learned,
+        blanks=int(tiles == 0),
+    )
+
+
+@spec
+class Flops:
+    """FLOPs of one tile, one position, one pair of positions that see each other, one position with loss."""
+
+    per_tile: float
+    per_token: float
+    per_pair: float
+    per_learned: float
+
+    def of(self, work: Work) -> float:
+        """FLOPs of `work`, without its blanks."""
+        return (
+            self.per_tile * work.tiles
+            + self.per_token * work.tokens
+            + self.per_pair * work.pairs
+            + self.per_learned * work.learned
+        )
+
+
+@spec
+class Cost:
+    """FLOPs of training on a pack: what the mathematics needs, and what is computed."""
+
+    model: Flops
+    hardware: Flops
+
+    def model_flops(self, work: Work) -> float:
+        return self.model.of(work)
+
+    def hardware_flops(self, work: Work) -> float:
+        return self.hardware.of(work) + self.hardware.per_tile * work.blanks
+
+
+def cost_of(
+    model: VisionLanguageModel,
+    objective: Objective,
+    layout: VisionLayout,
+    recompute: Recompute = "none",
+    patches: int | None = None,
+) -> Cost:
+    """Count a forward and a backward of `model`, a module on the meta device whose `requires_grad` says what is trained.
+
+    `patches` are those of a tile where its features come with the pack, and the encoder does not run. Hardware FLOPs have
+    each unit's forward again where `recompute` is "full"; "selective" keeps all that is counted here. They also have the
+    scores that attention's backward computes again (arXiv:2205.14135, 3: five products for four). Both take an attention
+    kernel for one that passes over what is masked. Raises ValueError where a product grows with something else than tiles,
+    positions, pairs or learned positions.
+    """
+    sizes = {size for parameter in model.parameters() for size in parameter.shape}
+    tokens, tiles, learned = (_free(primes, sizes) for primes in (TOKENS, TILES, LEARNED))
+    batch = _batch(model, layout, tokens, tiles, learned, patches)
+    count = _Count(tokens, tiles, learned)
+    with _computed_again(model, count) if recompute == "full" else ExitStack(), count:
+        sum_ = objective(model, batch).sum
+        count.backward = True
+        sum_.backward()
+    for parameter in model.parameters():
+        parameter.grad = None
+    return Cost(model=count.needed.flops(), hardware=count.computed.flops())
+
+
+def _free(primes: tuple[int, ...], sizes: set[int]) -> int:
+    return next(prime for prime in primes if all(size % prime for size in sizes if size))
+
+
+def _batch(
+    model: VisionLanguageModel, layout: VisionLayout, tokens: int, tiles: int, learned: int, patches: int | None
+) -> Batch:
+    """One document, every number of it of its own size. Whole numbers are real; what is large is on the meta device."""
+    visual = min(tiles * layout.tokens_per_tile, tokens)
+    labels = torch.full((tokens,), NOT_LEARNED)
+    labels[:learned] = 0
+    features = None
+    if patches is not None:
+        width = next(model.connector.parameters()).shape[-1]
+        features = torch.zeros(tiles, patches, width, dtype=torch.bfloat16, device="meta")
+    return Batch(
+        input_ids=torch.zeros(tokens, dtype=torch.long),
+        labels=labels,
+        positions=torch.arange(tokens),
+        visual=torch.arange(tokens) < visual,
+        visual_count=tiles * layout.tokens_per_tile,
+        cu_seqlens=torch.tensor([0, tokens], dtype=torch.int32),
+        max_seqlen=tokens,
+        sources=torch.zeros(1, dtype=torch.long),
+        branches=torch.zeros(1, dtype=torch.int8),
+        classes=torch.full((1,), -1),
+        weights=torch.ones(1),
+        pictured=torch.ones(1, dtype=torch.bool),
+        tiles=torch.zeros(tiles, *layout.shape, dtype=torch.uint8, device="meta"),
+        cuts=torch.zeros(tiles, 7, dtype=torch.int32),
+        features=features,
+    )
+
+
+class _Sums:
+    """FLOPs by what they grow with."""
+
+    def __init__(self, tokens: int, tiles: int, learned: int) -> None:
+        self.tokens, self.tiles, self.learned = tokens, tiles, learned
+        self.sums = dict.fromkeys(get_args(Grows), 0.0)
+
+    def flops(self) -> Flops:
+        return Flops(
+            per_tile=self.sums["tiles"] / self.tiles,
+            per_token=self.sums["tokens"] / self.tokens,
+            per_pair=self.sums["pairs"] / self.tokens**2,
+            per_learned=self.sums["learned"] / self.learned,
+        )
+
+
+class _Count(TorchDispatchMode):
+    """Counts products as torch's own formulas do, with what they grow with: a prime size shows in their number.
+
+    What is on the meta device stays there and draws the rest after it; whole numbers alone are computed for real.
+    """
+
+    def __init__(self, tokens: int, tiles: int, learned: int) -> None:
+        super().__init__()
+        self.primes = {"tokens": tokens, "tiles": tiles, "learned": learned}
+        self.needed = _Sums(tokens, tiles, learned)
+        self.computed = _Sums(tokens, tiles, learned)
+        self.backward = False
+        self.again = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        there = {x.is_meta for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
+        if len(there) == 2:
+            args, kwargs = tree_map_only(
+                Tensor, lambda x: x if x.is_meta else torch.empty_like(x, device="meta"), (args, kwargs)
+            )
+        result = func(*args, **kwargs)
+        formula = flop_registry.get(func._overloadpacket)
+        if formula is not None:
+            flops = formula(*args, **kwargs, out_val=result)
+            self._add(func, flops, self._grows_with(func, flops))
+        return result
+
+    def _add(self, func: Any, flops: int, what: Grows) -> None:
+        if not self.again:
+            self.needed.sums[what] += flops
+        # Products of activations by activations are attention's; its backward makes the scores once more.
+        scores = self.backward and not self.again and func._overloadpacket is torch.ops.aten.bmm
+        self.computed.sums[what] += flops * 5 / 4 if scores else flops
+
+    def _grows_with(self, func: Any, flops: int) -> Grows:
+        powers = {name: _power(flops, prime) for name, prime in self.primes.items()}
+        match tuple(powers.values()):
+            case (0, 1, 0):
+                return "tiles"
+            case (1, 0, 0):
+                return "tokens"
+            case (2, 0, 0):
+                return "pairs"
+            case (0, 0, 1):
+                return "learned"
+        if not flops:
+            return "tokens"
+        grown = ", ".join(f"{name} to the power of {power}" for name, power in powers.items() if power) or "nothing"
+        raise ValueError(
+            f"{func} makes {flops:,} operations that grow with {grown}; this counter knows products that grow with tiles, "
+            "tokens, pairs of tokens or learned tokens, so give it a place for this one"
+        )
+
+
+def _power(number: int, prime: int) -> int:
+    power = 0
+    while number and number % prime == 0:
+        number //= prime
+        power += 1
+    return power
+
+
+@contextmanager
+def _computed_again(model: VisionLanguageModel, count: _Count) -> Iterator[None]:
+    """Each unit's forward runs again in the backward, as the engine's recomputation does, and is marked there."""
+
+    @contextmanager
+    def marked() -> Iterator[None]:
+        count.again = True
+        try:
+            yield
+        finally:
+            count.again = False
+
+    def again(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        return checkpoint(forward, *args, use_reentrant=False, context_fn=lambda: (ExitStack(), marked()), **kwargs)
+
+    with ExitStack() as stack:
+        for unit in model.units():
+            stack.enter_context(patch.object(unit, "forward", partial(again, unit.forward)))
+        yield

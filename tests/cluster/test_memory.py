@@ -1,0 +1,105 @@
+"""The memory that a plan tells is the memory that a run takes, as torch's profiler sees the allocator."""
+
+import gc
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from cluster.engines import build_engine
+from cluster.memory import fullest, memory
+from mllm.recipe import DDP, FSDP, Full, Parallel, Recipe, Stage, ZeRO
+from mllm.recipes import by_name
+from tests.cluster.processes import on_ranks
+
+KEPT, AGAIN = FSDP(dtype="float32", recompute="none"), FSDP(dtype="float32", recompute="full")
+
+
+def measured(recipe: Recipe, stages: list[Stage], packs: int) -> list[int]:
+    """Of each stage the peak bytes of two steps of a fresh engine, by the allocator's own events."""
+    return [_measured(recipe, stage, packs) for stage in stages]
+
+
+def _measured(recipe: Recipe, stage: Stage, packs: int) -> int:
+    gc.collect()
+    pack = fullest(recipe, stage)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        engine = build_engine(recipe.model.build(), stage, 1, torch.device("cpu"))
+        for _ in range(2):
+            engine.train_step([pack] * packs, 1.0)
+    results: Any = profile.profiler
+    events = [event for event in results.kineto_results.events() if event.name() == "[memory]"]
+    now = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        now += event.nbytes()
+        peak = max(peak, now)
+    return peak
+
+
+def deep() -> Recipe:
+    """The smoke model with more layers and longer packs, so that activations outweigh all else."""
+    recipe = by_name("vila_smoke")
+    encoder = replace(recipe.model.encoder, arch=replace(recipe.model.encoder.arch, layers=9))
+    lm = replace(recipe.model.lm, arch=replace(recipe.model.lm.arch, layers=8))
+    return replace(
+        recipe,
+        model=replace(recipe.model, encoder=encoder, lm=lm),
+        stages=tuple(replace(stage, context=1024, tokens_per_step=2048, parallel=KEPT) for stage in recipe.stages),
+    )
+
+
+CASES = {
+    1: (("align", KEPT), ("pretrain", AGAIN), ("sft", KEPT)),
+    2: (("align", AGAIN), ("pretrain", KEPT), ("sft", AGAIN), ("sft", DDP(dtype="float32", recompute="none"))),
+}
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_what_is_foretold_is_what_a_run_takes(world: int) -> None:
+    recipe = by_name("vila_smoke")
+    stages = [replace(recipe.stage(name), parallel=parallel) for name, parallel in CASES[world]]
+    foretold = [memory(recipe, stage, (world,))[world] for stage in stages]
+    for taken in on_ranks(world, measured, recipe, stages, 2):
+        assert foretold == [pytest.approx(bytes_, rel=0.15) for bytes_ in taken]
+
+
+def test_layers_that_are_not_built_are_counted_too() -> None:
+    recipe = deep()
+    whole = {"encoder": Full(lr=1e-4), "connector": Full(lr=1e-4), "lm": Full(lr=1e-4)}
+    stages = [recipe.stage("align"), replace(recipe.stage("sft"), tune=whole, parallel=FSDP())]
+    foretold = [memory(recipe, stage, (2,))[2] for stage in stages]
+    for taken in on_ranks(2, measured, recipe, stages, 1):
+        assert foretold == [pytest.approx(bytes_, rel=0.15) for bytes_ in taken]
+
+
+def test_a_plan_s_worlds_hold_together() -> None:
+    recipe = by_name("vila_smoke")
+    stage = replace(recipe.stage("sft"), parallel=AGAIN)
+
+    def of(parallel: Parallel) -> dict[int, int]:
+        return memory(recipe, replace(stage, parallel=parallel), (1, 4, 8, 16))
+
+    full = of(AGAIN)
+    assert full[1] > full[4] > full[8] > full[16]
+    groups = of(replace(AGAIN, shard=4))
+    assert set(groups) == {4, 8, 16}  # one rank is no group of four
+    assert groups[16] > full[16]
+    zero = {stage: of(ZeRO(stage=stage, dtype="float32")) for stage in (1, 2, 3)}
+    assert all(zero[1][world] > zero[2][world] > zero[3][world] for world in (4, 8, 16))
+    away = of(replace(AGAIN, offload=True))
+    assert all(away[world] < full[world] for world in full)
+
+
+def other_group(recipe: Recipe) -> tuple[dict[int, int], int]:
+    """A plan made inside a process group, and the group's size afterwards."""
+    found = memory(recipe, recipe.stage("align"), (2,))
+    return found, dist.get_world_size()
+
+
+def test_a_plan_neither_needs_nor_leaves_a_process_group() -> None:
+    recipe = by_name("vila_smoke")
+    alone = memory(recipe, recipe.stage("align"), (2,))
+    assert not dist.is_initialized()
+    assert on_ranks(1, other_group, recipe) == [(alone, 1)]
