@@ -27,7 +27,7 @@ from mllm.objectives import LossOutput
 from mllm.recipe import DDP, FSDP, Parallel, Stage
 from mllm.tune import apply_tuning, describe
 from mllm.vlm import VisionLanguageModel
-from ops.ring import Context
+from ops.context import Context
 from pipelines.types import Batch, Pack
 
 

@@ -22,7 +22,6 @@ from cluster.engines import Engine, StepReport, build_engine
 from cluster.journal import write_atomically
 from cluster.metrics import Evaluation, PackRecord, RunFolder, SourceLoss, StepRecord
 from cluster.mfu import peak_flops
-from cluster.plan import stage_cost
 from cluster.schedule import learning_rate_factor, progress
 from mllm import evaluate
 from mllm.flops import Cost, Work, work_of
@@ -73,8 +72,8 @@ class StageJob:
 
     @property
     def adapted(self) -> bool:
-        """Whether the stage before has trained adapters."""
-        return any(isinstance(how, LoRA) for how in self.before.tune.values())
+        """Whether this stage or the one before has adapters, so that their checkpoints have other names."""
+        return any(isinstance(how, LoRA) for stage in (self.before, self.stage) for how in stage.tune.values())
 
     def place(self, name: str) -> str:
         """The folder (or hub id) of weights by their name in the recipe."""
@@ -219,7 +218,7 @@ def _restore(engine: Engine, job: StageJob, resumed: Path | None) -> None:
         state = engine.state()
         checkpoint.load(resumed, state)
         engine.load_state(state)
-    elif job.previous and not job.adapted:  # else its adapters had to be merged first, and are
+    elif job.previous and not job.adapted:  # else rank 0 has read it, and merged what was to be merged
         state = {"model": engine.model_state()}
         checkpoint.load(Path(job.previous), state)
         engine.load_model_state(state["model"])
@@ -273,6 +272,8 @@ class Meter:
 
 
 def _meter(job: StageJob, device: torch.device) -> Meter:
+    from cluster.plan import stage_cost  # simulates memory as well, by parts of torch that take a second to import
+
     try:
         cost = stage_cost(job.recipe, job.stage)
     except (ValueError, RuntimeError):  # a run does not stop for want of a number; `mllm plan` says why it is missing

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from mllm.encoders import Folder
 from ops.attention import Backend, varlen_attention
-from ops.ring import Share
+from ops.context import Share
 from pipelines.chat import ChatML, Template
 from pipelines.types import spec
 

@@ -23,7 +23,7 @@ from mllm.annotators import Annotator, DiscreteCodes, FrozenFeatures, ReferenceL
 from mllm.objectives import NextToken, Objective
 from mllm.vlm import VLM
 from ops.attention import Backend
-from ops.ring import ContextBy, heads_fit
+from ops.context import ContextBy, heads_fit
 from pipelines.corpora import Corpus
 from pipelines.manifest import Manifest
 from pipelines.order import BySize, ByWeight, Drawn, Sampling, Scheduled

@@ -20,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ops.ring import Context, Share
+from ops.context import Context, Share
 
 T = TypeVar("T")
 

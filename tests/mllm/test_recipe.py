@@ -1,5 +1,7 @@
 """Every shipped recipe is a whole value; overrides are checked and their faults explained."""
 
+import shlex
+
 import pytest
 
 from cluster.plan import meta_model, plan
@@ -66,6 +68,16 @@ def test_a_wrong_override_is_refused_with_what_was_expected(change: str, words: 
     with pytest.raises(RecipeError) as error:
         override(by_name("vila_smoke"), [change])
     assert words in str(error.value)
+
+
+PAGE = [line for line in (ROOT / "docs" / "training.md").read_text().splitlines() if line.startswith("    -s ")]
+
+
+@pytest.mark.parametrize("line", PAGE)
+def test_what_the_page_on_training_shows_can_be_said(line: str) -> None:
+    recipe = by_name("vila_smoke")
+    (change,) = shlex.split(line, comments=True)[1:]
+    assert override(recipe, [change]).stage("sft") != recipe.stage("sft") or '{"kind":"fsdp"}' in change
 
 
 def test_an_override_changes_one_thing() -> None:

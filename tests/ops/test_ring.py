@@ -7,8 +7,8 @@ import torch
 import torch.distributed as dist
 
 from ops.attention import varlen_attention
-from ops.ring import Context, ContextBy, heads_fit
-from ops.ring import Share as RankShare
+from ops.context import Context, ContextBy, heads_fit
+from ops.context import Share as RankShare
 from tests.cluster.processes import on_ranks
 
 CASES = 12
