@@ -135,9 +135,12 @@ def read_state(folder: Path) -> TrainState:
     return _states().validate_json((folder / "state.json").read_bytes())
 
 
-def load(folder: Path, state: dict[str, Any]) -> None:
-    """Fill the tensors of `state` from a checkpoint, resharded to whoever asks; works without a process group too."""
-    alone = not dist.is_initialized()
+def load(folder: Path, state: dict[str, Any], alone: bool = False) -> None:
+    """Fill the tensors of `state` from a checkpoint, resharded to whoever asks.
+
+    A collective, unless there is no process group or it is said that this rank reads `alone`.
+    """
+    alone = alone or not dist.is_initialized()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled")  # it is meant to be, where one process loads
         dcp_load(state, checkpoint_id=str(folder), no_dist=alone)
@@ -152,7 +155,7 @@ def read_model(recipe: Recipe, stage: Stage, folder: Path, weights: Folder) -> V
     model = recipe.model.build(weights)
     adapted = add_adapters(model, stage.tune)
     state = {"model": model.state_dict()}
-    load(folder, state)
+    load(folder, state, alone=True)
     model.load_state_dict(state["model"])
     if adapted:
         merge_adapters(model)

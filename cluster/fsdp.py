@@ -65,8 +65,8 @@ class FSDPEngine:
         )
         parameters = named(model)
         self.optimizers = build_optimizers(groups, parameters, matrices, stage.optimizer)
-        names = [name for group in groups for name in group.names] if stage.ema else []
-        self.averages = {name: parameters[name].detach().clone() for name in names}
+        self.averaged = [name for group in groups for name in group.names] if stage.ema else []
+        self.averages: dict[str, Tensor] = {}
 
     def spread(self) -> None:
         """Give every rank its shards of the weights that rank 0 brought, and its buffers: nobody else need have read any."""
@@ -96,6 +96,7 @@ class FSDPEngine:
     def train_step(self, packs: Sequence[Pack], lr_factor: float, guard: Guard = finite) -> StepReport:
         """One optimiser step over `packs`, of which every rank brings equally many; empty ones count for nothing."""
         started = time.perf_counter()
+        self._begin_averages()
         sums = torch.zeros(self.sources, 3, dtype=torch.float64, device=self.device)
         totals = torch.zeros(2, dtype=torch.float64, device=self.device)
         for batch, last in self._batches(packs):
@@ -122,7 +123,7 @@ class FSDPEngine:
             if taken:
                 optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        if taken and self.averages:
+        if taken and self.averaged:
             now = named(self.module.model)
             for name, average in self.averages.items():
                 _local(average).lerp_(_local(now[name]), 1 - (self.stage.ema or 0))
@@ -135,9 +136,17 @@ class FSDPEngine:
             taken=taken,
         )
 
+    def _begin_averages(self) -> None:
+        """Averages begin at the weights that are there before the first step, wherever they have come from."""
+        if self.averaged and not self.averages:
+            self.sharded.reshard()
+            now = named(self.module.model)
+            self.averages = {name: now[name].detach().clone() for name in self.averaged}
+
     @torch.no_grad()
     def finish(self) -> None:
         """Put the averages, if any are kept, in the weights' place."""
+        self.sharded.reshard()  # a forward pass without backward leaves some weights whole
         now = named(self.module.model)
         for name, average in self.averages.items():
             _local(now[name]).copy_(_local(average))
@@ -180,7 +189,8 @@ class FSDPEngine:
         """Model, optimiser and averages as DCP saves them: the model's names, sharded tensors, for any world size."""
         optimizer = get_optimizer_state_dict(self.module.model, self.optimizers)
         state = {"model": self.model_state(), "optimizer": optimizer}
-        return {**state, "averages": self.averages} if self.averages else state
+        self._begin_averages()
+        return {**state, "averages": self.averages} if self.averaged else state
 
     def load_state(self, state: dict[str, Any]) -> None:
         self.load_model_state(state["model"])
