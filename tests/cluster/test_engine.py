@@ -62,11 +62,11 @@ def train(
     return reports
 
 
-def test_the_loss_curve_does_not_know_how_many_ranks_there_are(recipe: Recipe, stream: Stream, tmp_path: Path) -> None:
-    stage = recipe.stage("pretrain")
-    one = on_ranks(1, train, recipe, stage, stream, 3, str(tmp_path / "one"), False)[0]
+def test_the_loss_curve_does_not_know_how_many_ranks_there_are(small: Recipe, stream: Stream, tmp_path: Path) -> None:
+    stage = small.stage("pretrain")
+    one = on_ranks(1, train, small, stage, stream, 3, str(tmp_path / "one"), False)[0]
     for world in (2, 3):
-        many = on_ranks(world, train, recipe, stage, stream, 3, str(tmp_path / str(world)), False)
+        many = on_ranks(world, train, small, stage, stream, 3, str(tmp_path / str(world)), False)
         for reports in many:
             assert reports == [pytest.approx(pair, rel=1e-4) for pair in one]
 
@@ -81,16 +81,16 @@ def test_the_loss_curve_does_not_know_how_many_ranks_there_are(recipe: Recipe, s
     ],
 )
 def test_copies_and_hybrid_shards_give_the_curve_of_full_shards(
-    recipe: Recipe, stream: Stream, tmp_path: Path, world: int, parallel: FSDP | DDP
+    small: Recipe, stream: Stream, tmp_path: Path, world: int, parallel: FSDP | DDP
 ) -> None:
-    stage = recipe.stage("pretrain")
-    sharded = on_ranks(1, train, recipe, stage, stream, 3, str(tmp_path / "sharded"), False)[0]
+    stage = small.stage("pretrain")
+    sharded = on_ranks(1, train, small, stage, stream, 3, str(tmp_path / "sharded"), False)[0]
     other = replace(stage, parallel=parallel)
-    for reports in on_ranks(world, train, recipe, other, stream, 3, str(tmp_path / "other"), False):
+    for reports in on_ranks(world, train, small, other, stream, 3, str(tmp_path / "other"), False):
         assert reports == [pytest.approx(pair, rel=1e-4) for pair in sharded]
     # Its checkpoint is anybody's: full shards on two ranks go on where it ended.
-    whole = on_ranks(1, train, recipe, stage, stream, 4, str(tmp_path / "whole"), False)[0]
-    for reports in on_ranks(2, train, recipe, stage, stream, 1, str(tmp_path / "other"), True):
+    whole = on_ranks(1, train, small, stage, stream, 4, str(tmp_path / "whole"), False)[0]
+    for reports in on_ranks(2, train, small, stage, stream, 1, str(tmp_path / "other"), True):
         assert reports == [pytest.approx(whole[3], rel=1e-4)]
 
 
@@ -104,12 +104,12 @@ def test_copies_and_hybrid_shards_give_the_curve_of_full_shards(
     ],
 )
 def test_ranks_that_share_packs_give_the_curve_of_whole_packs(
-    recipe: Recipe, stream: Stream, tmp_path: Path, world: int, parallel: FSDP
+    small: Recipe, stream: Stream, tmp_path: Path, world: int, parallel: FSDP
 ) -> None:
-    stage = recipe.stage("sft")
-    whole = on_ranks(1, train, recipe, stage, stream, 3, str(tmp_path / "whole"), False)[0]
+    stage = small.stage("sft")
+    whole = on_ranks(1, train, small, stage, stream, 3, str(tmp_path / "whole"), False)[0]
     other = replace(stage, parallel=parallel)
-    for reports in on_ranks(world, train, recipe, other, stream, 3, str(tmp_path / "other"), False):
+    for reports in on_ranks(world, train, small, other, stream, 3, str(tmp_path / "other"), False):
         assert reports == [pytest.approx(pair, rel=1e-4) for pair in whole]
 
 
@@ -140,12 +140,12 @@ def trained_with(recipe: Recipe, stage: Stage, stream: Stream, steps: int, folde
     ids=["muon", "lora", "ema"],
 )
 def test_ways_of_training_know_no_number_of_ranks_either(
-    recipe: Recipe, stream: Stream, tmp_path: Path, changes: dict[str, Any]
+    small: Recipe, stream: Stream, tmp_path: Path, changes: dict[str, Any]
 ) -> None:
-    stage = replace(recipe.stage("pretrain"), **changes)
-    one = on_ranks(1, trained_with, recipe, stage, stream, 4, str(tmp_path / "one"))[0]
+    stage = replace(small.stage("pretrain"), **changes)
+    one = on_ranks(1, trained_with, small, stage, stream, 4, str(tmp_path / "one"))[0]
     assert one[-1] < one[0]
-    for losses in on_ranks(2, trained_with, recipe, stage, stream, 4, str(tmp_path / "two")):
+    for losses in on_ranks(2, trained_with, small, stage, stream, 4, str(tmp_path / "two")):
         assert losses == pytest.approx(one, rel=1e-3)
 
 
@@ -163,10 +163,10 @@ def averaged(recipe: Recipe, stage: Stage, stream: Stream) -> float:
     return max(float((value - by_hand[name]).abs().max()) for name, value in left.items())
 
 
-def test_a_stage_with_averages_ends_as_the_average_of_its_weights(recipe: Recipe, stream: Stream) -> None:
-    stage = replace(recipe.stage("pretrain"), ema=0.75)
-    assert on_ranks(2, averaged, recipe, stage, stream) == pytest.approx([0.0, 0.0], abs=1e-6)
-    without = on_ranks(2, averaged, recipe, replace(stage, ema=None), stream)
+def test_a_stage_with_averages_ends_as_the_average_of_its_weights(small: Recipe, stream: Stream) -> None:
+    stage = replace(small.stage("pretrain"), ema=0.75)
+    assert on_ranks(2, averaged, small, stage, stream) == pytest.approx([0.0, 0.0], abs=1e-6)
+    without = on_ranks(2, averaged, small, replace(stage, ema=None), stream)
     assert min(without) > 1e-4
 
 
@@ -183,8 +183,8 @@ def guarded(recipe: Recipe, stage: Stage, stream: Stream) -> list[tuple[bool, bo
     return found
 
 
-def test_a_step_that_its_guard_refuses_moves_no_weight_on_any_rank(recipe: Recipe, stream: Stream) -> None:
-    for found in on_ranks(2, guarded, recipe, recipe.stage("pretrain"), stream):
+def test_a_step_that_its_guard_refuses_moves_no_weight_on_any_rank(small: Recipe, stream: Stream) -> None:
+    for found in on_ranks(2, guarded, small, small.stage("pretrain"), stream):
         assert found == [(False, False), (True, True), (False, False)]  # weights of 1e27 give no finite loss
 
 
@@ -193,12 +193,12 @@ def test_ranks_that_do_not_divide_into_groups_are_refused() -> None:
         mesh_shape(FSDP(dtype="float32", shard=2), 3)
 
 
-def test_a_checkpoint_of_two_ranks_goes_on_with_one_and_three(recipe: Recipe, stream: Stream, tmp_path: Path) -> None:
-    stage = recipe.stage("pretrain")
-    whole = on_ranks(1, train, recipe, stage, stream, 4, str(tmp_path / "whole"), False)[0]
-    on_ranks(2, train, recipe, stage, stream, 2, str(tmp_path / "a"), False)
-    then = on_ranks(1, train, recipe, stage, stream, 1, str(tmp_path / "a"), True)[0]
-    last = on_ranks(3, train, recipe, stage, stream, 1, str(tmp_path / "a"), True)[0]
+def test_a_checkpoint_of_two_ranks_goes_on_with_one_and_three(small: Recipe, stream: Stream, tmp_path: Path) -> None:
+    stage = small.stage("pretrain")
+    whole = on_ranks(1, train, small, stage, stream, 4, str(tmp_path / "whole"), False)[0]
+    on_ranks(2, train, small, stage, stream, 2, str(tmp_path / "a"), False)
+    then = on_ranks(1, train, small, stage, stream, 1, str(tmp_path / "a"), True)[0]
+    last = on_ranks(3, train, small, stage, stream, 1, str(tmp_path / "a"), True)[0]
     assert then + last == [pytest.approx(pair, rel=1e-4) for pair in whole[2:]]
 
 
@@ -214,9 +214,9 @@ def steps_of_kinds(recipe: Recipe, stage: Stage, stream: Stream) -> list[float]:
 
 @pytest.mark.parametrize("stage", ["align", "pretrain"])
 def test_ranks_with_different_kinds_of_packs_never_wait_for_each_other(
-    recipe: Recipe, stream: Stream, stage: str
+    small: Recipe, stream: Stream, stage: str
 ) -> None:
-    losses = on_ranks(3, steps_of_kinds, recipe, recipe.stage(stage), stream)
+    losses = on_ranks(3, steps_of_kinds, small, small.stage(stage), stream)
     assert losses[0] == losses[1] == losses[2]
     assert all(4 < loss < 9 for loss in losses[0])
 
@@ -248,9 +248,9 @@ def with_features(recipe: Recipe, stream: Stream, folder: Path) -> tuple[Recipe,
 
 
 def test_a_rank_without_packs_never_holds_up_those_with_features(
-    recipe: Recipe, stream: Stream, tmp_path: Path
+    small: Recipe, stream: Stream, tmp_path: Path
 ) -> None:
-    named, annotated = with_features(recipe, stream, tmp_path)
+    named, annotated = with_features(small, stream, tmp_path)
     one, other = on_ranks(2, steps_of_features, named, named.stage("pretrain"), annotated)
     assert one == other
     assert all(4 < loss < 9 and norm > 0 for loss, norm in one)
@@ -262,47 +262,47 @@ def evaluated(recipe: Recipe, stage: Stage, held_out: Stream) -> list[float]:
     return [score.loss for score in found.scores]
 
 
-def test_held_out_rows_are_neither_filtered_nor_rewritten_but_take_the_stage_s_form(recipe: Recipe, site: Site) -> None:
+def test_held_out_rows_are_neither_filtered_nor_rewritten_but_take_the_stage_s_form(small: Recipe, site: Site) -> None:
     codes = DiscreteCodes(weights="vq", size=8, first=100)
     annotators = (ScoreFilter(weights="clip", at_least=0.3), Recaption(weights="blip"), codes)
-    stage = replace(recipe.stages[0], annotators=annotators)
-    held_out = site.held_out(recipe, stage)
+    stage = replace(small.stages[0], annotators=annotators)
+    held_out = site.held_out(small, stage)
     assert held_out is not None
     assert held_out.annotators == (codes,)
-    assert site.stream(recipe, stage).annotators == annotators
+    assert site.stream(small, stage).annotators == annotators
 
 
 def test_ranks_with_unlike_numbers_of_held_out_packs_evaluate_features_together(
-    recipe: Recipe, site: Site, tmp_path: Path
+    small: Recipe, site: Site, tmp_path: Path
 ) -> None:
-    stage = recipe.stage("align")
-    held_out = site.held_out(recipe, stage)
+    stage = small.stage("align")
+    held_out = site.held_out(small, stage)
     assert held_out is not None
     # Shots and answers show tiles, and all ranks see the same ones.
-    named, annotated = with_features(replace(recipe, shots=(0,)), held_out, tmp_path)
+    named, annotated = with_features(replace(small, shots=(0,)), held_out, tmp_path)
     plain = on_ranks(1, evaluated, named, stage, held_out)[0]
     for losses in on_ranks(2, evaluated, named, stage, annotated):
         assert losses == pytest.approx(plain, rel=1e-2)
 
 
-def test_recomputing_activations_changes_nothing(recipe: Recipe, stream: Stream, tmp_path: Path) -> None:
-    stage = recipe.stage("sft")
-    kept = on_ranks(1, train, recipe, stage, stream, 2, str(tmp_path / "kept"), False)
+def test_recomputing_activations_changes_nothing(small: Recipe, stream: Stream, tmp_path: Path) -> None:
+    stage = small.stage("sft")
+    kept = on_ranks(1, train, small, stage, stream, 2, str(tmp_path / "kept"), False)
     for how in ("full", "selective"):
         again = replace(stage, parallel=FSDP(dtype="float32", recompute=how))
-        assert on_ranks(1, train, recipe, again, stream, 2, str(tmp_path / how), False) == kept
+        assert on_ranks(1, train, small, again, stream, 2, str(tmp_path / how), False) == kept
 
 
-def test_bfloat16_follows_float32(recipe: Recipe, stream: Stream, tmp_path: Path) -> None:
-    stage = recipe.stage("pretrain")
-    full = on_ranks(1, train, recipe, stage, stream, 3, str(tmp_path / "full"), False)[0]
+def test_bfloat16_follows_float32(small: Recipe, stream: Stream, tmp_path: Path) -> None:
+    stage = small.stage("pretrain")
+    full = on_ranks(1, train, small, stage, stream, 3, str(tmp_path / "full"), False)[0]
     half = replace(stage, parallel=FSDP(dtype="bfloat16", recompute="full"))
-    mixed = on_ranks(2, train, recipe, half, stream, 3, str(tmp_path / "half"), False)[0]
+    mixed = on_ranks(2, train, small, half, stream, 3, str(tmp_path / "half"), False)[0]
     assert [loss for loss, _ in mixed] == pytest.approx([loss for loss, _ in full], rel=1e-2)
 
 
-def test_a_half_written_checkpoint_is_never_read(tmp_path: Path, recipe: Recipe, stream: Stream) -> None:
-    on_ranks(1, train, recipe, recipe.stage("pretrain"), stream, 1, str(tmp_path), False)
+def test_a_half_written_checkpoint_is_never_read(tmp_path: Path, small: Recipe, stream: Stream) -> None:
+    on_ranks(1, train, small, small.stage("pretrain"), stream, 1, str(tmp_path), False)
     (tmp_path / "step-000009").mkdir()
     (tmp_path / "step-000009" / "state.json").write_text("{}")
     found = checkpoint.latest(tmp_path, "f", "o")
