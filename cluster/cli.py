@@ -66,6 +66,7 @@ class Plan:
     def __call__(self) -> None:
         from cluster.live import flop_words
         from cluster.plan import plan
+        from cluster.stats import bytes_words
 
         result = plan(_recipe(self.recipe, self.s), _site(self.site))
         print(f"{result.recipe}: {result.tokens_per_image}")
@@ -79,7 +80,7 @@ class Plan:
             print(f"  {'workers':>10} {'packs each':>11} {'memory a GPU (estimate)':>25}")
             for world, packs in stage.accumulation.items():
                 bytes_ = stage.memory.get(world)
-                words = "cannot be" if bytes_ is None else f"{bytes_ / 2**30:.1f} GiB"
+                words = "cannot be" if bytes_ is None else bytes_words(bytes_)
                 print(f"  {world:>10} {packs:>11} {words:>25}")
         for why in result.refused:
             print(f"\nnot here: {why}")

@@ -198,7 +198,7 @@ def _adjusted(found: dict[str, float], recipe: Recipe, ranks: int) -> float:
 class _Depths(dict[str, int]):
     """Layers by part, "encoder" and "lm", of those parts that have equal layers; usable as a key."""
 
-    def __hash__(self) -> int:  # type: ignore[override]
+    def __hash__(self) -> int:  # type: ignore[override] -- a dict has none, and this one never changes
         return hash(tuple(sorted(self.items())))
 
 

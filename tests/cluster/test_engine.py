@@ -247,9 +247,7 @@ def with_features(recipe: Recipe, stream: Stream, folder: Path) -> tuple[Recipe,
     return named, replace(stream, annotators=(FrozenFeatures(encoder=frozen),))
 
 
-def test_a_rank_without_packs_never_holds_up_those_with_features(
-    small: Recipe, stream: Stream, tmp_path: Path
-) -> None:
+def test_a_rank_without_packs_never_holds_up_those_with_features(small: Recipe, stream: Stream, tmp_path: Path) -> None:
     named, annotated = with_features(small, stream, tmp_path)
     one, other = on_ranks(2, steps_of_features, named, named.stage("pretrain"), annotated)
     assert one == other

@@ -165,7 +165,7 @@ def test_seven_billion_parameters_take_six_flops_each_a_token() -> None:
 
 def test_a_product_that_grows_with_something_else_is_named() -> None:
     class Odd(nn.Linear):
-        def forward(self, features: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        def forward(self, features: torch.Tensor) -> torch.Tensor:  # type: ignore[override] -- a stand-in for a connector
             return super().forward(features) * (self.weight @ self.weight.T).sum()
 
     recipe = recipe_of("clip")
