@@ -9,11 +9,11 @@ the same work. With one rank, all that the engine adds is overhead.
 used by default: random batches, padded on the right to their longest, `LlamaForCausalLM` with sdpa and a mask, transformers'
 own loss over full logits. Fair because all three start from the same weights and differ in nothing else: connector and
 language model trained, frozen tower without activations, AdamW (fused) with the same two groups and constant rates, the loss
-of a step divided by its learned tokens, gradients clipped at 1, the same threads, float32. A step has two
-backwards, and on average as many samples, for all three (packs of 2,048 tokens); they take turns step by step, ours and accelerate's within the callback that ends a
-step of Trainer. Samples are in memory, tokenised, their pictures decoded; packing is the pipeline's work and not in the times,
-collating (some 1 % of a step) is in theirs. What counts is useful tokens, those of samples; that padding and logits that nobody
-needs cost time is what is compared.
+of a step divided by its learned tokens, gradients clipped at 1, the same threads, float32. A step has two backwards, of a pack
+of 2,048 tokens or of as many samples as such packs have on average; the three take turns step by step, ours and accelerate's
+within the callback that ends a step of Trainer. Samples are in memory, tokenised, their pictures decoded; packing is the
+pipeline's work and not in the times, padding a batch is in theirs and making a batch of a pack in ours. What counts is useful
+tokens, those of samples; that padding and logits that nobody needs cost time is what is compared.
 
 **Full logits.** `ops.losses.linear_cross_entropy` beside `F.cross_entropy(hidden @ weight.T, labels)`, forward and backward,
 every position learned, so that nothing is saved by skipping some. Memory is the allocator's, above what is there before.
@@ -29,7 +29,6 @@ import random
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
