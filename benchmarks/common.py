@@ -59,7 +59,7 @@ class Row:
         spread = f"{number(min(self.values))} to {number(max(self.values))}" if len(self.values) > 1 else ""
         goals = [f">= {self.at_least:g}"] if self.at_least is not None else []
         goals += [f"<= {self.at_most:g}"] if self.at_most is not None else []
-        met = ("yes" if self.met else "no") if goals else ""
+        met = ("yes" if self.met else "no") if goals and self.values else ""
         middle = number(self.median) if self.values else "none"
         return [self.name, middle, self.unit, spread, str(len(self.values)), " and ".join(goals), met, self.note]
 
