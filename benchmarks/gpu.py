@@ -73,9 +73,9 @@ of pairs that see each other: 4 for each pair, head and number of a head forward
     "loss": """Forward and backward of the fused loss beside `F.cross_entropy` of full logits in float32, as transformers has
 it, every position learned. Memory is that above what lies there before.""",
     "engine": """A step of `FSDPEngine` over one full pack on one device: half visual tokens, documents of mixed lengths,
-random weights. Recomputation is the least that is foretold to fit. The bare loop is what a person writes without an engine:
-the same model class, attention, objective and recomputation, weights and gradients in bfloat16, float32 master weights that
-fused AdamW steps, gradients clipped. Fair because it computes in the engine's types; autocast would keep activations in
+random weights. Nothing is computed again where that fits, else each layer. The bare loop is what a person writes without an
+engine: the same model class, attention, objective and recomputation, weights and gradients in bfloat16, float32 master weights
+that fused AdamW steps, gradients clipped. Fair because it computes in the engine's types; autocast would keep activations in
 float32 and could not take most attention kernels. The two run one after the other, since together they would not fit. MFU is
 the model FLOPs of the pack (PaLM's, nothing computed again counts) over time and the data sheet's peak; on a CPU over what
 its products reach. Peak memory is that of a step with all weights and states; foretold is `cluster.memory`, without a GPU.
@@ -332,7 +332,7 @@ def steps_of(build: Callable[[], Callable[[], Any]], repetitions: int) -> tuple[
         torch.cuda.reset_peak_memory_stats()
         return seconds(step, repetitions, 0), torch.cuda.max_memory_allocated()
 
-    def twice() -> None:  # weights and states that a profile has not seen come are not in it
+    def twice() -> None:  # the profiler sees only what comes while it looks
         step = build()
         step()
         step()
@@ -428,17 +428,16 @@ def attention_times(sizes: Sizes, backend: Backend, tokens: int) -> list[Found]:
         return [([], reason)] * 2
     heads, kv_heads, width = sizes.heads
     each = lengths(tokens, random.Random(0))
-    inputs = [
+    q, k, v = (
         drawn(tokens, n, width, dtype=COMPUTED, seed=i).requires_grad_()
         for i, n in enumerate((heads, kv_heads, kv_heads))
-    ]
+    )
     slope = drawn(tokens, heads, width, dtype=COMPUTED, seed=3)
     documents, longest = bounds(each), max(each)
 
     def act() -> None:
-        varlen_attention(*inputs, documents, longest, backend=backend).backward(slope)
-        for x in inputs:
-            x.grad = None
+        varlen_attention(q, k, v, documents, longest, backend=backend).backward(slope)
+        q.grad = k.grad = v.grad = None
 
     times = seconds(act, 2 * sizes.repetitions)
     flops = 3.5 * 4 * heads * width * sum(n * (n + 1) // 2 for n in each)
@@ -569,54 +568,56 @@ class Bare:
 
 
 def step_times(sizes: Sizes, decoder: str, tuning: str, tokens: int) -> list[Found]:
-    room = torch.cuda.mem_get_info()[1] if CUDA else None
-    recipe, foretold = recipe_of(sizes, decoder, tuning, tokens), 0
+    least, room = states(recipe_of(sizes, decoder, tuning, tokens)), torch.cuda.mem_get_info()[1] if CUDA else None
+    if room is not None and least > room:
+        reason = f"does not fit: weights and states alone are {least / GIB:.0f} GiB, the device has {room / GIB:.0f}"
+        return [([], reason)] * len(STEP)
     ways: tuple[Recompute, ...] = ("none", "full")
+    recipe, ours = recipe_of(sizes, decoder, tuning, tokens), None
     for how in ways:
         recipe = recipe_of(sizes, decoder, tuning, tokens, how)
-        foretold = memory(recipe, recipe.stages[0], (1,))[1]
-        if room is None or foretold < 0.92 * room:  # the rest is for gaps and workspaces
+        with alone(GROUP):
+            ours = attempt(partial(steps_of, partial(engine_step, recipe), sizes.repetitions))
+        if ours is not None:
             break
-    stage = recipe.stages[0]
-    found: dict[str, Found] = {"foretold memory": ([foretold / GIB], f"recompute {stage.parallel.recompute}")}
-    if room is not None and foretold > room:
-        missing: Found = ([], f"does not fit: {foretold / GIB:.0f} GiB foretold, the device has {room / GIB:.0f}")
-        return [found.get(what, missing) for what, _ in STEP]
-    pack = pack_of(recipe)
-
-    def engine() -> Callable[[], Any]:
-        built = build_engine(model_of(recipe), stage, 1, DEVICE)
-        return lambda: built.train_step([pack], 1.0)
-
-    def bare() -> Callable[[], Any]:
-        loop = Bare(recipe)
-        return lambda: loop.step(pack)
-
-    with alone(GROUP):
-        ours = attempt(lambda: steps_of(engine, sizes.repetitions))
-    plain = attempt(lambda: steps_of(bare, sizes.repetitions))
-    for words, part in (("", ours), ("bare torch ", plain)):
-        if part is None:
-            found[f"{words}step"] = found[f"{words}peak memory"] = ([], "out of memory")
-            continue
-        times, held = part
-        found[f"{words}step"] = times, ""
-        found[f"{words}peak memory"] = [held / GIB], ""
+    plain = attempt(partial(steps_of, partial(bare_step, recipe), sizes.repetitions))
+    stage, pack = recipe.stages[0], pack_of(recipe)
+    how = f"{DTYPE}, recompute {stage.parallel.recompute}"
+    foretold = memory(recipe, stage, (1,))[1]
+    found: dict[str, Found] = {"foretold memory": ([foretold / GIB], how)}
+    if plain is not None:
+        found["bare torch step"] = plain[0], how
+        found["bare torch peak memory"] = [plain[1] / GIB], ""
     if ours is not None:
         times, held = ours
         work = work_of(pack)
-        found["step"] = (
-            times,
-            f"{work.tiles} tiles, {len(pack.sources)} documents; {DTYPE}, recompute {stage.parallel.recompute}",
-        )
+        found["step"] = times, f"{work.tiles} tiles, {len(pack.sources)} documents; {how}"
         found["speed"] = [tokens / t for t in times], ""
         found["MFU"] = mfu(recipe, work, times)
+        found["peak memory"] = [held / GIB], ""
         found["foretold / measured"] = [foretold / held], ""
         moving = seconds(lambda: Batch.of(pack, DEVICE), sizes.repetitions)
-        found["data wait"] = [t / median(times) for t in moving], "H2D and what is reckoned from the pack"
+        found["data wait"] = [t / median(times) for t in moving], "the copy, and what is reckoned from the pack"
         if plain is not None:
             found["engine / bare torch"] = ratios(times, plain[0]), ""
-    return [found.get(what, ([], "out of memory")) for what, _ in STEP]
+    return [found.get(what, ([], f"does not fit: out of memory, {how}")) for what, _ in STEP]
+
+
+def engine_step(recipe: Recipe) -> Callable[[], Any]:
+    engine, pack = build_engine(model_of(recipe), recipe.stages[0], 1, DEVICE), pack_of(recipe)
+    return lambda: engine.train_step([pack], 1.0)
+
+
+def bare_step(recipe: Recipe) -> Callable[[], Any]:
+    loop, pack = Bare(recipe), pack_of(recipe)
+    return lambda: loop.step(pack)
+
+
+def states(recipe: Recipe) -> int:
+    """Bytes of weights in float32, and of gradients and moments of those that are trained."""
+    model = recipe.model.meta()
+    trained = sum(p.numel() for group in apply_tuning(model, recipe.stages[0].tune) for p in group.parameters)
+    return 4 * sum(p.numel() for p in model.parameters()) + 12 * trained
 
 
 def attempt(act: Callable[[], tuple[list[float], int]]) -> tuple[list[float], int] | None:

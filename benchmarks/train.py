@@ -122,7 +122,7 @@ class Plain:
 
 
 def beside_torch(section: Section, quick: bool) -> None:
-    for name, wide, steps in (("align", False, 20), ("pretrain", False, 20), ("pretrain", True, 7)):
+    for name, wide, steps in (("align", False, 14), ("pretrain", False, 14), ("pretrain", True, 5)):
         steps = WARM_UP + (3 if quick else steps)
         with scratch() as cache:
             ours, plain, loss, wanted, packs = in_child(engine_and_plain, name, wide, steps, str(cache))
@@ -209,7 +209,7 @@ class Padded(nn.Module):
 def beside_padding(section: Section, quick: bool) -> None:
     for name in ("pretrain", "sft"):
         with scratch() as place:
-            found = in_child(padding_and_packs, name, 1 + (2 if quick else 10), str(place))
+            found = in_child(padding_and_packs, name, 1 + (2 if quick else 6), str(place))
         section.add(f"{name}, one pack's samples padded: loss difference", "nats", [found["difference"]])
         section.add(f"{name}: share of padded positions", "share", found["padding"], f"{found['each']} samples a batch")
         for rival in ("ours", "accelerate", "Trainer"):
@@ -381,7 +381,7 @@ def loss_of_items(module: Padded, items: Sequence[Item]) -> float:
 
 def beside_full_logits(section: Section, quick: bool) -> None:
     for tokens in (1024,) if quick else (2048, 8192):
-        fused, full, times = in_child(losses, tokens, 256, 32_000, 1 if quick else 3)
+        fused, full, times = in_child(losses, tokens, 256, 32_000, 1 if quick else 2)
         name = f"loss of {tokens:,} tokens, 32,000 words"
         section.add(f"{name}: full logits", "MB", [full / 1e6], "width 256, float32")
         section.add(f"{name}: fused", "MB", [fused / 1e6])
