@@ -2,6 +2,7 @@
 # make test    the tests          make check   lint, format, types, floors
 # make bench   the benchmarks     make real    the three stages with small real weights
 # make bench-data                 data loading beside other libraries, which get an environment of their own
+# make bench-train                training steps and memory beside bare torch, accelerate and transformers' Trainer
 
 PYTHON ?= python3
 VENV := .venv
@@ -9,7 +10,7 @@ BIN := $(VENV)/bin
 WORKERS ?= 2
 COMPETITORS := benchmarks/.cache/venv-competitors
 
-.PHONY: demo test check bench bench-data real format clean
+.PHONY: demo test check bench bench-data bench-train real format clean
 
 demo: $(VENV)/.installed
 	$(BIN)/mllm train vila_smoke --workers $(WORKERS)
@@ -28,6 +29,9 @@ bench: $(VENV)/.installed
 
 bench-data: $(VENV)/.installed-dev $(COMPETITORS)/.installed
 	$(BIN)/python -m benchmarks data $(if $(QUICK),--quick)
+
+bench-train: $(VENV)/.installed-dev
+	$(BIN)/python -m benchmarks train $(if $(QUICK),--quick)
 
 real: $(VENV)/.installed-real
 	$(BIN)/python examples/real/prepare.py .cache/weights

@@ -18,13 +18,11 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from benchmarks.common import CACHE, HERE, Row, Section, machine
+from benchmarks.common import CACHE, HEAD, HERE, Section, machine, table
 
-NAMES = ("data", "packing", "step", "start", "checkpoint")
+NAMES = ("data", "packing", "train", "start", "checkpoint")
 LONG = ("data",)
 """Sections that run only when they are named."""
-
-HEAD = ("what", "median", "unit", "range", "n", "goal", "met", "note")
 
 
 def main() -> None:
@@ -60,12 +58,12 @@ def run(name: str, quick: bool) -> Section:
 
 
 def show(section: Section, console: Console) -> None:
-    table = Table(title=f"{section.name} ({section.seconds:.0f} s)", title_justify="left")
+    shown = Table(title=f"{section.name} ({section.seconds:.0f} s)", title_justify="left")
     for place, head in enumerate(HEAD):
-        table.add_column(head, justify="right" if place in (1, 3, 4) else "left")
+        shown.add_column(head, justify="right" if place in (1, 3, 4) else "left")
     for row in section.rows:
-        table.add_row(*map(escape, row.cells()))
-    console.print(table)
+        shown.add_row(*map(escape, row.cells()))
+    console.print(shown)
     for fact in section.facts:
         console.print(f"  {fact}", markup=False)
 
@@ -74,15 +72,8 @@ def save(file: Path, machine_name: str, sections: dict[str, Any]) -> None:
     sections = {name: sections[name] for name in NAMES if name in sections}
     file.write_text(json.dumps({"machine": machine_name, "sections": sections}, indent=1) + "\n")
     lines = [f"# Benchmarks on {machine_name}", "", "`make bench` writes this file. Ratios lie within one run.", ""]
-    for name, section in sections.items():
-        lines += [f"## {name}", "", section["about"], "", *(f"- {line}" for line in section["header"])]
-        lines += [f"- {fact}" for fact in section["facts"]] + ["", row_of(HEAD), row_of(["---"] * len(HEAD))]
-        lines += [row_of(Row(**row).cells()) for row in section["rows"]] + [""]
+    lines += [line for section in sections.values() for line in table(section)]
     file.with_suffix(".md").write_text("\n".join(lines))
-
-
-def row_of(cells: list[str] | tuple[str, ...]) -> str:
-    return f"| {' | '.join(cells)} |"
 
 
 if __name__ == "__main__":

@@ -1,23 +1,34 @@
-"""What every benchmark shares: rows with median and range, the machine's description, temporary folders, child processes."""
+"""What every benchmark shares: rows with median and range, the machine's description, temporary folders, processes, bytes."""
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import platform
 import tempfile
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import version
+from multiprocessing.queues import Queue
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
 CACHE = HERE / ".cache"
+
+HEAD = ("what", "median", "unit", "range", "n", "goal", "met", "note")
+
+PRELOAD = ["benchmarks.train", "transformers.models.clip.modeling_clip", "transformers.models.llama"]
+"""What ranks import, imported once for all of them."""
+
+DEADLINE = 300.0
+"""Seconds within which ranks must be done: they wait for each other for ever if one of them fails."""
 
 
 @dataclass
@@ -48,7 +59,7 @@ class Row:
         spread = f"{number(min(self.values))} to {number(max(self.values))}" if len(self.values) > 1 else ""
         goals = [f">= {self.at_least:g}"] if self.at_least is not None else []
         goals += [f"<= {self.at_most:g}"] if self.at_most is not None else []
-        met = ("yes" if self.met else "no") if goals else ""
+        met = ("yes" if self.met else "no") if goals and self.values else ""
         middle = number(self.median) if self.values else "none"
         return [self.name, middle, self.unit, spread, str(len(self.values)), " and ".join(goals), met, self.note]
 
@@ -73,6 +84,17 @@ class Section:
         at_most: float | None = None,
     ) -> None:
         self.rows.append(Row(name, unit, list(values), note, at_least, at_most))
+
+
+def table(section: dict[str, Any]) -> list[str]:
+    """A section, as saved, in Markdown."""
+    lines = [f"## {section['name']}", "", section["about"], "", *(f"- {line}" for line in section["header"])]
+    lines += [f"- {fact}" for fact in section["facts"]] + ["", _cells(HEAD), _cells(["---"] * len(HEAD))]
+    return lines + [_cells(Row(**row).cells()) for row in section["rows"]] + [""]
+
+
+def _cells(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
 
 
 def number(value: float) -> str:
@@ -135,13 +157,75 @@ def in_child(function: Callable[..., Any], *arguments: Any) -> Any:
 
 
 @contextmanager
-def alone() -> Iterator[None]:
+def alone(backend: str = "gloo") -> Iterator[None]:
     """A process group of this process only: what the engine runs in with one worker."""
     import torch.distributed as dist
 
     with tempfile.TemporaryDirectory() as folder:
-        dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=0, world_size=1)
+        dist.init_process_group(backend, init_method=f"file://{folder}/meet", rank=0, world_size=1)
         try:
             yield
         finally:
             dist.destroy_process_group()
+
+
+def on_ranks(world: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+    """`function(*arguments)` on each of `world` ranks of a gloo group, one thread each; their results in rank order.
+
+    Raises RuntimeError with the traceback of the first rank that fails, queue.Empty where one is silent for `DEADLINE`.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOAD)
+    results: Queue[tuple[int, Any, str]] = context.Queue()
+    found: dict[int, Any] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        started = [
+            context.Process(target=_rank, args=(rank, world, f"{folder}/meet", results, function, arguments))
+            for rank in range(world)
+        ]
+        for process in started:
+            process.start()
+        try:
+            while len(found) < world:
+                rank, value, error = results.get(timeout=DEADLINE)
+                if error:
+                    raise RuntimeError(f"rank {rank} of {world}:\n{error}")
+                found[rank] = value
+        finally:
+            for process in started:
+                process.join(timeout=10 if len(found) == world else 0)
+                process.kill()
+                process.join()
+    return [found[rank] for rank in range(world)]
+
+
+def _rank(
+    rank: int, world: int, meet: str, results: Queue[Any], function: Callable[..., Any], arguments: tuple[Any, ...]
+) -> None:
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{meet}", rank=rank, world_size=world)
+    try:
+        results.put((rank, function(*arguments), ""))
+    except Exception:
+        results.put((rank, None, traceback.format_exc()))
+    finally:
+        dist.destroy_process_group()
+
+
+def peak_bytes(act: Callable[[], Any]) -> int:
+    """The most that torch's CPU allocator holds during `act()`, above what it holds before: by its own events."""
+    from torch.profiler import ProfilerActivity, profile
+
+    gc.collect()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        act()
+    results: Any = seen.profiler
+    now = peak = 0
+    events = [event for event in results.kineto_results.events() if event.name() == "[memory]"]
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        now += event.nbytes()
+        peak = max(peak, now)
+    return peak

@@ -158,11 +158,11 @@ def _sdpa(
     outputs = []
     for a, b, c, part in zip(q.split(lengths), k.split(lengths), v.split(lengths), parts, strict=True):
         mask = None if part is None else seen(torch.arange(len(a), device=q.device), part, causal)
-        heads = (x.transpose(0, 1) for x in (a, b, c))
+        heads = (x.transpose(0, 1).unsqueeze(0) for x in (a, b, c))  # torch's fused kernels want a batch
         out = F.scaled_dot_product_attention(
             *heads, attn_mask=mask, is_causal=causal and mask is None, scale=scale, enable_gqa=grouped
         )
-        outputs.append(out.transpose(0, 1))
+        outputs.append(out[0].transpose(0, 1))
     return torch.cat(outputs)
 
 
