@@ -45,8 +45,8 @@ from mllm.recipe import FSDP, Full, Recipe, Stage
 from mllm.recipes import by_name
 from mllm.tune import apply_tuning
 from mllm.vlm import VisionLanguageModel
+from ops.context import ContextBy
 from ops.losses import linear_cross_entropy
-from ops.ring import ContextBy
 from pipelines.types import IMAGE_TOKEN, NOT_LEARNED, Batch, Pack
 from pipelines.windows import PackWindows
 
