@@ -50,8 +50,9 @@ from mllm.recipe import FSDP, Dtype, Full, Recipe, Recompute, Source, Stage, Ste
 from mllm.tune import apply_tuning
 from mllm.vlm import VLM, VisionLanguageModel
 from ops.attention import BACKENDS, WITH_BLOCKS, Backend, available, varlen_attention
+from ops.context import Context
 from ops.losses import linear_cross_entropy
-from ops.ring import Context, ring_attention
+from ops.ring import ring_attention
 from pipelines.corpora import TextOnly
 from pipelines.tiling import Pad
 from pipelines.types import IMAGE_TOKEN, NOT_LEARNED, Batch, Pack

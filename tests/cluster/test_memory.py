@@ -1,6 +1,7 @@
 """The memory that a plan tells is the memory that a run takes, as torch's profiler sees the allocator."""
 
 import gc
+from bisect import bisect_right
 from dataclasses import replace
 from typing import Any
 
@@ -17,9 +18,19 @@ from tests.cluster.processes import on_ranks
 KEPT, AGAIN = FSDP(dtype="float32", recompute="none"), FSDP(dtype="float32", recompute="full")
 
 
+STEPS = ("second", "third", "fourth")
+
+
 def measured(recipe: Recipe, stages: list[Stage], packs: int) -> list[int]:
-    """Of each stage the peak bytes of a fresh engine's second step, by the allocator's own events."""
+    """Of each stage the peak bytes of a fresh engine's steps after its first, by the allocator's own events.
+
+    The least of three steps, and then of all ranks: what a busy machine has not sent yet lies with one of them.
+    """
     return [_measured(recipe, stage, packs) for stage in stages]
+
+
+def least(of_ranks: list[list[int]]) -> list[int]:
+    return [min(bytes_) for bytes_ in zip(*of_ranks, strict=True)]
 
 
 def _measured(recipe: Recipe, stage: Stage, packs: int) -> int:
@@ -28,16 +39,20 @@ def _measured(recipe: Recipe, stage: Stage, packs: int) -> int:
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         engine = build_engine(recipe.model.build(), stage, 1, torch.device("cpu"))
         engine.train_step([pack] * packs, 1.0)  # weights that were spread, whole on rank 0, have gone by then
-        with torch.profiler.record_function("second step"):
-            engine.train_step([pack] * packs, 1.0)
+        for step in STEPS:
+            with torch.profiler.record_function(step):
+                engine.train_step([pack] * packs, 1.0)
     results: Any = profile.profiler
     events = results.kineto_results.events()
-    begin = next(event.start_ns() for event in events if event.name() == "second step")
-    now = peak = 0
+    begins = [next(event.start_ns() for event in events if event.name() == step) for step in STEPS]
+    now = 0
+    peaks = [0] * len(STEPS)
     for event in sorted((e for e in events if e.name() == "[memory]"), key=lambda event: event.start_ns()):
         now += event.nbytes()
-        peak = max(peak, now if event.start_ns() >= begin else 0)
-    return peak
+        step = bisect_right(begins, event.start_ns()) - 1
+        if step >= 0:
+            peaks[step] = max(peaks[step], now)
+    return min(peaks)
 
 
 def deep() -> Recipe:
@@ -65,8 +80,9 @@ def test_what_is_foretold_is_what_a_run_takes(world: int) -> None:
     long = {"context": 1024, "tokens_per_step": 2048}
     stages = [replace(recipe.stage(name), parallel=parallel, **long) for name, parallel in CASES[world]]
     foretold = [memory(recipe, stage, (world,))[world] for stage in stages]
-    for taken in on_ranks(world, measured, recipe, stages, 2):
-        assert foretold == [pytest.approx(bytes_, rel=0.15) for bytes_ in taken]
+    assert foretold == [
+        pytest.approx(bytes_, rel=0.15) for bytes_ in least(on_ranks(world, measured, recipe, stages, 2))
+    ]
 
 
 def test_layers_that_are_not_built_are_counted_too() -> None:
@@ -74,8 +90,7 @@ def test_layers_that_are_not_built_are_counted_too() -> None:
     whole = {"encoder": Full(lr=1e-4), "connector": Full(lr=1e-4), "lm": Full(lr=1e-4)}
     stages = [recipe.stage("align"), replace(recipe.stage("sft"), tune=whole, parallel=FSDP())]
     foretold = [memory(recipe, stage, (2,))[2] for stage in stages]
-    for taken in on_ranks(2, measured, recipe, stages, 1):
-        assert foretold == [pytest.approx(bytes_, rel=0.15) for bytes_ in taken]
+    assert foretold == [pytest.approx(bytes_, rel=0.15) for bytes_ in least(on_ranks(2, measured, recipe, stages, 1))]
 
 
 def test_a_plan_s_worlds_hold_together() -> None:
