@@ -43,6 +43,7 @@ def left(recipe: Recipe, stage: Stage, site: Site, root: Path) -> dict[str, torc
     return checkpoint.read_model(recipe, stage, root / done.checkpoint, site.folder).state_dict()
 
 
+@pytest.mark.timeout(600)
 @pytest.mark.usefixtures("ray_cluster")
 def test_each_stage_goes_on_from_what_the_last_has_made(ways: Recipe, tmp_path: Path) -> None:
     site = replace(load_site(str(ROOT / "examples" / "site.toml"), 2), runs=str(tmp_path))

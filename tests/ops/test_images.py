@@ -258,8 +258,8 @@ def test_hostile_bytes_give_a_picture_or_a_named_error(start: bytes, edits: list
             pixels = images.decode(bytes(body))
         except (images.NotAnImage, images.TruncatedImage, images.HugeImage):
             return
-    assert pixels.shape == (3, *size)
-    assert images.decode(bytes(body)).equal(pixels)
+        assert pixels.shape == (3, *size)
+        assert images.decode(bytes(body)).equal(pixels)
 
 
 # -- resizing and cutting ----------------------------------------------------------------------------------------------
