@@ -6,7 +6,9 @@ import gc
 import multiprocessing
 import os
 import platform
+import queue
 import tempfile
+import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -24,11 +26,11 @@ CACHE = HERE / ".cache"
 
 HEAD = ("what", "median", "unit", "range", "n", "goal", "met", "note")
 
-PRELOAD = ["benchmarks.train", "transformers.models.clip.modeling_clip", "transformers.models.llama"]
+PRELOAD = ["cluster.fsdp", "pipelines.windows", "transformers.models.clip.modeling_clip", "transformers.models.llama"]
 """What ranks import, imported once for all of them."""
 
-DEADLINE = 300.0
-"""Seconds within which ranks must be done: they wait for each other for ever if one of them fails."""
+DEADLINE = 120.0
+"""Seconds within which ranks must be done: they wait for each other for ever if one of them skips a collective."""
 
 
 @dataclass
@@ -172,12 +174,11 @@ def alone(backend: str = "gloo") -> Iterator[None]:
 def on_ranks(world: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
     """`function(*arguments)` on each of `world` ranks of a gloo group, one thread each; their results in rank order.
 
-    Raises RuntimeError with the traceback of the first rank that fails, queue.Empty where one is silent for `DEADLINE`.
+    Raises RuntimeError with the first rank's traceback, or naming the ranks that are not done after `DEADLINE` seconds.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOAD)
+    context.set_forkserver_preload(PRELOAD)  # imports are most of a fresh process's first seconds
     results: Queue[tuple[int, Any, str]] = context.Queue()
-    found: dict[int, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
         started = [
             context.Process(target=_rank, args=(rank, world, f"{folder}/meet", results, function, arguments))
@@ -186,17 +187,29 @@ def on_ranks(world: int, function: Callable[..., Any], *arguments: Any) -> list[
         for process in started:
             process.start()
         try:
-            while len(found) < world:
-                rank, value, error = results.get(timeout=DEADLINE)
-                if error:
-                    raise RuntimeError(f"rank {rank} of {world}:\n{error}")
-                found[rank] = value
+            values = _collect(results, world)
+            for process in started:
+                process.join(timeout=30)
         finally:
             for process in started:
-                process.join(timeout=10 if len(found) == world else 0)
                 process.kill()
                 process.join()
-    return [found[rank] for rank in range(world)]
+    return [values[rank] for rank in range(world)]
+
+
+def _collect(results: Queue[tuple[int, Any, str]], world: int) -> dict[int, Any]:
+    values: dict[int, Any] = {}
+    ends = time.monotonic() + DEADLINE
+    while len(values) < world:
+        try:
+            rank, value, error = results.get(timeout=max(0.0, ends - time.monotonic()))
+        except queue.Empty:
+            late = sorted(set(range(world)) - set(values))
+            raise RuntimeError(f"ranks {late} of {world} have not come to an end in {DEADLINE:.0f} s") from None
+        if error:
+            raise RuntimeError(f"rank {rank}:\n{error}")
+        values[rank] = value
+    return values
 
 
 def _rank(
@@ -209,7 +222,7 @@ def _rank(
     dist.init_process_group("gloo", init_method=f"file://{meet}", rank=rank, world_size=world)
     try:
         results.put((rank, function(*arguments), ""))
-    except Exception:
+    except BaseException:
         results.put((rank, None, traceback.format_exc()))
     finally:
         dist.destroy_process_group()

@@ -242,7 +242,8 @@ def padding_and_packs(name: str, steps: int, place: str) -> dict[str, Any]:
         difference = abs(loss_of_pack(engine, packs[0]) - loss_of_items(padded[0], list(items_of(packs[0]))))
         padded[0].since()
         accelerator = Accelerator(cpu=True, gradient_accumulation_steps=stage.packs_per_step)
-        loader: Any = DataLoader(items, batch_size=each, shuffle=True, collate_fn=collate)  # type: ignore[arg-type]
+        data: Any = items  # a list serves where a Dataset is asked for
+        loader: Any = DataLoader(data, batch_size=each, shuffle=True, collate_fn=collate)
         module, optimizer, loader = accelerator.prepare(padded[0], optimizers[0], loader)
         batches = iter(loader)
         found: dict[str, Any] = {"difference": difference, "each": each, "ours": [], "accelerate": [], "Trainer": []}
@@ -332,12 +333,13 @@ def trainer_steps(
         disable_tqdm=True,
     )
     constant = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0)
-    data: Any = items
+    data: Any = items  # a list serves where a Dataset is asked for
+    together: Any = collate
     trainer = Trainer(
         model=module,
         args=arguments,
         train_dataset=data,
-        data_collator=collate,  # type: ignore[arg-type]
+        data_collator=together,
         optimizers=(optimizer, constant),
         callbacks=[Clock()],
     )

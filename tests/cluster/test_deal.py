@@ -6,12 +6,12 @@ import pytest
 import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore
 
+from benchmarks.common import on_ranks
 from cluster.deal import Deal, OrderError
 from pipelines.stream import from_table, portions
 from pipelines.stream import hands as stream_hands
 from pipelines.types import Hand, Pack, Position
 from pipelines.windows import PackWindows, Stream
-from tests.cluster.processes import on_ranks
 
 
 def hands_for(windows: PackWindows, rank: int, world: int, start: Position) -> list[Hand]:

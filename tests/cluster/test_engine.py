@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from benchmarks.common import on_ranks
 from cluster import checkpoint
 from cluster.checkpoint import Manifest, TrainState
 from cluster.engines import Engine, build_engine, finite
@@ -15,10 +16,9 @@ from cluster.fsdp import mesh_shape
 from cluster.site import Site
 from cluster.worker import empty_pack, evaluation_of
 from mllm.annotators import DiscreteCodes, FrozenFeatures, Recaption, ScoreFilter
-from mllm.recipe import DDP, FSDP, Full, LoRA, Muon, Recipe, Stage
+from mllm.recipe import DDP, FSDP, Full, LoRA, Muon, Parallel, Recipe, Stage, ZeRO
 from pipelines.types import Pack, Position
 from pipelines.windows import PackWindows, Stream
-from tests.cluster.processes import on_ranks
 
 CPU = torch.device("cpu")
 
@@ -183,8 +183,15 @@ def guarded(recipe: Recipe, stage: Stage, stream: Stream) -> list[tuple[bool, bo
     return found
 
 
-def test_a_step_that_its_guard_refuses_moves_no_weight_on_any_rank(small: Recipe, stream: Stream) -> None:
-    for found in on_ranks(2, guarded, small, small.stage("pretrain"), stream):
+@pytest.mark.parametrize(
+    "parallel",
+    [FSDP(dtype="float32"), ZeRO(stage=1, dtype="float32"), ZeRO(stage=3, dtype="float32")],
+    ids=["fsdp", "zero1", "zero3"],
+)
+def test_a_step_that_its_guard_refuses_moves_no_weight_on_any_rank(
+    small: Recipe, stream: Stream, parallel: Parallel
+) -> None:
+    for found in on_ranks(2, guarded, small, replace(small.stage("pretrain"), parallel=parallel), stream):
         assert found == [(False, False), (True, True), (False, False)]  # weights of 1e27 give no finite loss
 
 

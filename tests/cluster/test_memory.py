@@ -9,11 +9,11 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from benchmarks.common import on_ranks
 from cluster.engines import build_engine
 from cluster.memory import fullest, memory
 from mllm.recipe import DDP, FSDP, Full, Parallel, Recipe, Stage, ZeRO
 from mllm.recipes import by_name
-from tests.cluster.processes import on_ranks
 
 KEPT, AGAIN = FSDP(dtype="float32", recompute="none"), FSDP(dtype="float32", recompute="full")
 

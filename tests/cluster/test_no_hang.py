@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
+from benchmarks.common import on_ranks
 from cluster.recompute import named
 from mllm.recipe import DDP, FSDP, Full, Parallel, Recipe, Stage, Tuning, ZeRO
 from pipelines.types import Pack
 from pipelines.windows import PackWindows, Stream
-from tests.cluster.processes import on_ranks
 from tests.cluster.test_engine import engine_of
 
 FROZEN: dict[str, Tuning] = {"connector": Full(lr=1e-3), "lm": Full(lr=1e-3)}

@@ -11,11 +11,11 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from benchmarks.common import on_ranks
 from cluster.engines import build_engine
 from mllm.recipe import DDP, FSDP, Full, Parallel, Recipe, Stage, ZeRO
 from pipelines.types import Batch, Pack
 from pipelines.windows import PackWindows, Stream
-from tests.cluster.processes import on_ranks
 from tests.cluster.test_engine import CPU, engine_of, share, train
 
 SHARDS = FSDP(dtype="float32", recompute="none")

@@ -45,7 +45,7 @@ def bounds(lengths: list[int]) -> Tensor:
     return torch.tensor([0, *lengths], device=DEVICE).cumsum(0).int()
 
 
-def agree(ours: Tensor, theirs: Tensor, inputs: Inputs) -> None:
+def assert_agree(ours: Tensor, theirs: Tensor, inputs: Inputs) -> None:
     torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
     weight = torch.randn(theirs.shape, dtype=torch.float64, device=DEVICE)
     mine = torch.autograd.grad((ours.double() * weight).sum(), inputs)
@@ -64,7 +64,7 @@ def test_a_document_sees_itself_alone(
     view = [torch.ones(n, n).tril().bool() if causal else torch.ones(n, n).bool() for n in lengths]
     theirs = written_out(*inputs, lengths, view, WIDTH**-0.5 if scale is None else scale)
     ours = varlen_attention(*inputs, bounds(lengths), max(lengths), scale=scale, causal=causal, backend=backend)
-    agree(ours, theirs, inputs)
+    assert_agree(ours, theirs, inputs)
 
 
 @settings(max_examples=30, deadline=None)
@@ -82,7 +82,7 @@ def test_a_block_sees_all_of_itself_and_what_comes_before(
     theirs = written_out(*inputs, lengths, view, WIDTH**-0.5)
     blocks = torch.tensor([number for of in numbers for number in of], device=DEVICE)
     ours = varlen_attention(*inputs, bounds(lengths), max(lengths), blocks=blocks, backend=backend)
-    agree(ours, theirs, inputs)
+    assert_agree(ours, theirs, inputs)
 
 
 @pytest.mark.parametrize("blocks", [False, True])

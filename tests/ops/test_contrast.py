@@ -6,8 +6,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks.common import on_ranks
 from ops.contrast import contrastive_loss, sigmoid_loss
-from tests.cluster.processes import on_ranks
 
 PAIRS = 7
 

@@ -6,10 +6,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from benchmarks.common import on_ranks
 from ops.attention import varlen_attention
 from ops.context import Context, ContextBy, heads_fit
 from ops.context import Share as RankShare
-from tests.cluster.processes import on_ranks
 
 CASES = 12
 
