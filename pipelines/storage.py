@@ -1,11 +1,15 @@
 """Bytes from where corpora lie: a disk, S3, or anything else that fsspec speaks. The one door to storage of this floor.
 
-    read(uri, start, stop)     a range of one file          open(uri)      a file from its beginning, for scanning
-    stat(uri)                  its size and version         names(folder)  what lies in a folder
+    read(uri, start, stop)     a range of one file           open_file(uri)      a file from its beginning, for scanning
+    stat(uri)                  its size and version          names(folder)       what lies in a folder
+
+    write(uri, data)           a file, whole                 create(uri, data)   the same, unless there is one
+    remove(uri)                a file or a folder
 
 Storage fails for a moment (a refused connection, a 503, a body that ends early, a server that says nothing): each request has a
-deadline and is tried `ATTEMPTS` times with growing, jittered pauses, and then raises `StorageError`, which stops the run. What
-is not there (FileNotFoundError) or not allowed (PermissionError) is raised at once, since waiting does not bring it.
+deadline and is tried again, `ATTEMPTS` times and for `patience` seconds at least, with growing, jittered pauses; then it raises
+`StorageError`. What is not there (FileNotFoundError) or not allowed (PermissionError) is raised at once, since waiting does not
+bring it.
 
 Credentials come from the usual AWS chain, or from the site file through `use`; they are never printed.
 """
@@ -15,13 +19,16 @@ from __future__ import annotations
 import asyncio
 import errno
 import io
+import os
 import random
 import time
 from collections import deque
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import field
 from functools import lru_cache
+from itertools import count
 from typing import IO, Any, TypeVar
 from uuid import uuid4
 
@@ -34,10 +41,13 @@ from pipelines.types import spec
 T = TypeVar("T")
 
 ATTEMPTS = 5
-"""Times that a request is tried. With the pauses between them this outlasts a server's hiccup, not an outage."""
+"""Times that a request is tried at least."""
 
 PAUSE = 0.25
 """Seconds before the second attempt; each later pause is twice as long, and each is stretched by up to half at random."""
+
+LONGEST_PAUSE = 4.0
+"""Seconds before any later attempt: when storage comes back, a run should not sleep on."""
 
 AT_ONCE = 16
 """Requests of one `read_many` that are under way together."""
@@ -54,7 +64,8 @@ class StorageError(OSError):
 class Storage:
     """How storage is reached: S3's address and keys where the usual AWS chain (environment, profile, role) does not say.
 
-    `deadline` is the seconds that one request may take before it is tried again; `ahead` the chunks of rows that are read from
+    `deadline` is the seconds that one request may take before it is tried again, `patience` those for which it is tried again at
+    least: an outage that is shorter only makes a run wait; `ahead` is the chunks of rows that are read from
     remote storage before they are needed. Keys do not show when this is printed.
     """
 
@@ -63,6 +74,7 @@ class Storage:
     key: str | None = field(default=None, repr=False)
     secret: str | None = field(default=None, repr=False)
     deadline: float = 30.0
+    patience: float = 60.0
     ahead: int = 4
 
     def s3(self) -> dict[str, Any]:
@@ -123,7 +135,7 @@ class Stat:
 def read(uri: str, start: int | None = None, stop: int | None = None) -> bytes:
     """Bytes `[start, stop)` of a file, fewer where it ends before; by default all.
 
-    Raises FileNotFoundError, PermissionError or, after `ATTEMPTS`, StorageError.
+    Raises FileNotFoundError, PermissionError or, when its patience is at an end, StorageError.
     """
     if start is not None and start == stop:
         return b""  # which S3 cannot be asked for
@@ -197,6 +209,62 @@ def write(uri: str, data: bytes) -> None:
     filesystem.makedirs(path.rsplit("/", 1)[0], exist_ok=True)
     filesystem.pipe_file(scratch, data)
     filesystem.mv(scratch, path)
+
+
+def create(uri: str, data: bytes) -> bool:
+    """Write a file whole if there is none yet; False where there is. Of many who try at once one succeeds.
+
+    A writer whose answer was lost on the way finds its own file and is told True: let `data` tell writers apart.
+    """
+    filesystem, path = _place(uri)
+    if isinstance(filesystem, AsyncFileSystem):
+        made = _tried(uri, lambda: _awaited(filesystem, lambda: _put_if_absent(filesystem, path, data)))
+    else:
+        scratch = f"{path}.{uuid4().hex}.part"
+        filesystem.makedirs(path.rsplit("/", 1)[0], exist_ok=True)
+        filesystem.pipe_file(scratch, data)
+        try:
+            os.link(scratch, path)  # fails where there is a file; readers see all of it or nothing
+            made = True
+        except FileExistsError:
+            made = False
+        finally:
+            os.unlink(scratch)
+    return made or read(uri) == data
+
+
+async def _put_if_absent(filesystem: AsyncFileSystem, path: str, data: bytes) -> bool:
+    try:
+        await filesystem._pipe_file(path, data, mode="create")
+    except FileExistsError:
+        return False
+    except OSError as error:
+        if "PreconditionFailed" in str(error) or "pre-conditions" in str(
+            error
+        ):  # as S3 words it where it names no condition
+            return False
+        raise
+    return True
+
+
+def names(folder: str) -> list[str]:
+    """Names of what lies in a folder, in order; of a folder that is not there, none. Scratch files are left out."""
+    filesystem, path = _place(folder)
+    _tried(folder, lambda: filesystem.invalidate_cache(path))
+    try:
+        found: Any = _tried(folder, lambda: filesystem.ls(path, detail=False))
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    inside = {p.rstrip("/") for p in found} - {path.rstrip("/")}  # S3 may list an empty folder as its own content
+    return sorted(name for p in inside if not (name := p.rsplit("/", 1)[-1]).endswith(".part"))
+
+
+def remove(uri: str) -> None:
+    """Take a file, or a folder with all that is in it, away; nothing happens where there is none."""
+    filesystem, path = _place(uri)
+    _tried(uri, lambda: filesystem.invalidate_cache(path))
+    with suppress(FileNotFoundError):
+        _tried(uri, lambda: filesystem.rm(path, recursive=True))
 
 
 def stat(uri: str) -> Stat:
@@ -297,7 +365,8 @@ FINAL_NUMBERS = (errno.ENAMETOOLONG, errno.ELOOP, errno.ENOSPC)
 
 
 def _tried(uri: str, request: Callable[[], T]) -> T:
-    for attempt in range(1, ATTEMPTS + 1):
+    started = time.monotonic()
+    for attempt in count(1):
         try:
             return request()
         except Exception as error:
@@ -308,13 +377,13 @@ def _tried(uri: str, request: Callable[[], T]) -> T:
                 ) from error
             if not _transient(error):
                 raise
-            if attempt == ATTEMPTS:
+            if attempt >= ATTEMPTS and time.monotonic() - started >= _Current.storage.patience:
                 raise StorageError(
-                    f"{uri}: no answer in {ATTEMPTS} attempts, the last: {type(error).__name__}: {error}; "
+                    f"{uri}: no answer in {attempt} attempts, the last: {type(error).__name__}: {error}; "
                     "the storage is at fault, not the data: once it answers, the same command goes on"
                 ) from error
-            time.sleep(PAUSE * 2 ** (attempt - 1) * (1 + random.random() / 2))
-    raise AssertionError("the last attempt returns or raises")
+            time.sleep(min(LONGEST_PAUSE, PAUSE * 2 ** min(attempt - 1, 16)) * (1 + random.random() / 2))
+    raise AssertionError("an attempt returns or the last one raises")
 
 
 def _transient(error: Exception) -> bool:

@@ -103,9 +103,10 @@ class Proxy:
         self.port = self.socket.getsockname()[1]
         threading.Thread(target=self._serve, daemon=True).start()
 
-    def storage(self, deadline: float = 20) -> Storage:
+    def storage(self, deadline: float = 20, patience: float = 0) -> Storage:
+        address = f"http://127.0.0.1:{self.port}"
         return Storage(
-            endpoint=f"http://127.0.0.1:{self.port}", region="us-east-1", key=KEY, secret=SECRET, deadline=deadline
+            endpoint=address, region="us-east-1", key=KEY, secret=SECRET, deadline=deadline, patience=patience
         )
 
     def close(self) -> None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
 import pytest
 
 from pipelines import storage
+from pipelines.place import Place
 from pipelines.storage import Storage, StorageError
 from tests.s3 import BUCKET, Proxy, Server
 
@@ -99,6 +101,37 @@ def test_a_file_that_is_written_again_has_another_version(root: str) -> None:
     assert storage.read(f"{root}/a.bin") == DATA[::-1]
 
 
+def test_of_many_who_create_a_file_one_does(root: str) -> None:
+    with ThreadPoolExecutor(8) as pool:
+        made = list(pool.map(lambda who: storage.create(f"{root}/one.json", b"by %d" % who), range(8)))
+    assert made.count(True) == 1
+    assert storage.read(f"{root}/one.json") == b"by %d" % made.index(True)
+    assert storage.create(f"{root}/one.json", b"by %d" % made.index(True))  # its answer was lost, and it asks again
+
+
+def test_a_folder_tells_what_is_in_it_and_can_be_removed(root: str) -> None:
+    assert storage.names(root) == ["a.bin", "b.bin", "deep"]
+    assert storage.names(f"{root}/none") == []
+    storage.remove(f"{root}/a.bin")
+    storage.remove(f"{root}/deep")
+    storage.remove(f"{root}/none")
+    assert not storage.names(f"{root}/deep")
+    assert "a.bin" not in storage.names(root)
+    assert "b.bin" in storage.names(root)
+
+
+def test_a_place_is_a_path_on_any_storage(root: str) -> None:
+    place = Place(root) / "new" / "words.txt"
+    assert not place.is_file()
+    place.write(b"one")
+    assert place.read_text() == "one"
+    assert not place.create(b"two")
+    assert (place.name, place.parent.name, place.under(Place(root))) == ("words.txt", "new", "new/words.txt")
+    assert place.parent.names() == ["words.txt"]
+    place.remove()
+    assert place.parent.names() == []
+
+
 def test_what_is_not_there_is_said_at_once(root: str) -> None:
     started = time.monotonic()
     with pytest.raises(FileNotFoundError):
@@ -138,6 +171,13 @@ def test_a_server_that_says_nothing_meets_its_deadline(proxy: Proxy) -> None:
     started = time.monotonic()
     assert storage.read(f"s3://{BUCKET}/steady.bin", 0, 10) == DATA[:10]
     assert 0.4 < time.monotonic() - started < 10
+
+
+def test_an_outage_shorter_than_its_patience_only_makes_a_run_wait(proxy: Proxy) -> None:
+    storage.use(proxy.storage(patience=60))
+    proxy.faults += ["refuse"] * (storage.ATTEMPTS + 3)
+    assert storage.read(f"s3://{BUCKET}/steady.bin", 0, 10) == DATA[:10]
+    assert len(proxy.met) == storage.ATTEMPTS + 4
 
 
 def test_an_outage_ends_with_words_about_storage_not_data(proxy: Proxy) -> None:
