@@ -21,13 +21,13 @@ from PIL import Image as PILImage
 from rich.console import Console
 
 from cluster.datacheck import manifest_of
-from cluster.journal import write_atomically
 from cluster.report import render_page
 from cluster.rows import draw, in_order
 from cluster.site import Site
 from pipelines import pictures
 from pipelines.corpora import Corpus
 from pipelines.manifest import Manifest
+from pipelines.place import Place
 from pipelines.tiling import Native
 from pipelines.types import (
     Chunk,
@@ -129,7 +129,7 @@ def write_rows(corpus: Corpus, site: Site, console: Console, count: int, out: Pa
         bad=bad,
         reasons=Counter(str(row.reason) for row in bad).most_common(),
     )
-    write_atomically(out, page.encode())
+    Place(out).write(page.encode())
     return out
 
 

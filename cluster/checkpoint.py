@@ -12,7 +12,6 @@ import shutil
 import warnings
 from dataclasses import field, replace
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,11 +20,11 @@ from pydantic import TypeAdapter
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
-from cluster.journal import write_atomically
 from mllm.encoders import Folder
 from mllm.recipe import Recipe, Stage
 from mllm.tune import add_adapters, merge_adapters
 from mllm.vlm import VisionLanguageModel
+from pipelines.place import Place
 from pipelines.types import Position, spec
 
 
@@ -39,13 +38,17 @@ class ShardTally:
 
 @spec
 class TrainState:
-    """Where a stage stands after `step` steps; `position` is the next pack to train on."""
+    """Where a stage stands after `step` steps; `position` is the next pack to train on.
+
+    `recent` are loss and gradient norm of the last steps that were taken, as far as a guard against spikes looks back.
+    """
 
     step: int = 0
     tokens: int = 0
     progress: float = 0.0
     position: Position = Position()
     shards: dict[str, ShardTally] = field(default_factory=dict)
+    recent: tuple[tuple[float, float], ...] = ()
 
     def advanced(self, tokens: int, progress: float, position: Position, shards: dict[str, ShardTally]) -> TrainState:
         return replace(
@@ -77,11 +80,12 @@ def _states() -> TypeAdapter[TrainState]:
     return TypeAdapter(TrainState)
 
 
-def save(folder: Path, state: dict[str, Any], at: TrainState, manifest: Manifest, keep: int = 2) -> Path:
+def save(place: Place, state: dict[str, Any], at: TrainState, manifest: Manifest, keep: int = 2) -> Place:
     """Write `folder/step-N`, all ranks together, and drop all but the `keep` newest whole checkpoints.
 
     Half-written ones have no manifest and another name, and are never read.
     """
+    folder = place.path
     final, scratch = folder / f"step-{at.step:06d}", folder / f".step-{at.step:06d}.part"
     first = dist.get_rank() == 0
     if first:
@@ -90,22 +94,26 @@ def save(folder: Path, state: dict[str, Any], at: TrainState, manifest: Manifest
     dist.barrier()
     dcp_save(state, checkpoint_id=str(scratch), no_dist=False)
     if first:
-        write_atomically(scratch / "state.json", _states().dump_json(at, indent=1))
-        write_atomically(scratch / "manifest.json", _manifests().dump_json(manifest, indent=1))
+        (scratch / "state.json").write_bytes(_states().dump_json(at, indent=1))
+        (scratch / "manifest.json").write_bytes(_manifests().dump_json(manifest, indent=1))
         shutil.rmtree(final, ignore_errors=True)
         scratch.rename(final)
-        for old in checkpoints(folder)[:-keep]:
-            shutil.rmtree(old, ignore_errors=True)
+        for old in checkpoints(place)[:-keep]:
+            old.remove()
     dist.barrier()
-    return final
+    return Place(final)
 
 
-def checkpoints(folder: Path) -> list[Path]:
+def checkpoints(folder: Place) -> list[Place]:
     """Whole checkpoints of a stage, oldest first."""
-    return sorted(path for path in folder.glob("step-*") if (path / "manifest.json").is_file())
+    return [
+        folder / name
+        for name in folder.names()
+        if name.startswith("step-") and (folder / name / "manifest.json").is_file()
+    ]
 
 
-def latest(folder: Path, fingerprint: str, order: str) -> Path | None:
+def latest(folder: Place, fingerprint: str, order: str) -> Place | None:
     """The newest whole checkpoint of the stage.
 
     Raises ValueError when it was written by another stage or another order: going on from it would change what was learned.
@@ -127,15 +135,15 @@ def latest(folder: Path, fingerprint: str, order: str) -> Path | None:
     return found[-1]
 
 
-def read_manifest(folder: Path) -> Manifest:
+def read_manifest(folder: Place) -> Manifest:
     return _manifests().validate_json((folder / "manifest.json").read_bytes())
 
 
-def read_state(folder: Path) -> TrainState:
+def read_state(folder: Place) -> TrainState:
     return _states().validate_json((folder / "state.json").read_bytes())
 
 
-def load(folder: Path, state: dict[str, Any], alone: bool = False) -> None:
+def load(folder: Place, state: dict[str, Any], alone: bool = False) -> None:
     """Fill the tensors of `state` from a checkpoint, resharded to whoever asks.
 
     A collective, unless there is no process group or it is said that this rank reads `alone`.
@@ -146,7 +154,7 @@ def load(folder: Path, state: dict[str, Any], alone: bool = False) -> None:
         dcp_load(state, checkpoint_id=str(folder), no_dist=alone)
 
 
-def read_model(recipe: Recipe, stage: Stage, folder: Path, weights: Folder) -> VisionLanguageModel:
+def read_model(recipe: Recipe, stage: Stage, folder: Place, weights: Folder) -> VisionLanguageModel:
     """The model that `stage` left in the checkpoint `folder`, whole, on CPU, float32, its adapters merged.
 
     `weights` finds what the recipe's parts name, for whatever the checkpoint does not hold.

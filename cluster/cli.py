@@ -94,13 +94,18 @@ class Train:
     """A recipe's name, or a recipe.json."""
     s: Change = ()
     """Change the recipe, stages by name: -s stages.pretrain.tune.lm.lr=3e-5"""
-    workers: int | None = None
-    """Training workers; the site's number by default."""
+    workers: Annotated[tuple[int, ...] | None, arg(metavar="N [MOST]")] = None
+    """Training workers, or the fewest and the most: the run grows and shrinks with the cluster. The site's by default."""
     run: str | None = None
     """The run's name; the recipe's by default."""
     site: SiteFile = None
 
     def __call__(self) -> None:
+        from cluster.supervisor import die_with_parent, is_driver, supervise
+
+        if not is_driver():
+            sys.exit(supervise(_WORDS))
+        die_with_parent()
         from rich.console import Console
 
         from cluster.run import train
@@ -342,9 +347,14 @@ Command = (
 )
 
 
+_WORDS: list[str] = []
+"""The words of the command line, for the process that drives a run and gets the same ones."""
+
+
 def main(argv: list[str] | None = None) -> None:
-    """Entry point of `mllm`. A mistake of the user's ends with one line and code 2, Ctrl-C with 130."""
-    words = _spread(sys.argv[1:] if argv is None else argv)
+    """Entry point of `mllm`. A mistake of the user's ends with one line and code 2, Ctrl-C with 130, SIGTERM with 143."""
+    _WORDS[:] = sys.argv[1:] if argv is None else argv
+    words = _spread(_WORDS)
     command: Callable[[], None] = tyro.cli(
         Command,  # type: ignore[arg-type]  # a union of types is no type to checkers; tyro takes it
         prog="mllm",
@@ -352,14 +362,31 @@ def main(argv: list[str] | None = None) -> None:
         args=words,
         config=(tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes, tyro.conf.FlagCreatePairsOff),
     )
-    from cluster.controller import RunError
+    from cluster import supervisor
+    from cluster.controller import ClusterLost, RunError, Stopped
+    from cluster.journal import Fenced
+    from cluster.local import NoCluster
     from cluster.site import SiteError
     from mllm.recipe import RecipeError
     from pipelines.storage import StorageError
 
     try:
         command()
-    except (RunError, SiteError, RecipeError, StorageError, ValueError, FileNotFoundError, PermissionError) as error:
+    except Stopped:
+        sys.exit(143)
+    except (ClusterLost, NoCluster) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(supervisor.LOST if isinstance(error, ClusterLost) else supervisor.NOWHERE)
+    except (
+        RunError,
+        Fenced,
+        SiteError,
+        RecipeError,
+        StorageError,
+        ValueError,
+        FileNotFoundError,
+        PermissionError,
+    ) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
@@ -400,15 +427,16 @@ def _recipe(name: str, changes: tuple[str, ...]) -> Recipe:
     return override(by_name(name), changes)
 
 
-def _site(path: str | None, workers: int | None = None) -> Site:
+def _site(path: str | None, workers: tuple[int, ...] | None = None) -> Site:
     from cluster.site import load_site
 
     site = load_site(path)
-    if workers is not None:
-        if workers < 1:
-            raise ValueError(f"--workers {workers}: at least one worker trains")
-        site = replace(site, workers=workers)
-    return site
+    if workers is None:
+        return site
+    words = " ".join(map(str, workers))
+    if not 1 <= len(workers) <= 2 or min(workers) < 1 or workers[0] > workers[-1]:
+        raise ValueError(f"--workers {words}: expected how many train, at least one, or the fewest and the most")
+    return replace(site, workers=workers[0] if len(workers) == 1 else (workers[0], workers[1]))
 
 
 if __name__ == "__main__":

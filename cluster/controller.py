@@ -1,50 +1,76 @@
-"""The controller walks the stages: one Ray Train run each, found again by fingerprint, decided by the journal."""
+"""The controller walks the stages: one Ray Train run each, found again by fingerprint, decided by the journal.
+
+Whatever it does it writes down first, under the token of its lease, and doing it again does no harm: a controller that is killed
+is replaced by another one, here or elsewhere, which reads the journal and goes on.
+"""
 
 from __future__ import annotations
 
 import importlib.metadata
 import json
 import platform
+import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from tempfile import gettempdir
 from typing import Any, Protocol
 
 from cluster import checkpoint, quarantine
 from cluster.fsdp import context_of
 from cluster.journal import (
+    Decision,
+    Fault,
+    Fenced,
+    GateJudged,
     Journal,
     RunFailed,
     RunFinished,
     RunStarted,
     RunState,
+    RunStopped,
     StageFinished,
     StageStarted,
-    write_atomically,
 )
+from cluster.lease import Held, Lease
 from cluster.metrics import Evaluation, RunFolder
 from cluster.plan import meta_model
+from cluster.policy import Standing, gate_values
 from cluster.preflight import refusals, this_machine
+from cluster.pulse import Watcher as PulseWatcher
+from cluster.pulse import start_pulse
 from cluster.schedule import planned_steps
 from cluster.site import Site
 from cluster.worker import DATASET, StageJob, failure_file, train_worker
 from mllm.recipe import Recipe, dump, fingerprint, load
 from mllm.tune import apply_tuning, describe
+from pipelines.place import Place
 from pipelines.types import Position
 from pipelines.windows import Pools
 
-RESTARTS = 3
-"""Times that a stage's workers are started again after a crash before the run gives up."""
+LOST = 4
+"""Times that Ray's own controller may be lost at one checkpoint before the run gives up."""
 
 
 class RunError(RuntimeError):
     """The run cannot begin or go on, in words for a person."""
 
 
+class ClusterLost(RuntimeError):
+    """The Ray cluster is gone, or this process's way to it: another process may find one again."""
+
+
+class Stopped(RuntimeError):
+    """The run was asked to stop, and did; it can go on."""
+
+
 class Watcher(Protocol):
     """What wants to know of a run as it goes."""
+
+    def say(self, text: str) -> None: ...
 
     def stage_started(self, event: StageStarted) -> None: ...
 
@@ -53,6 +79,8 @@ class Watcher(Protocol):
 
 class Silent:
     """Watches and says nothing."""
+
+    def say(self, text: str) -> None: ...
 
     def stage_started(self, event: StageStarted) -> None: ...
 
@@ -65,97 +93,150 @@ class Controller:
     def __init__(self, recipe: Recipe, site: Site, name: str | None = None, watcher: Watcher | None = None) -> None:
         self.recipe = recipe
         self.site = site
-        self.folder = RunFolder(Path(site.runs) / (name or recipe.name))
+        self.folder = RunFolder(f"{site.runs}/{name or recipe.name}")
         self.journal = Journal(self.folder.root)
         self.watcher = watcher or Silent()
         self.versions = versions()
+        self.lease: Lease | None = None
+        self.fingerprints: dict[str, str] = {}
+        for stage in recipe.stages:
+            before = recipe.before(stage)
+            self.fingerprints[stage.name] = fingerprint(recipe, stage, self.fingerprints[before.name] if before else "")
 
     def prepare(self) -> RunState:
-        """Check everything that can be checked before a worker starts. Returns the run's state so far.
+        """Check everything that can be checked before a worker starts; nothing is written. Returns the run's state so far.
 
         Raises RunError when this machine cannot train it or the folder holds a run of another recipe, SiteError when corpora
         or tokenizer are not there.
         """
-        if refused := refusals(self.recipe, self.site.workers, this_machine()):
+        fewest, most = self.site.world
+        machine = this_machine()
+        worlds = range(fewest, most + 1)
+        refused = dict.fromkeys(why for world in worlds for why in refusals(self.recipe, world, machine))
+        if refused:
             raise RunError(f"recipe {self.recipe.name!r} cannot be trained here: {'; '.join(refused)}")
-        self._same_recipe()
-        self.jobs = self._jobs()
-        return self.journal.state()
+        state = self.journal.state()
+        self._same_recipe(state)
+        return state
+
+    @contextmanager
+    def leased(self) -> Iterator[None]:
+        """Have the right to write the run as long as this lasts. Raises RunError where another controller has it."""
+        try:
+            self.lease = Lease(self.folder.root, waiting=self.watcher.say)
+        except Held as error:
+            raise RunError(str(error)) from error
+        self.journal = self.lease.journal
+        try:
+            yield
+        finally:
+            self.lease.release()
 
     def run(self) -> RunState:
-        """Train every stage that is not finished; call `prepare` first. Raises RunError when a stage fails."""
+        """Train every stage that is not finished, within `leased`. Raises RunError when a stage fails, Stopped when asked to."""
+        assert self.lease, "take the lease first"
+        self.folder.recipe.write(dump(self.recipe).encode())
+        self.folder.name_stages(self.fingerprints)
+        self.jobs = {stage.name: self._job(stage.name) for stage in self.recipe.stages}
         state = self.journal.state()
         self.journal.append(
-            RunStarted(time=time.time(), recipe=self.recipe.name, workers=self.site.workers, versions=self.versions)
+            RunStarted(time=time.time(), recipe=self.recipe.name, workers=self.site.world, versions=self.versions)
         )
         stage = None
         try:
-            for job in self.jobs:
+            for job in self.jobs.values():
                 stage = job.stage.name
                 if state.finished_stage(job.fingerprint) is None:
                     self._train(self._follow(job))
+        except Fenced:
+            raise
+        except (Stopped, KeyboardInterrupt) as error:
+            self.journal.append(RunStopped(time=time.time(), stage=stage, why=str(error) or "interrupted"))
+            raise
+        except ClusterLost as error:
+            self._fault("controller", stage or "", str(error))
+            raise
         except BaseException as error:
             words = str(error) if isinstance(error, RunError) else f"{type(error).__name__}: {error}"
             self.journal.append(RunFailed(time=time.time(), stage=stage, error=words))
             raise
         finally:
-            quarantine.write_table(self.folder)
+            if not self.lease.lost.is_set():
+                quarantine.write_table(self.folder)
         return self.journal.state()
 
     def finish(self) -> None:
         self.journal.append(RunFinished(time=time.time()))
 
-    def final_checkpoint(self) -> Path:
+    def final_checkpoint(self) -> Place:
         """The last stage's last checkpoint. Raises RunError when the run has not got that far."""
         last = self.journal.state().finished_stages
         if not last:
-            raise RunError(f"run {self.folder.root.name!r} has finished no stage yet")
+            raise RunError(f"run {self.folder.name!r} has finished no stage yet")
         return self.folder.root / last[-1].checkpoint
 
-    def _same_recipe(self) -> None:
-        text = dump(self.recipe)
-        if self.folder.recipe.is_file():
-            before = load(self.folder.recipe.read_bytes())
-            if _science(before) != _science(self.recipe):
-                raise RunError(
-                    f"run {self.folder.root.name!r} in {self.folder.root} was started with another recipe "
-                    f"({first_difference(dump(before), text)}); go on with that one, or choose another name with --run"
-                )
-        write_atomically(self.folder.recipe, text.encode())
-
-    def _jobs(self) -> list[StageJob]:
-        jobs: list[StageJob] = []
-        before = ""
-        for stage in self.recipe.stages:
-            before = fingerprint(self.recipe, stage, before)
-            jobs.append(
-                StageJob(
-                    recipe=self.recipe,
-                    stage=stage,
-                    stream=self.site.stream(self.recipe, stage),
-                    held_out=self.site.held_out(self.recipe, stage),
-                    run=str(self.folder.root),
-                    fingerprint=before,
-                    previous=None,
-                    weights=self.site.weights,
-                    versions=self.versions,
-                )
+    def _same_recipe(self, state: RunState) -> None:
+        """Refuse a recipe under which nothing of the run's work would be left; of another, say what is trained again."""
+        if not self.folder.recipe.is_file():
+            return
+        before = load(self.folder.recipe.read_bytes())
+        if _science(before) == _science(self.recipe):
+            return
+        begun = {event.stage: event.fingerprint for event in state.started_stages}
+        kept = [name for name, mine in self.fingerprints.items() if begun.get(name) == mine]
+        what = first_difference(_science(before), _science(self.recipe))
+        if begun and not kept:
+            raise RunError(
+                f"run {self.folder.name!r} in {self.folder.root} was started with another recipe "
+                f"({what}); go on with that one, or choose another name with --run"
             )
-        return jobs
+        again = [name for name in begun if name in self.fingerprints and name not in kept]
+        self.watcher.say(
+            f"the recipe was changed ({what}): {', '.join(kept) or 'nothing'} stays as it is, "
+            f"{', '.join(again) or 'nothing that was begun'} is trained again"
+        )
+
+    def _job(self, name: str) -> StageJob:
+        assert self.lease
+        stage = self.recipe.stage(name)
+        return StageJob(
+            recipe=self.recipe,
+            stage=stage,
+            stream=self.site.stream(self.recipe, stage),
+            held_out=self.site.held_out(self.recipe, stage),
+            run=str(self.folder.root),
+            token=self.lease.token,
+            watch=self.site.watch,
+            fingerprint=self.fingerprints[name],
+            previous=None,
+            weights=self.site.weights,
+            versions=self.versions,
+        )
 
     def _follow(self, job: StageJob) -> StageJob:
-        """The job, with the weights and the evaluation of the stage before it."""
-        at = [j.fingerprint for j in self.jobs].index(job.fingerprint)
-        if at == 0:
+        """The job, with the weights and the evaluation of the stage before it. Raises RunError where its entry is shut."""
+        before = self.recipe.before(job.stage)
+        if before is None:
             return job
-        earlier = self.jobs[at - 1]
-        done = self.journal.state().finished_stage(earlier.fingerprint)
+        done = self.journal.state().finished_stage(self.fingerprints[before.name])
         if done is None:
-            raise RunError(f"stage {job.stage.name!r} follows {earlier.stage.name!r}, which is not finished")
-        evaluation = self.folder.evaluation(earlier.stage.name, "after")
+            raise RunError(f"stage {job.stage.name!r} follows {before.name!r}, which is not finished")
+        evaluation = self.folder.evaluation(before.name, "after")
         if evaluation and self.folder.evaluation(job.stage.name, "before") is None:
             self.folder.write_evaluation(replace(evaluation, stage=job.stage.name, when="before"))
-        return replace(job, previous=str(self.folder.root / done.checkpoint))
+        last = self.folder.root / done.checkpoint
+        self._enter(job, before.name, evaluation, checkpoint.read_state(last).tokens)
+        return replace(job, previous=str(last))
+
+    def _enter(self, job: StageJob, before: str, evaluation: Evaluation | None, tokens: int) -> None:
+        stage = job.stage
+        for words, value, is_open in gate_values(stage.entry, evaluation, tokens) if stage.entry else ():
+            self.journal.append(GateJudged(time=time.time(), stage=stage.name, gate=words, value=value, open=is_open))
+            if not is_open:
+                raise RunError(
+                    f"stage {stage.name!r} does not begin: its entry asks for {words}, and {before!r} came to {value:g}; train "
+                    f"{before!r} longer or better, or change stages.{stage.name}.entry"
+                )
 
     def _train(self, job: StageJob) -> None:
         model = meta_model(self.recipe.model)
@@ -180,7 +261,7 @@ class Controller:
             time=time.time(),
             stage=job.stage.name,
             fingerprint=job.fingerprint,
-            checkpoint=str(last.relative_to(self.folder.root)),
+            checkpoint=last.under(self.folder.root),
         )
         self.journal.append(finished)
         name = job.stage.name
@@ -195,9 +276,9 @@ class Controller:
             for s in job.stream.order.sources
             for shard in s.manifest.shards
         }
-        file = self.folder.root / "shards" / f"{job.stage.name}.json"
+        file = self.folder.root / "shards" / f"{self.folder.key(job.stage.name)}.json"
         if not checkpoint.checkpoints(self.folder.checkpoints(job.stage.name)) or not file.is_file():
-            write_atomically(file, json.dumps(now, indent=1).encode())
+            file.write(json.dumps(now, indent=1).encode())
             return
         before: dict[str, str] = json.loads(file.read_bytes())
         changes = [f"{name} is new" for name in sorted(now.keys() - before.keys())]
@@ -216,53 +297,186 @@ class Controller:
         return job.held_out is not None and self.folder.evaluation(job.stage.name, "after") is None
 
     def _fit(self, job: StageJob) -> None:
-        """One Ray Train run. Ray restarts a crashed group; each start asks `packs_from_here` for the data anew."""
+        """Train the stage; begin again where Ray's own controller was lost, which Ray does not do. Raises what `run` does."""
+        failure_file(self.folder).remove()
+        lost: dict[str, int] = {}
+        while True:
+            try:
+                self._fit_once(job)
+                break
+            except (Stopped, KeyboardInterrupt, Fenced):
+                raise
+            except Exception as error:
+                words = _root(error)
+                if not _of_the_cluster(error):
+                    raise RunError(f"stage {job.stage.name!r} failed: {words}; see {self.folder.logs}") from error
+                self._fault("controller", job.stage.name, words)
+                if not _cluster_answers():
+                    raise ClusterLost(f"the Ray cluster does not answer any more: {words}") from error
+                at = str(job.resume_from())
+                lost[at] = lost.get(at, 0) + 1
+                if lost[at] > LOST:
+                    raise RunError(
+                        f"stage {job.stage.name!r} failed: Ray's controller was lost {lost[at]} times at {at}: {words}"
+                    ) from error
+                self.journal.append(
+                    Decision(time=time.time(), what="restart", stage=job.stage.name, why="Ray's controller was lost")
+                )
+                time.sleep(2.0 ** (lost[at] - 1) - 1)
+        if failure_file(self.folder).is_file():
+            raise RunError(f"stage {job.stage.name!r}: {failure_file(self.folder).read_text()}")
+
+    def _fit_once(self, job: StageJob) -> None:
+        """One Ray Train run. Ray restarts a crashed group; each start asks `dealing` for the data anew."""
         import ray.train
         import torch
         from ray.train.torch import TorchConfig, TorchTrainer
 
         from cluster.local import divert_ray_logging
 
-        failure_file(self.folder).unlink(missing_ok=True)
         gpu = torch.cuda.is_available()
+        pulse = start_pulse()
+        fewest, most = self.site.world
         trainer = TorchTrainer(
             train_worker,
-            train_loop_config={"job": job},
+            train_loop_config={"job": job, "pulse": pulse},
             torch_config=TorchConfig(backend="nccl" if gpu else "gloo"),
             datasets={DATASET: placeholder},
             dataset_config=dealing(job, self.site.pools),
-            scaling_config=ray.train.ScalingConfig(num_workers=self.site.workers, use_gpu=gpu),
+            scaling_config=ray.train.ScalingConfig(
+                num_workers=most if fewest == most else (fewest, most),
+                use_gpu=gpu,
+                elastic_resize_monitor_interval_s=RESIZE,
+            ),
             run_config=ray.train.RunConfig(
-                name=job.stage.name,
-                storage_path=str(self.folder.root / "checkpoints"),
-                failure_config=ray.train.FailureConfig(max_failures=RESTARTS),
+                name=f"{self.folder.name}-{job.stage.name}",
+                # Ray's own notes of the run: nothing here reads them, so they need not outlive the cluster.
+                storage_path=str(Path(gettempdir()) / "mllm" / "ray"),
+                failure_config=ray.train.FailureConfig(max_failures=-1),  # `after_start` says when it is enough
+                callbacks=[failures(job)],
             ),
         )
         divert_ray_logging()
-        try:
-            _interruptibly(trainer.fit)
-        except Exception as error:
-            raise RunError(f"stage {job.stage.name!r} failed: {_root(error)}; see {self.folder.logs}") from error
-        if failure_file(self.folder).is_file():
-            raise RunError(f"stage {job.stage.name!r}: {failure_file(self.folder).read_text()}")
+
+        def hung(rank: Standing, words: str, ended: bool) -> None:
+            self._fault("hang", job.stage.name, words, rank.step, rank.rank)
+            if ended:
+                why = f"rank {rank.rank} is ended, and the group begins again from the last checkpoint"
+                self.journal.append(Decision(time=time.time(), what="restart", stage=job.stage.name, why=why))
+
+        with PulseWatcher(pulse, self.site.watch, hung):
+            self._obediently(trainer.fit, job, pulse)
+
+    def _obediently(self, fit: Callable[[], object], job: StageJob, pulse: Any) -> None:
+        """Call `fit` in a thread and do what this process is asked meanwhile. Ray Train would take the signals for itself.
+
+        SIGTERM and the first Ctrl-C save and stop, within `notice` seconds; the second Ctrl-C stops at once. Raises Fenced when
+        another controller has taken the run over, Stopped, KeyboardInterrupt, or what `fit` raised.
+        """
+        raised: list[BaseException] = []
+
+        def guarded() -> None:
+            try:
+                fit()
+            except BaseException as error:
+                raised.append(error)
+
+        thread = threading.Thread(target=guarded, daemon=True, name="fit")
+        thread.start()
+        with _signals() as asked:
+            since: float | None = None
+            while thread.is_alive():
+                thread.join(0.2)
+                if self.lease and self.lease.lost.is_set():
+                    self.journal.events()
+                    self.journal.check()
+                if asked and since is None:
+                    since = time.monotonic()
+                    self.watcher.say(f"{asked[0]}: saving, then stopping (Ctrl-C again stops at once)")
+                    why = f"{asked[0]}: to be gone within {self.site.watch.notice:.0f} s"
+                    self.journal.append(Decision(time=time.time(), what="save_and_stop", stage=job.stage.name, why=why))
+                    pulse.ask.remote("save_and_stop")
+                late = since is not None and time.monotonic() - since > self.site.watch.notice
+                if late or asked[1:].count("Ctrl-C"):
+                    break
+        if asked:
+            if asked[-1] == "Ctrl-C":
+                raise KeyboardInterrupt("Ctrl-C")
+            raise Stopped(asked[0])
+        if raised:
+            raise raised[0]
+
+    def _fault(self, what: Any, stage: str, detail: str, step: int = -1, rank: int | None = None) -> None:
+        self.journal.append(Fault(time=time.time(), what=what, stage=stage, step=step, detail=detail, rank=rank))
 
 
-def _interruptibly(call: Callable[[], object]) -> None:
-    """Make `call` in a thread, so that Ctrl-C reaches this one: Ray Train would take the signal and end the process."""
-    raised: list[BaseException] = []
+RESIZE = 5.0
+"""Seconds between two looks whether there are more workers to be had, or fewer."""
 
-    def guarded() -> None:
-        try:
-            call()
-        except BaseException as error:
-            raised.append(error)
 
-    thread = threading.Thread(target=guarded, daemon=True, name="fit")
-    thread.start()
-    while thread.is_alive():
-        thread.join(0.2)
-    if raised:
-        raise raised[0]
+@contextmanager
+def _signals() -> Iterator[list[str]]:
+    """The signals that asked this process to stop, in order, as a list that grows. Elsewhere than in the main thread: none."""
+    asked: list[str] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield asked
+        return
+    names = {signal.SIGTERM: "SIGTERM", signal.SIGINT: "Ctrl-C"}
+    before = {number: signal.signal(number, lambda n, _: asked.append(names[signal.Signals(n)])) for number in names}
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _of_the_cluster(error: BaseException | None) -> bool:
+    """Whether the error tells of Ray's processes and not of what they were asked to do."""
+    import ray.exceptions as of_ray
+
+    kinds = (of_ray.ActorDiedError, of_ray.RaySystemError, of_ray.NodeDiedError, of_ray.LocalRayletDiedError)
+    more = (of_ray.WorkerCrashedError, of_ray.OwnerDiedError, of_ray.ActorUnavailableError, ConnectionError)
+    while error is not None:
+        if isinstance(error, (*kinds, *more)) or type(error).__name__ in ("RpcError", "ControllerError"):
+            return True
+        error = error.__cause__
+    return False
+
+
+def _cluster_answers() -> bool:
+    """Whether this process still reaches its cluster."""
+    import ray
+
+    answered: list[Any] = []
+    asking = threading.Thread(target=lambda: answered.append(ray.nodes()), daemon=True)
+    asking.start()
+    asking.join(10)
+    return bool(answered and answered[0])
+
+
+def failures(job: StageJob) -> Any:
+    """What Ray Train calls, in its controller's process, when workers have failed: it goes into the journal."""
+    from ray.train import UserCallback
+
+    class Failures(UserCallback):
+        def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:  # noqa: ARG002 -- Ray's
+            state = job.journal.state()
+            step = state.groups[-1].step if state.groups else 0
+            for rank, error in sorted(worker_exceptions.items())[
+                :4
+            ]:  # one is the cause, the others lost their neighbour
+                job.journal.append(
+                    Fault(
+                        time=time.time(),
+                        what="workers",
+                        stage=job.stage.name,
+                        step=step,
+                        rank=rank,
+                        detail=_root(error),
+                    )
+                )
+
+    return Failures()
 
 
 def dealing(job: StageJob, pools: Pools) -> Any:
@@ -276,9 +490,11 @@ def dealing(job: StageJob, pools: Pools) -> Any:
     class Dealing(DataConfig):
         def configure(self, datasets: Any, world_size: int, *_: Any, **__: Any) -> list[dict[str, Any]]:  # noqa: ARG002 -- Ray's
             from cluster.local import divert_ray_logging
+            from pipelines import storage
             from pipelines.stream import dataset
 
             divert_ray_logging()
+            storage.use(job.stream.storage)
             resumed = job.resume_from()
             start = checkpoint.read_state(resumed).position if resumed else Position()
             hands = dataset(job.stream, start, job.stream.windows, pools, world_size, context_of(job.stage.parallel))
@@ -310,7 +526,7 @@ def first_difference(before: str, after: str) -> str:
 
 def _science(recipe: Recipe) -> str:
     """The recipe without what changes nothing of the result."""
-    return dump(replace(recipe, stages=tuple(replace(stage, save_every=1) for stage in recipe.stages)))
+    return dump(replace(recipe, stages=tuple(replace(stage, save_every=1, entry=None) for stage in recipe.stages)))
 
 
 def _root(error: BaseException) -> str:

@@ -42,19 +42,24 @@ class Held:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """The packs of one optimiser step: `mine` to train on (filled up with empty ones), `all` in order, over all ranks."""
+    """The packs of one optimiser step: `mine` to train on (filled up with empty ones), `all` in order, over all ranks.
+
+    `notes` is what each rank had written on the deal when the step was dealt, by rank.
+    """
 
     mine: list[Pack]
     all: list[Held]
     waited: float
     following: Position
     packs_in_window: int
+    notes: tuple[str, ...]
 
 
 class Deal:
     """Iterates over steps. The stream is read by a thread that keeps a hand ready, so that reading hides behind training.
 
-    `empty` is the pack which fills up a rank's share.
+    `empty` is the pack which fills up a rank's share. What a rank writes into `note` reaches all ranks with the next step, the
+    same step for all: so they agree on what to do besides training without asking one another.
     """
 
     AHEAD = 1
@@ -75,6 +80,7 @@ class Deal:
         self.empty = empty
         self.group = group
         self.expected = start
+        self.note = ""
         self.read = 0  # packs of the stream, all ranks', that the hands so far speak of
         self.waiting: deque[tuple[int, Pack]] = deque()
         self.queue: queue.Queue[Hand | BaseException | None] = queue.Queue(self.AHEAD)
@@ -114,8 +120,10 @@ class Deal:
                 mine.append(pack)
                 said.append(describe(pack, index))
             waited = time.perf_counter() - started
-            everyone: list[list[Held]] = [[] for _ in range(self.world)]
-            dist.all_gather_object(everyone, said, group=self.group)
+            gathered: list[tuple[list[Held], str]] = [([], "")] * self.world
+            dist.all_gather_object(gathered, (said, self.note), group=self.group)
+            self.note = ""
+            everyone, notes = [held for held, _ in gathered], tuple(note for _, note in gathered)
             together = sorted((held for rank in everyone for held in rank), key=lambda held: held.index)
             if not together:
                 return
@@ -123,7 +131,7 @@ class Deal:
             # Where a step spans two windows one rank may hold a pack more than another: all go through as many.
             most = max(accumulation(self.packs_per_step, self.world), *(len(rank) for rank in everyone), 0)
             mine += [self.empty] * (most - len(mine))
-            yield Step(mine, together, waited, following, together[-1].of)
+            yield Step(mine, together, waited, following, together[-1].of, notes)
 
     def _check(self, together: list[Held]) -> Position:
         expected = self.expected

@@ -7,9 +7,11 @@ import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from uuid import uuid4
 
 from cluster.controller import versions
 from cluster.site import Site, SiteError
+from pipelines.place import Place
 
 
 @dataclass(frozen=True)
@@ -64,13 +66,7 @@ def _packages() -> list[Finding]:
 
 
 def _storage(site: Site) -> list[Finding]:
-    found = []
-    runs = Path(site.runs)
-    nearest = next(folder for folder in (runs, *runs.parents) if folder.is_dir())
-    writable = os.access(nearest, os.W_OK)
-    free = shutil.disk_usage(nearest).free / 2**30
-    advice = "" if writable else f"nothing can be written under {nearest}; set runs in the site file"
-    found.append(Finding("runs", f"{runs}, {free:.0f} GiB free", advice, fatal=not writable))
+    found = [_runs(Place(site.runs))]
     for name in site.corpora:
         try:
             missing = [uri for uri in site.shards(name)[:1] if "://" not in uri and not Path(uri).is_file()]
@@ -79,3 +75,20 @@ def _storage(site: Site) -> list[Finding]:
         except SiteError as error:
             found.append(Finding(f"corpus {name}", "not found", str(error), fatal=True))
     return found
+
+
+def _runs(runs: Place) -> Finding:
+    if runs.local:
+        nearest = next(folder for folder in (runs.path, *runs.path.parents) if folder.is_dir())
+        writable = os.access(nearest, os.W_OK)
+        free = shutil.disk_usage(nearest).free / 2**30
+        advice = "" if writable else f"nothing can be written under {nearest}; set runs in the site file"
+        return Finding("runs", f"{runs}, {free:.0f} GiB free", advice, fatal=not writable)
+    probe = runs / f".doctor-{uuid4().hex}"
+    try:
+        kept = probe.create(b"first") and not probe.create(b"second")  # else two controllers could take one lease
+        probe.remove()
+    except OSError as error:
+        return Finding("runs", str(runs), f"nothing can be written there ({error}); mend [storage] or runs", fatal=True)
+    advice = "" if kept else "its S3 ignores If-None-Match, which keeps two controllers apart; run only one at a time"
+    return Finding("runs", f"{runs}, writable", advice)

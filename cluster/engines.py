@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from mllm.objectives import LossOutput, Objective
 from mllm.recipe import DDP, FSDP, Stage, ZeRO
@@ -82,6 +83,12 @@ class Trained(nn.Module):
             return self.objective(self.model, batch)
         last = self.model(batch)[batch.cu_seqlens[1:].long() - 1]
         return last @ self.model.lm.head.to(last.dtype).T
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's shard, as plain numbers without gradient."""
+    tensor = tensor.detach()
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def build_engine(model: VisionLanguageModel, stage: Stage, sources: int, device: torch.device) -> Engine:

@@ -12,9 +12,9 @@ from typing import Any, Literal
 import altair as alt
 import numpy as np
 
-from cluster.journal import write_atomically
 from cluster.live import quantity
 from cluster.report import chart_scripts, render_page
+from pipelines.place import Place
 from pipelines.types import spec
 
 BINS = 32
@@ -191,5 +191,5 @@ class StatsPage:
             charts={name: figure.chart(name) for name, figure in figures.items()},
             scripts=chart_scripts() if figures else "",
         )
-        write_atomically(out, text.encode())
+        Place(out).write(text.encode())
         return out

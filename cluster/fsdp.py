@@ -20,7 +20,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from cluster.engines import Guard, StepReport, Trained, finite
+from cluster.engines import Guard, StepReport, Trained, finite, local
 from cluster.optimizers import build_optimizers
 from cluster.recompute import named, recompute
 from mllm.objectives import LossOutput
@@ -126,7 +126,7 @@ class FSDPEngine:
         if taken and self.averaged:
             now = named(self.module.model)
             for name, average in self.averages.items():
-                _local(average).lerp_(_local(now[name]), 1 - (self.stage.ema or 0))
+                local(average).lerp_(local(now[name]), 1 - (self.stage.ema or 0))
         return StepReport(
             loss=loss,
             grad_norm=grad_norm,
@@ -149,7 +149,7 @@ class FSDPEngine:
         self.sharded.reshard()  # a forward pass without backward leaves some weights whole
         now = named(self.module.model)
         for name, average in self.averages.items():
-            _local(now[name]).copy_(_local(average))
+            local(now[name]).copy_(local(average))
 
     def _batches(self, packs: Sequence[Pack]) -> Iterator[tuple[Batch, bool]]:
         """Batches to train on, and whether each is the last. Ranks that share packs take each other's in turn."""
@@ -231,12 +231,6 @@ def mesh_shape(parallel: FSDP | DDP, world: int) -> tuple[int, ...]:
     if world % shard:
         raise ValueError(f"{world} ranks cannot be groups of shard={shard}; take a divisor, or None for one copy")
     return world // shard, shard
-
-
-def _local(tensor: Tensor) -> Tensor:
-    """This rank's shard, as plain numbers without gradient."""
-    tensor = tensor.detach()
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _inside(parameter: nn.Parameter, units: Sequence[nn.Module]) -> bool:

@@ -1,33 +1,65 @@
 """The run's truth: small events on its storage, replayed by a pure function.
 
-    runs/NAME/journal/000003-stage_finished.json
+    runs/NAME/journal/000003.json           one event, written once and never changed
+    runs/NAME/journal/chapter-000512.json   the first 512 events in one piece, for who comes later
 
 `RunState.replay(events)` is all that `train`, `status` and `report` know of a run, so they agree.
+
+An event's name is its number, and a file that is there is not written again: of two who append at once one takes the number and
+the other reads what came before it. This is what makes the lease (`cluster/lease.py`) safe. Taking it is an event too, whose
+number is its *token*; who appends under an older token than the newest in the journal is told so and appends nothing.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable
 from functools import cache
-from pathlib import Path
+from os import PathLike
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, TypeAdapter
 
 from mllm.tune import PartReport
+from pipelines import storage
+from pipelines.place import Place
 from pipelines.types import spec
+
+CHAPTER = 512
+"""Events after which they are also written down in one piece."""
+
+
+class Fenced(RuntimeError):
+    """Another controller has taken the run over; this one must do nothing more."""
+
+
+class OldRun(ValueError):
+    """The run's files are of an older format, which this version does not go on with."""
+
+
+@spec
+class LeaseTaken:
+    """From here on `owner`, and nobody else, writes the run. The event's number is the token."""
+
+    kind: Literal["lease_taken"] = "lease_taken"
+    time: float
+    owner: str
 
 
 @spec
 class RunStarted:
-    """`mllm train` took the run up, for the first time or again. `time` is seconds since 1970."""
+    """`mllm train` took the run up, for the first time or again. `time` is seconds since 1970, `workers` the fewest and most."""
 
     kind: Literal["run_started"] = "run_started"
     time: float
     recipe: str
-    workers: int
+    workers: tuple[int, int]
     versions: dict[str, str]
+
+    @property
+    def crew(self) -> str:
+        """`2 workers`, or `2 to 8 workers`."""
+        fewest, most = self.workers
+        return f"{most} worker{'s' if most > 1 else ''}" if fewest == most else f"{fewest} to {most} workers"
 
 
 @spec
@@ -40,6 +72,61 @@ class StageStarted:
     fingerprint: str
     steps: int | None
     parts: tuple[PartReport, ...]
+
+
+@spec
+class GroupStarted:
+    """A group of `world` workers began to train the stage after `step` steps. `passed_over` are checkpoints that were no good."""
+
+    kind: Literal["group_started"] = "group_started"
+    time: float
+    stage: str
+    fingerprint: str
+    world: int
+    step: int
+    passed_over: tuple[str, ...] = ()
+
+
+FaultKind = Literal["workers", "hang", "preemption", "not_finite", "spike", "checkpoint", "controller", "slow"]
+
+
+@spec
+class Fault:
+    """Something went wrong: what, when and as far as it is known on which `rank`, with which `rows` in flight."""
+
+    kind: Literal["fault"] = "fault"
+    time: float
+    what: FaultKind
+    stage: str
+    step: int
+    detail: str
+    rank: int | None = None
+    rows: tuple[str, ...] = ()
+
+
+@spec
+class Decision:
+    """What is done about it, by which policy, and why. Written down before it is done; doing it twice does no harm."""
+
+    kind: Literal["decision"] = "decision"
+    time: float
+    what: Literal[
+        "restart", "give_up", "replay", "take", "skip", "roll_back", "stop", "save_and_stop", "save_and_leave"
+    ]
+    stage: str
+    why: str
+
+
+@spec
+class GateJudged:
+    """A stage's entry was asked for: `value` is what its gate looked at."""
+
+    kind: Literal["gate_judged"] = "gate_judged"
+    time: float
+    stage: str
+    gate: str
+    value: float
+    open: bool
 
 
 @spec
@@ -62,6 +149,16 @@ class RunFinished:
 
 
 @spec
+class RunStopped:
+    """The run was asked to stop (`why`), and can go on."""
+
+    kind: Literal["run_stopped"] = "run_stopped"
+    time: float
+    stage: str | None
+    why: str
+
+
+@spec
 class RunFailed:
     """The run stopped with an error, in words."""
 
@@ -71,7 +168,20 @@ class RunFailed:
     error: str
 
 
-Event = Annotated[RunStarted | StageStarted | StageFinished | RunFinished | RunFailed, Field(discriminator="kind")]
+Event = Annotated[
+    LeaseTaken
+    | RunStarted
+    | StageStarted
+    | GroupStarted
+    | Fault
+    | Decision
+    | GateJudged
+    | StageFinished
+    | RunFinished
+    | RunStopped
+    | RunFailed,
+    Field(discriminator="kind"),
+]
 
 
 @cache
@@ -79,16 +189,26 @@ def _adapter() -> TypeAdapter[Event]:
     return TypeAdapter(Event)
 
 
+@cache
+def _chapters() -> TypeAdapter[list[Event]]:
+    return TypeAdapter(list[Event])
+
+
 @spec
 class RunState:
-    """What the events add up to."""
+    """What the events add up to. Of a stage that was changed and begun anew only what came after that counts."""
 
     finished_stages: tuple[StageFinished, ...] = ()
     started_stages: tuple[StageStarted, ...] = ()
     starts: tuple[RunStarted, ...] = ()
+    groups: tuple[GroupStarted, ...] = ()
+    faults: tuple[Fault, ...] = ()
+    decisions: tuple[Decision, ...] = ()
     stage: str | None = None
     finished: bool = False
     failure: str | None = None
+    stopped: str | None = None
+    token: int = -1
 
     @classmethod
     def replay(cls, events: Iterable[Event]) -> Self:
@@ -96,59 +216,120 @@ class RunState:
         finished: dict[str, StageFinished] = {}
         started: dict[str, StageStarted] = {}
         starts: list[RunStarted] = []
+        groups: list[GroupStarted] = []
+        faults: list[Fault] = []
+        decisions: list[Decision] = []
         stage: str | None = None
         done = False
         failure: str | None = None
-        for event in events:
+        stopped: str | None = None
+        token = -1
+        for number, event in enumerate(events):
             match event:
+                case LeaseTaken():
+                    token = number
                 case RunStarted():
                     starts.append(event)
-                    done, failure = False, None
+                    done, failure, stopped = False, None, None
                 case StageStarted():
+                    before = started.pop(event.stage, event)
+                    if before.fingerprint != event.fingerprint:
+                        finished.pop(event.stage, None)
                     started[event.stage] = event
                     stage = event.stage
+                case GroupStarted():
+                    groups.append(event)
+                case Fault():
+                    faults.append(event)
+                case Decision():
+                    decisions.append(event)
+                case GateJudged():
+                    pass
                 case StageFinished():
                     finished[event.stage] = event
                     stage = None
                 case RunFinished():
                     done, stage = True, None
+                case RunStopped():
+                    stopped = event.why
                 case RunFailed():
                     failure = event.error
         return cls(
             finished_stages=tuple(finished.values()),
             started_stages=tuple(started.values()),
             starts=tuple(starts),
+            groups=tuple(groups),
+            faults=tuple(faults),
+            decisions=tuple(decisions),
             stage=stage,
             finished=done,
             failure=failure,
+            stopped=stopped,
+            token=token,
         )
 
     def finished_stage(self, fingerprint: str) -> StageFinished | None:
         return next((event for event in self.finished_stages if event.fingerprint == fingerprint), None)
 
+    def groups_of(self, fingerprint: str) -> list[GroupStarted]:
+        return [group for group in self.groups if group.fingerprint == fingerprint]
+
 
 class Journal:
-    """Events of one run, in a folder."""
+    """Events of one run. Whoever appends says under which `token`; a reader needs none."""
 
-    def __init__(self, run: Path) -> None:
-        self.folder = run / "journal"
+    def __init__(self, run: Place | PathLike[str] | str, token: int | None = None) -> None:
+        self.folder = (run if isinstance(run, Place) else Place(run)) / "journal"
+        self.token = token
+        self.known: list[Event] = []
 
-    def append(self, event: Event) -> None:
-        """Write `event` under the next number; whole, or not at all."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        number = len(list(self.folder.glob("*.json")))
-        write_atomically(self.folder / f"{number:06d}-{event.kind}.json", _adapter().dump_json(event, indent=2))
+    def append(self, event: Event) -> int:
+        """Write `event` under the next number, whole or not at all, and return the number.
+
+        Raises Fenced when another controller has taken the run over since this one's token.
+        """
+        data = _adapter().dump_json(event, indent=1)
+        while True:
+            self.events()
+            self.check()
+            number = len(self.known)
+            if (self.folder / f"{number:06d}.json").create(data):
+                break
+        self.known.append(event)
+        if len(self.known) % CHAPTER == 0:
+            chapter = self.folder / f"chapter-{len(self.known):06d}.json"
+            chapter.write(_chapters().dump_json(self.known))
+        return number
+
+    def check(self) -> None:
+        """Raises Fenced when what is known of the journal holds a newer token than this one's."""
+        if self.token is None:
+            return
+        newest = max((n for n, event in enumerate(self.known) if isinstance(event, LeaseTaken)), default=-1)
+        if newest > self.token:
+            other = self.known[newest]
+            assert isinstance(other, LeaseTaken)
+            raise Fenced(
+                f"run {self.folder.parent.name!r} was taken over by {other.owner}; this controller stops, and what it had not "
+                "yet written is that one's to do"
+            )
 
     def events(self) -> list[Event]:
-        return [_adapter().validate_json(file.read_bytes()) for file in sorted(self.folder.glob("*.json"))]
+        """All events so far. Raises OldRun for a journal of another format."""
+        names = self.folder.names()
+        if old := [name for name in names if not name.removeprefix("chapter-").removesuffix(".json").isdigit()]:
+            raise OldRun(
+                f"{self.folder / old[0]} was written by an older version, whose runs this one does not go on with; end the run "
+                "with the version that began it, or begin another one under --run"
+            )
+        chapters = [name for name in names if name.startswith("chapter-")]
+        if chapters and int(chapters[-1][8:14]) > len(self.known):
+            self.known = _chapters().validate_json((self.folder / chapters[-1]).read_bytes())
+        fresh = [name for name in names if name[0] != "c" and int(name[:6]) >= len(self.known)]
+        for data in storage.read_many([((self.folder / name).uri, None, None) for name in fresh]):
+            assert data is not None  # events are never removed
+            self.known.append(_adapter().validate_json(data))
+        return list(self.known)
 
     def state(self) -> RunState:
         return RunState.replay(self.events())
-
-
-def write_atomically(file: Path, data: bytes) -> None:
-    """Readers see the old content or the new, never half of it."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    scratch = file.with_name(f".{file.name}.{os.getpid()}")
-    scratch.write_bytes(data)
-    scratch.replace(file)

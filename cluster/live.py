@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import pairwise
-from pathlib import Path
 from typing import Literal, Self
 
 import rich.live
@@ -26,6 +25,7 @@ from rich.table import Table
 from rich.text import Text
 
 from cluster.journal import Journal, RunState, StageFinished, StageStarted
+from cluster.lines import Follower
 from cluster.metrics import Evaluation, RunFolder, StepRecord, parse_step, utilisation
 from mllm.evaluate import ProbeScore, SourceScore
 from mllm.recipe import Recipe
@@ -204,7 +204,7 @@ class Live:
         self.width = max(len(view.name) for view in self.views)
         self.arrow = "→" if console.is_terminal else "->"
         self.view: StageView | None = None
-        self.tail: Tail | None = None
+        self.tail: Follower | None = None
         self.heard = self.told = clock()
         self.told_progress = 0.0
         self.fault: Exception | None = None
@@ -240,7 +240,7 @@ class Live:
         """Say what the stage trains, and follow its steps from here."""
         with self.lock:
             view = next(view for view in self.views if view.name == event.stage)
-            self.view, self.tail = view, Tail(self.run.steps_file(event.stage))
+            self.view, self.tail = view, Follower(self.run.steps_file(event.stage))
             view.started, view.standing, view.steps = event, "running", []
             self._read()
             self.heard = self.told = self.clock()
@@ -302,7 +302,7 @@ class Live:
     def _read(self) -> bool:
         """Take in the steps written since the last look; whether there were any."""
         try:
-            records = self.tail.read() if self.tail else []
+            records = [r for line in self.tail.read() if (r := parse_step(line))] if self.tail else []
         except Exception as error:
             self.fault, self.tail, records = error, None, []
         for record in records:
@@ -389,24 +389,6 @@ def _utilised(view: StageView) -> str:
     return "" if mfu is None else f"{flop_words(view.rate('flops', RECENT)):>10}/s  mfu {mfu:>5.1%}  "
 
 
-class Tail:
-    """Reads what was appended to a stage's steps since the last look. A line still being written waits for the next one."""
-
-    def __init__(self, file: Path) -> None:
-        self.file = file
-        self.at = 0
-
-    def read(self) -> list[StepRecord]:
-        if not self.file.is_file():
-            return []
-        with self.file.open("rb") as file:
-            file.seek(self.at)
-            data = file.read()
-        whole = data[: data.rfind(b"\n") + 1]
-        self.at += len(whole)
-        return [record for line in whole.splitlines() if (record := parse_step(line))]
-
-
 def summary(run: RunFolder, recipe: Recipe, state: RunState, now: float | None = None) -> RenderableType:
     """A run in a few lines: its stages, held-out losses through the curriculum, and the rows that were dropped.
 
@@ -441,7 +423,7 @@ def _heading(run: RunFolder, state: RunState, silence: float | None) -> Text:
     more = f": {state.failure}" if word == "failed" else ""
     if word == "running" and silence is not None:
         more = f", last step {duration(silence)} ago"
-    return Text.assemble((run.root.name, "bold"), "  ", (word, style), more)
+    return Text.assemble((run.name, "bold"), "  ", (word, style), more)
 
 
 def _stage_table(views: Iterable[StageView]) -> Table:

@@ -13,9 +13,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 QUIET = {
-    "RAY_AUTH_MODE": "disabled",  # a cluster of one process tree on loopback; tokens would be written to the home folder
-    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # the default polls every 2 s, and each report waits for a poll
-    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # nobody drains a laptop
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # the default polls every 2 s, and a dead worker is noticed by a poll
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "30",  # of a lost node Ray asks workers for so long before it takes fewer
+    "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_DEDUP_LOGS": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -25,6 +25,16 @@ QUIET = {
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "PYTHONWARNINGS": "ignore",
 }
+
+ALONE = {
+    "RAY_AUTH_MODE": "disabled",  # a cluster of one process tree on loopback; tokens would be written to the home folder
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # nobody drains a laptop
+}
+"""The same, for a Ray that is started here and is gone when the run is."""
+
+
+class NoCluster(RuntimeError):
+    """No Ray cluster answers at the address."""
 
 
 def quieten(logs: Path) -> None:
@@ -54,6 +64,9 @@ def ray_running(address: str | None, cpus: int, logs: Path) -> Iterator[None]:
     Logical CPUs are promises, not cores: trainers and preprocessing actors may be more than the machine has.
     """
     quieten(logs)
+    if not address:
+        for name, value in ALONE.items():
+            os.environ.setdefault(name, value)
     import ray
 
     if ray.is_initialized():
@@ -61,7 +74,13 @@ def ray_running(address: str | None, cpus: int, logs: Path) -> Iterator[None]:
         return
     options = {"log_to_driver": False, "logging_level": logging.WARNING, "configure_logging": True}
     if address:
-        ray.init(address=address, **options)
+        try:
+            ray.init(address=address, **options)
+        except (ConnectionError, RuntimeError) as error:
+            raise NoCluster(
+                f"no Ray cluster answers at {address} ({error}); start one (ray start --head), or mend ray_address in the "
+                "site file"
+            ) from error
     else:
         store = min(OBJECT_STORE, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 5)
         ray.init(address="local", num_cpus=cpus, include_dashboard=False, object_store_memory=store, **options)

@@ -1,23 +1,27 @@
 """What a run writes down as it goes: a line for every step, a file for every evaluation.
 
-    runs/NAME/steps/align.jsonl              StepRecord
-    runs/NAME/evaluations/align-before.json  Evaluation
+    runs/NAME/steps/align-1f3a09c2.jsonl              StepRecord
+    runs/NAME/evaluations/align-1f3a09c2-before.json  Evaluation
 
 After a kill the steps since the last checkpoint are trained again and their lines written again; readers keep the last.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 from dataclasses import field
 from functools import cache
+from os import PathLike
 from pathlib import Path
+from tempfile import gettempdir
 from typing import Literal
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from cluster.journal import write_atomically
+from cluster.lines import Lines, read_lines
 from mllm.evaluate import Answer, ProbeScore, SourceScore
+from pipelines.place import Place
 from pipelines.types import spec
 
 
@@ -91,12 +95,16 @@ def utilisation(steps: Iterable[StepRecord]) -> float | None:
     return sum(step.flops for step in known) / sum(step.seconds * step.world * step.peak for step in known)
 
 
+When = Literal["before", "after"]
+"""On which side of a stage something was measured."""
+
+
 @spec
 class Evaluation:
     """Held-out results at one border of the curriculum. `probe` and `answers` may be empty."""
 
     stage: str
-    when: Literal["before", "after"]
+    when: When
     scores: tuple[SourceScore, ...]
     probe: tuple[ProbeScore, ...] = ()
     answers: tuple[Answer, ...] = ()
@@ -121,60 +129,83 @@ def parse_step(line: bytes) -> StepRecord | None:
 
 
 class RunFolder:
-    """The files of a run, by name. `root` is the folder `runs/NAME`."""
+    """The files of a run, by name. `root` is the folder `runs/NAME`, on a disk or on S3.
 
-    def __init__(self, root: Path | str) -> None:
-        self.root = Path(root)
+    What a stage leaves is kept under its name and fingerprint, `align-1f3a09c2`: a stage that was changed begins anew beside
+    what it was. `stages.json` says which fingerprint each name means now.
+    """
+
+    def __init__(self, root: Place | PathLike[str] | str) -> None:
+        self.root = root if isinstance(root, Place) else Place(root)
+        self.logs_of_steps: dict[str, Lines] = {}
 
     @property
-    def recipe(self) -> Path:
+    def name(self) -> str:
+        return self.root.name
+
+    @property
+    def recipe(self) -> Place:
         return self.root / "recipe.json"
 
     @property
-    def report(self) -> Path:
+    def report(self) -> Place:
         return self.root / "report.html"
 
     @property
-    def export(self) -> Path:
+    def export(self) -> Place:
         return self.root / "export"
 
     @property
     def logs(self) -> Path:
-        return self.root / "logs"
+        """This machine's log files of the run: beside its other files, or on this machine's disk where those are on S3."""
+        return self.root.path / "logs" if self.root.local else Path(gettempdir()) / "mllm" / self.name / "logs"
 
-    def checkpoints(self, stage: str) -> Path:
-        return self.root / "checkpoints" / stage
+    def name_stages(self, fingerprints: dict[str, str]) -> None:
+        """Say which stages the names mean from now on."""
+        (self.root / "stages.json").write(json.dumps(fingerprints, indent=1).encode())
 
-    def steps_file(self, stage: str) -> Path:
-        return self.root / "steps" / f"{stage}.jsonl"
+    def key(self, stage: str) -> str:
+        """The name under which the stage's files are kept."""
+        try:
+            fingerprint = json.loads((self.root / "stages.json").read_bytes()).get(stage, "")
+        except FileNotFoundError:
+            fingerprint = ""
+        return f"{stage}-{fingerprint[:8]}" if fingerprint else stage
 
-    def mend_steps(self, stage: str) -> None:
-        """End a line that a kill cut short, so that the next one stands alone. Call it before writing goes on."""
-        file = self.steps_file(stage)
-        if file.is_file() and not file.read_bytes().endswith(b"\n"):
-            with file.open("ab") as out:
-                out.write(b"\n")
+    def checkpoints(self, stage: str) -> Place:
+        return self.root / "checkpoints" / self.key(stage)
+
+    def steps_file(self, stage: str) -> Place:
+        return self.root / "steps" / f"{self.key(stage)}.jsonl"
 
     def write_step(self, stage: str, record: StepRecord) -> None:
-        file = self.steps_file(stage)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with file.open("ab") as out:
-            out.write(_step_adapter().dump_json(record) + b"\n")
+        """Write a step down; on S3 some seconds later, from another thread."""
+        if stage not in self.logs_of_steps:
+            self.logs_of_steps[stage] = Lines(self.steps_file(stage))
+        self.logs_of_steps[stage].append([_step_adapter().dump_json(record)])
+
+    def flush_steps(self) -> None:
+        """Wait until all steps are stored."""
+        for lines in self.logs_of_steps.values():
+            lines.flush()
 
     def steps(self, stage: str) -> list[StepRecord]:
         """Steps of a stage, each once, in order. A line that a kill cut short is passed over."""
-        file = self.steps_file(stage)
         records: dict[int, StepRecord] = {}
-        for line in file.read_bytes().splitlines() if file.is_file() else []:
+        for line in read_lines(self.steps_file(stage)):
             record = parse_step(line)
             if record:
                 records[record.step] = record
         return [records[step] for step in sorted(records)]
 
     def write_evaluation(self, evaluation: Evaluation) -> None:
-        file = self.root / "evaluations" / f"{evaluation.stage}-{evaluation.when}.json"
-        write_atomically(file, _evaluation_adapter().dump_json(evaluation, indent=1))
+        self._evaluation(evaluation.stage, evaluation.when).write(_evaluation_adapter().dump_json(evaluation, indent=1))
 
-    def evaluation(self, stage: str, when: Literal["before", "after"]) -> Evaluation | None:
-        file = self.root / "evaluations" / f"{stage}-{when}.json"
-        return _evaluation_adapter().validate_json(file.read_bytes()) if file.is_file() else None
+    def evaluation(self, stage: str, when: When) -> Evaluation | None:
+        try:
+            return _evaluation_adapter().validate_json(self._evaluation(stage, when).read_bytes())
+        except FileNotFoundError:
+            return None
+
+    def _evaluation(self, stage: str, when: When) -> Place:
+        return self.root / "evaluations" / f"{self.key(stage)}-{when}.json"

@@ -20,9 +20,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from cluster.journal import write_atomically
 from cluster.report import render_page
 from pipelines.encode import TextCodec
+from pipelines.place import Place
 from pipelines.tiling import AnyTiling, DynamicTiles
 from pipelines.types import IMAGE_TOKEN, NOT_LEARNED, Cut, Pack, Rejected, RowId, spec
 from pipelines.windows import PackWindows, Stream
@@ -89,7 +89,7 @@ def write_preview(stream: Stream, count: int, out: Path) -> Path:
     packs = islice(chain.from_iterable(windows.packs(k) for k in numbers), count)
     pages = [reader.pack(pack) for pack in packs]
     page = render_page("preview.html.j2", stream=stream, packs=pages)
-    write_atomically(out, page.encode())
+    Place(out).write(page.encode())
     return out
 
 

@@ -12,7 +12,6 @@ import io
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 from functools import cache
-from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet
@@ -20,8 +19,10 @@ from pydantic import TypeAdapter, ValidationError
 from rich.console import Console
 from rich.table import Table
 
-from cluster.journal import write_atomically
+from cluster.lines import Lines, read_lines
 from cluster.metrics import RunFolder
+from mllm.recipe import load
+from pipelines.place import Place
 from pipelines.types import Rejected, RowId, spec
 
 
@@ -45,18 +46,18 @@ def _adapter() -> TypeAdapter[Quarantined]:
 
 def append(folder: RunFolder, stage: str, rows: Iterable[Rejected]) -> None:
     """Write dropped rows down. A row that a resumed run meets again is written again, and counts once."""
-    file = folder.root / "quarantine" / f"{stage}.jsonl"
-    file.parent.mkdir(parents=True, exist_ok=True)
-    lines = b"".join(_adapter().dump_json(Quarantined(stage=stage, rejected=row)) + b"\n" for row in rows)
-    with file.open("ab") as out:
-        out.write(lines)
+    lines = Lines(folder.root / "quarantine" / f"{stage}.jsonl")
+    lines.append(_adapter().dump_json(Quarantined(stage=stage, rejected=row)) for row in rows)
+    lines.flush()
 
 
 def rows(folder: RunFolder) -> list[Quarantined]:
     """Every dropped row once, in the order of corpora, shards and rows. A line that a kill cut short is passed over."""
     found: dict[tuple[str, str, int, int], Quarantined] = {}
-    for file in sorted((folder.root / "quarantine").glob("*.jsonl"), key=lambda file: file.stat().st_mtime):
-        for line in file.read_bytes().splitlines():
+    stages = {f"{stage.name}.jsonl": n for n, stage in enumerate(load(folder.recipe.read_bytes()).stages)}
+    there = (folder.root / "quarantine").names()
+    for name in sorted(there, key=lambda name: stages.get(name, -1)):
+        for line in read_lines(folder.root / "quarantine" / name):
             try:
                 row = _adapter().validate_json(line)
             except ValidationError:
@@ -65,7 +66,7 @@ def rows(folder: RunFolder) -> list[Quarantined]:
     return [found[key] for key in sorted(found)]
 
 
-def write_table(folder: RunFolder) -> Path | None:
+def write_table(folder: RunFolder) -> Place | None:
     """Write the table of all dropped rows; None when there are none."""
     found = rows(folder)
     if not found:
@@ -82,7 +83,7 @@ def write_table(folder: RunFolder) -> Path | None:
     buffer = io.BytesIO()
     pyarrow.parquet.write_table(pa.table(dict(columns)), buffer)
     file = folder.root / "quarantine.parquet"
-    write_atomically(file, buffer.getvalue())
+    file.write(buffer.getvalue())
     return file
 
 
@@ -90,7 +91,7 @@ def show(folder: RunFolder, console: Console, every: bool) -> int:
     """Print dropped rows by corpus and reason, with an example of each, or every one. Returns 1 when there are some, else 0."""
     found = rows(folder)
     if not found:
-        console.print(f"run {folder.root.name} has dropped no row")
+        console.print(f"run {folder.name} has dropped no row")
         return 0
     if every:
         for row in found:
@@ -108,5 +109,5 @@ def show(folder: RunFolder, console: Console, every: bool) -> int:
         words = f"{first.row.shard} row {first.row.row}" + (f": {first.detail}" if first.detail else "")
         table.add_row(corpus, reason, f"{count:,}", f"{len({r.row.shard for r in mine}):,}", words[:120])
     console.print(table)
-    console.print(f"each row: mllm data quarantine {folder.root.name} --rows, or {write_table(folder)}", soft_wrap=True)
+    console.print(f"each row: mllm data quarantine {folder.name} --rows, or {write_table(folder)}", soft_wrap=True)
     return 1

@@ -23,7 +23,7 @@ import vl_convert
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from PIL import Image
 
-from cluster.journal import RunState, write_atomically
+from cluster.journal import RunState
 from cluster.live import (
     StageView,
     borders,
@@ -37,6 +37,7 @@ from cluster.live import (
 )
 from cluster.metrics import Evaluation, RunFolder, StepRecord, utilisation
 from mllm.recipe import Recipe, dump
+from pipelines.place import Place
 from pipelines.types import spec
 
 POINTS = 300
@@ -70,7 +71,7 @@ class Drop:
     examples: tuple[tuple[str, str], ...]
 
 
-def write_report(run: RunFolder, recipe: Recipe, state: RunState) -> Path:
+def write_report(run: RunFolder, recipe: Recipe, state: RunState) -> Place:
     """Write `run.report` from the run's files, whatever there is of them, and return its path."""
     views = stage_views(run, recipe, state)
     evaluations = borders(views)
@@ -81,7 +82,7 @@ def write_report(run: RunFolder, recipe: Recipe, state: RunState) -> Path:
     tables |= {"held-out": _held_out_rows(evaluations), "probe": _probe_rows(evaluations)}
     page = render_page(
         "report.html.j2",
-        run=run.root.name,
+        run=run.name,
         recipe=recipe,
         recipe_json=dump(recipe),
         state=state,
@@ -104,7 +105,7 @@ def write_report(run: RunFolder, recipe: Recipe, state: RunState) -> Path:
         charts=charts,
         scripts=chart_scripts() if charts else "",
     )
-    write_atomically(run.report, page.encode())
+    run.report.write(page.encode())
     return run.report
 
 

@@ -7,11 +7,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from tempfile import NamedTemporaryFile, TemporaryDirectory
 
 from rich.console import Console
 
 from cluster import checkpoint
-from cluster.controller import Controller, RunError
+from cluster.controller import Controller, RunError, Stopped
 from cluster.indexing import corpora_of, index_missing
 from cluster.journal import Journal, RunState
 from cluster.local import quieten, ray_running
@@ -19,6 +20,7 @@ from cluster.metrics import RunFolder
 from cluster.site import Site
 from mllm.recipe import FSDP, Recipe, load
 from mllm.vlm import VisionLanguageModel
+from pipelines.place import Place
 
 
 def train(recipe: Recipe, site: Site, name: str | None, console: Console) -> RunFolder:
@@ -28,28 +30,29 @@ def train(recipe: Recipe, site: Site, name: str | None, console: Console) -> Run
     """
     from cluster.live import Live, summary
 
-    folder = RunFolder(Path(site.runs) / (name or recipe.name))
+    folder = RunFolder(f"{site.runs}/{name or recipe.name}")
     quieten(folder.logs)
     live = Live(folder, recipe, console)
     controller = Controller(recipe, site, name, live)
     index_missing(site, corpora_of(recipe), console, folder.logs)
     state = controller.prepare()
-    if state.finished:
-        console.print(f"run {folder.root.name} is finished; nothing to do")
+    if state.finished and all(state.finished_stage(mark) for mark in controller.fingerprints.values()):
+        console.print(f"run {folder.name} is finished; nothing to do")
         console.print(summary(folder, recipe, state))
         _paths(folder, console)
         return folder
-    try:
-        with ray_running(site.ray_address, site.cpus(recipe), folder.logs), live:
-            controller.run()
-        console.print("writing export and report")
-        _export(controller, site)
-        controller.finish()
-    except KeyboardInterrupt:
-        console.print("stopped; the same command goes on from the last checkpoint")
-        raise
-    finally:
-        _report(controller, console)
+    with controller.leased():
+        try:
+            with ray_running(site.ray_address, site.cpus(recipe), folder.logs), live:
+                controller.run()
+            console.print("writing export and report")
+            _export(site, recipe, folder, folder.export)
+            controller.finish()
+        except (KeyboardInterrupt, Stopped):
+            console.print("stopped; the same command goes on from the last checkpoint")
+            raise
+        finally:
+            _report(controller, console)
     console.print(summary(folder, recipe, controller.journal.state()))
     _paths(folder, console)
     return folder
@@ -59,6 +62,8 @@ def _report(controller: Controller, console: Console) -> None:
     """Write the report, whatever became of the run; a fault of the report must not hide the run's own."""
     from cluster.report import write_report
 
+    if controller.lease and controller.lease.lost.is_set():
+        return  # the run is another controller's, and so is its report
     try:
         write_report(controller.folder, controller.recipe, controller.journal.state())
     except Exception as error:
@@ -70,25 +75,27 @@ def _paths(folder: RunFolder, console: Console) -> None:
         console.print(f"{what:<8} {_near(path)}", soft_wrap=True)
 
 
-def _near(path: Path) -> str:
+def _near(path: Path | Place) -> str:
     """The path as one would type it from here."""
+    if isinstance(path, Place) and not path.local:
+        return str(path)
     relative = os.path.relpath(path)
     return str(path) if relative.startswith("../..") else relative
 
 
 def open_run(site: Site, name: str) -> tuple[RunFolder, Recipe, RunState]:
     """A run by name or folder. Raises RunError naming the runs there are."""
-    root = Path(name) if Path(name).is_dir() and (Path(name) / "recipe.json").is_file() else Path(site.runs) / name
-    folder = RunFolder(root)
+    folder = RunFolder(name if (Place(name) / "recipe.json").is_file() else f"{site.runs}/{name}")
     if not folder.recipe.is_file():
         there = ", ".join(runs(site)) or "none"
         raise RunError(f"no run {name!r} in {site.runs}; there are: {there}")
-    return folder, load(folder.recipe.read_bytes()), Journal(root).state()
+    return folder, load(folder.recipe.read_bytes()), Journal(folder.root).state()
 
 
 def runs(site: Site) -> list[str]:
     """Names of the site's runs."""
-    return sorted(file.parent.name for file in Path(site.runs).glob("*/recipe.json"))
+    there = Place(site.runs)
+    return [name for name in there.names() if (there / name / "recipe.json").is_file()]
 
 
 def show_status(site: Site, name: str | None, console: Console) -> None:
@@ -141,37 +148,37 @@ def trained_model(site: Site, recipe: Recipe, folder: RunFolder) -> VisionLangua
     """
     last = Journal(folder.root).state().finished_stages
     if not last:
-        raise RunError(f"run {folder.root.name!r} has finished no stage yet; train it further first")
+        raise RunError(f"run {folder.name!r} has finished no stage yet; train it further first")
     stage = recipe.stage(last[-1].stage)
     return checkpoint.read_model(recipe, stage, folder.root / last[-1].checkpoint, site.folder).eval()
 
 
-def export_run(site: Site, name: str, out: Path | None) -> Path:
+def export_run(site: Site, name: str, out: Path | None) -> Place:
     """Export the last checkpoint of a run."""
-    from mllm.export import export
-
     folder, recipe, _ = open_run(site, name)
     quieten(folder.logs)
-    tokenizer = site.folder(recipe.model.lm.text_codec)
-    return export(recipe, trained_model(site, recipe, folder), tokenizer, out or folder.export)
+    return _export(site, recipe, folder, Place(out) if out else folder.export)
 
 
-def _export(controller: Controller, site: Site) -> None:
+def _export(site: Site, recipe: Recipe, folder: RunFolder, out: Place) -> Place:
+    """Export to `out`; what is meant for S3 is made on this machine's disk first, as transformers writes files."""
     from mllm.export import export
 
-    recipe = controller.recipe
-    model = trained_model(site, recipe, controller.folder)
-    export(recipe, model, site.folder(recipe.model.lm.text_codec), controller.folder.export)
+    model = trained_model(site, recipe, folder)
+    with TemporaryDirectory() as scratch:
+        made = export(recipe, model, site.folder(recipe.model.lm.text_codec), out.path if out.local else Path(scratch))
+        if not out.local:
+            for file in sorted(path for path in made.rglob("*") if path.is_file()):
+                (out / str(file.relative_to(made))).write(file.read_bytes())
+    return out
 
 
 @contextmanager
 def _alone() -> Iterator[None]:
     """A process group of this process only, so that the sharded engine runs here as it does on a cluster."""
-    import tempfile
-
     import torch.distributed as dist
 
-    with tempfile.NamedTemporaryFile() as file:
+    with NamedTemporaryFile() as file:
         dist.init_process_group("gloo", init_method=f"file://{file.name}", rank=0, world_size=1)
         try:
             yield

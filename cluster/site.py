@@ -2,13 +2,16 @@
 
     # site.toml; paths are relative to it
     runs = "runs"
-    workers = 2
+    workers = 2                             # or [2, 8]: as many as there are nodes for
 
     [corpora]
     mmc4-core = "s3://bucket/mmc4/docs_shard_{0..5999}_v3.jsonl"
 
     [storage]                               # only where the usual AWS chain does not say it
     endpoint = "http://storage.local:8333"
+
+    [watch]                                 # when a rank counts as hung, and how often a run tries again
+    least = 30
 
     [limits]                                # what one row may ask of a machine
     pixels = 50_000_000
@@ -32,6 +35,7 @@ from typing import Annotated
 import fsspec
 from pydantic import Field, TypeAdapter, ValidationError
 
+from cluster.policy import Watch
 from mllm.annotators import Recaption, ScoreFilter
 from mllm.recipe import Recipe, Stage
 from pipelines import storage
@@ -64,14 +68,16 @@ class Annotators:
 
 @spec
 class Site:
-    """`runs` and `cache` are folders; `workers` trainers, `preprocessors` and `annotators` actors.
+    """`runs` and `cache` are folders, on a disk that all nodes share or on S3; `workers` trainers, from the fewest to the most
+    that a run may have where two numbers are given, `preprocessors` and `annotators` actors.
 
-    `buffer` is how many bytes of packs may be made ahead of the trainers. `ray_address` None starts a local Ray.
+    `buffer` is how many bytes of packs may be made ahead of the trainers. `ray_address` None starts a local Ray. `watch` says
+    how long a run waits before it calls something hung, and how often it tries again.
     """
 
     runs: str = "runs"
     cache: str = ".cache/mllm"
-    workers: Annotated[int, Field(ge=1)] = 1
+    workers: Actors = 1
     preprocessors: Actors = 1
     annotators: Annotators = Annotators()
     buffer: Positive = 2**30
@@ -80,6 +86,12 @@ class Site:
     limits: Limits = Limits()
     corpora: dict[str, str | list[str]] = field(default_factory=dict)
     weights: dict[str, str] = field(default_factory=dict)
+    watch: Watch = Watch()
+
+    @property
+    def world(self) -> tuple[int, int]:
+        """The fewest and the most training workers; the same number where a run has always as many."""
+        return _range(self.workers)
 
     @property
     def pools(self) -> Pools:
@@ -94,7 +106,7 @@ class Site:
     def cpus(self, recipe: Recipe) -> int:
         """Logical CPUs that a run of `recipe` needs of a Ray of its own."""
         annotators = self.pools.annotators[1] if any(stage.annotators for stage in recipe.stages) else 0
-        return self.workers + self.pools.preprocessors[1] + 2 * annotators + 1
+        return self.world[1] + self.pools.preprocessors[1] + 2 * annotators + 1
 
     def folder(self, name: str) -> str:
         """The folder (or hub id) of weights or a tokenizer by its name in a recipe."""
@@ -184,7 +196,7 @@ class Site:
         )
 
 
-def _range(actors: int | tuple[int, int]) -> tuple[int, int]:
+def _range(actors: Actors) -> tuple[int, int]:
     return (actors, actors) if isinstance(actors, int) else actors
 
 
@@ -206,7 +218,7 @@ def _adapter() -> TypeAdapter[Site]:
     return TypeAdapter(Site)
 
 
-def load_site(path: str | None = None, workers: int | None = None) -> Site:
+def load_site(path: str | None = None, workers: Actors | None = None) -> Site:
     """The site from `path`, or $MLLM_SITE, or ./site.toml, or the example corpus that comes with the project.
 
     Raises SiteError when the file is missing or says something that a site does not have.
@@ -238,9 +250,9 @@ def _absolute(site: Site, root: Path) -> Site:
     def places(paths: str | list[str]) -> str | list[str]:
         return place(paths) if isinstance(paths, str) else [place(path) for path in paths]
 
-    if "://" in site.runs and not site.runs.startswith("file://"):
+    if storage.scheme(site.runs) not in ("file", "s3"):
         raise SiteError(
-            f"runs={site.runs!r}: a run is kept in a folder that all nodes share; expected a path or file://"
+            f"runs={site.runs!r}: a run is kept on a disk that all nodes share, or on S3; expected a path or s3://"
         )
     return replace(
         site,

@@ -9,7 +9,6 @@ import time
 import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,17 +17,21 @@ import torch.distributed as dist
 from cluster import checkpoint, quarantine
 from cluster.checkpoint import Manifest, ShardTally, TrainState
 from cluster.deal import Deal, Held, Step
-from cluster.engines import Engine, StepReport, build_engine
-from cluster.journal import write_atomically
+from cluster.engines import Engine, StepReport, build_engine, local
+from cluster.journal import Decision, Fault, FaultKind, GroupStarted, Journal
 from cluster.metrics import Evaluation, PackRecord, RunFolder, SourceLoss, StepRecord
 from cluster.mfu import peak_flops
+from cluster.policy import Verdict, Watch, after_start, judge
+from cluster.pulse import Beats
 from cluster.schedule import learning_rate_factor, progress
 from mllm import evaluate
 from mllm.flops import Cost, Work, work_of
 from mllm.recipe import LoRA, Recipe, Source, Stage
 from mllm.tune import peak_rate
 from mllm.vlm import VisionLanguageModel
+from pipelines import storage
 from pipelines.annotate import OfPacks
+from pipelines.place import Place
 from pipelines.types import Measured, Pack, Picture, Rejected, Text, spec
 from pipelines.windows import PackWindows, Stream
 
@@ -43,9 +46,6 @@ ANSWERS_EACH = 3
 
 ANSWER_TOKENS = 24
 
-MOST_SKIPPED = 10
-"""Steps in a row that may be left out for having no finite loss or gradient before the run stops."""
-
 
 @spec
 class StageJob:
@@ -56,6 +56,8 @@ class StageJob:
     stream: Stream
     held_out: Stream | None
     run: str
+    token: int
+    watch: Watch
     fingerprint: str
     previous: str | None
     weights: dict[str, str]
@@ -66,20 +68,26 @@ class StageJob:
         return RunFolder(self.run)
 
     @property
-    def before(self) -> Stage:
+    def journal(self) -> Journal:
+        """The run's journal, to be written under the token of the controller that made this job."""
+        return Journal(self.folder.root, self.token)
+
+    @property
+    def before(self) -> Stage | None:
         """The stage that this one follows."""
-        return self.recipe.stages[self.recipe.stages.index(self.stage) - 1]
+        return self.recipe.before(self.stage)
 
     @property
     def adapted(self) -> bool:
         """Whether this stage or the one before has adapters, so that their checkpoints have other names."""
-        return any(isinstance(how, LoRA) for stage in (self.before, self.stage) for how in stage.tune.values())
+        stages = [stage for stage in (self.before, self.stage) if stage]
+        return any(isinstance(how, LoRA) for stage in stages for how in stage.tune.values())
 
     def place(self, name: str) -> str:
         """The folder (or hub id) of weights by their name in the recipe."""
         return self.weights.get(name, name)
 
-    def resume_from(self) -> Path | None:
+    def resume_from(self) -> Place | None:
         """The checkpoint to go on from, or None at the stage's beginning."""
         return checkpoint.latest(
             self.folder.checkpoints(self.stage.name), self.fingerprint, self.stream.order.fingerprint
@@ -94,36 +102,45 @@ class TooManyBadRows(StopRun):
     """A shard's share of dropped rows exceeds what its source declares."""
 
 
-def train_worker(config: dict[str, Any]) -> None:
-    """Train one stage, from its last checkpoint or its beginning, to its end.
+class Leave(RuntimeError):
+    """The group ends so that Ray starts another from the checkpoint: trying again is the mend."""
 
-    `config` holds one `StageJob` under "job". A `StopRun` or any ValueError is written down for the controller and not
-    raised, since Ray would only start the group again and meet it again.
+
+def train_worker(config: dict[str, Any]) -> None:
+    """Train one stage, from its last checkpoint or its beginning, to its end or until the run is asked to stop.
+
+    `config` holds one `StageJob` under "job" and the run's `Pulse` under "pulse". A `StopRun` or any ValueError is written
+    down for the controller and not raised, since Ray would only start the group again and meet it again.
     """
     job: StageJob = config["job"]
-    failure = failure_file(job.folder)
+    storage.use(job.stream.storage)
+    beats = Beats(config["pulse"], dist.get_rank())
+    beats("start", 0)
     try:
-        _train(job)
+        _train(job, beats)
     except (StopRun, ValueError) as error:
         if dist.get_rank() == 0:
-            write_atomically(failure, str(error).encode())
+            failure_file(job.folder).write(str(error).encode())
             job.folder.logs.mkdir(parents=True, exist_ok=True)
             (job.folder.logs / "failure.txt").write_text(traceback.format_exc())
+    finally:
+        beats.close()
 
 
-def failure_file(run: RunFolder) -> Path:
+def failure_file(run: RunFolder) -> Place:
     return run.root / "failure.txt"
 
 
-def _train(job: StageJob) -> None:
+def _train(job: StageJob, beats: Beats) -> None:
     import ray.train
 
     from pipelines.stream import hands_of
 
     rank, world = dist.get_rank(), dist.get_world_size()
+    control: Any = dist.new_group(backend="gloo")  # small objects go beside the gradients, never through the GPU
     resumed = job.resume_from()
     state = checkpoint.read_state(resumed) if resumed else TrainState()
-    control: Any = dist.new_group(backend="gloo")  # small objects go beside the gradients, never through the GPU
+    _begin(job, state, control)
     shard = ray.train.get_dataset_shard(DATASET)
     assert shard is not None  # Ray Train's type allows for runs without data
     deal = Deal(
@@ -136,51 +153,198 @@ def _train(job: StageJob) -> None:
         control,
     )
 
-    if rank == 0:
-        job.folder.mend_steps(job.stage.name)
     engine = build_engine(_build_model(job, resumed), job.stage, len(job.stage.mixture), _device())
     _restore(engine, job, resumed)
     if job.held_out and job.folder.evaluation(job.stage.name, "before") is None:
+        beats("evaluate", state.step)
         _evaluate(job, engine, "before")
 
-    if state.progress < 1:  # it is 1 when only the evaluation was cut off
-        _steps(job, engine, deal, state)
-    if job.held_out:
+    done = state.progress >= 1  # when only the evaluation was cut off
+    if not done:
+        done = Training(job, engine, deal, state, beats).run()
+    if done and job.held_out:
+        beats("evaluate", state.step)
         _evaluate(job, engine, "after")
 
 
-def _steps(job: StageJob, engine: Engine, deal: Deal, state: TrainState) -> None:
-    """Train from `state` to the stage's end, saving on the way. Raises StopRun when the data ends first."""
-    meter = _meter(job, engine.device) if dist.get_rank() == 0 else None
-    skipped = 0
-    for step in deal:
+def _begin(job: StageJob, state: TrainState, control: Any) -> None:
+    """Note that a group begins, after the pause that its policy says. Raises StopRun where it says to begin no more."""
+    said: list[Any] = [None]
+    if dist.get_rank() == 0:
+        journal = job.journal
+        said = [after_start(job.watch, journal.state().groups_of(job.fingerprint), state.step)]
+        if isinstance(said[0], str):
+            journal.append(Decision(time=time.time(), what="give_up", stage=job.stage.name, why=said[0]))
+        else:
+            time.sleep(said[0])
+            journal.append(
+                GroupStarted(
+                    time=time.time(),
+                    stage=job.stage.name,
+                    fingerprint=job.fingerprint,
+                    world=dist.get_world_size(),
+                    step=state.step,
+                )
+            )
+    dist.broadcast_object_list(said, src=0, group=control)
+    if isinstance(said[0], str):
+        raise StopRun(f"stage {job.stage.name!r}: {said[0]}")
+
+
+DRAIN = 2.0
+"""Seconds between two questions whether a node is about to be taken away."""
+
+LEAVING = "save_and_leave"
+DRAINING = "ask"
+
+
+class Training:
+    """The loop over steps of one group: trains, judges, saves, and does what is wished of the run."""
+
+    def __init__(self, job: StageJob, engine: Engine, deal: Deal, state: TrainState, beats: Beats) -> None:
+        self.job = job
+        self.engine = engine
+        self.deal = deal
+        self.state = state
+        self.beats = beats
+        self.first = dist.get_rank() == 0
+        self.meter = _meter(job, engine.device) if self.first else None
+        self.folder = job.folder
+        self.skipped = 0
+        self.asked = time.monotonic()
+
+    def run(self) -> bool:
+        """Train to the stage's end; False where the run was asked to stop before. Raises StopRun when the data ends first."""
+        self.beats("data", self.state.step)
+        for step in self.deal:
+            self.beats("step", self.state.step)
+            self._train(step)
+            done = self.state.progress >= 1
+            wish = "" if done else self._agreed(step)
+            if done:
+                self.engine.finish()
+            if done or wish or self.state.step % self.job.stage.save_every == 0:
+                self.beats("save", self.state.step)
+                self.folder.flush_steps()
+                _save(self.job, self.engine, self.state, final=done)
+            if done:
+                return True
+            if wish == "save_and_stop":
+                return False
+            if wish == LEAVING:
+                raise Leave("a node that this group runs on is about to be taken away; what was learned is saved")
+            self.beats("data", self.state.step)
+            self.deal.note = self._note()
+        raise StopRun(
+            f"stage {self.job.stage.name!r}: the stream ended at {self.state.progress:.1%} after {self.state.step} steps; "
+            "its mixture is smaller than its duration asks, give the duration in epochs"
+        )
+
+    def _note(self) -> str:
+        """What this rank wishes: what the run was asked to do, or, now and then and by rank 0 alone, to ask for drained nodes."""
+        if self.beats.wish:
+            return self.beats.wish
+        if self.first and time.monotonic() - self.asked > DRAIN:
+            self.asked = time.monotonic()
+            return DRAINING
+        return ""
+
+    def _agreed(self, step: Step) -> str:
+        """What all ranks do after this step besides going on; all say the same, since all have the same notes."""
+        for wish in ("save_and_stop", "save"):
+            if wish in step.notes:
+                return wish
+        if DRAINING not in step.notes:
+            return ""
+        import ray.train
+
+        info = ray.train.get_preemption_info()
+        if info is None:
+            return ""
+        if self.first:
+            ranks = ", ".join(map(str, info.preempted_ranks))
+            self._fault("preemption", f"the nodes of ranks {ranks} are about to be taken away")
+            self._decide(LEAVING, "saved now, nothing is done twice; the other nodes go on at once")
+        return LEAVING
+
+    def _train(self, step: Step) -> None:
+        job, state = self.job, self.state
         following = _progress(job, state, step)
         factor = learning_rate_factor(job.stage.schedule, (state.progress + following) / 2)
-        report = engine.train_step(step.mine, factor)
-        skipped = 0 if report.taken else skipped + 1
-        if skipped > MOST_SKIPPED:
+        report, verdict = self._judged(step, factor)
+        self.skipped = 0 if report.taken else self.skipped + 1
+        if self.skipped > job.stage.guard.most:
             raise StopRun(_no_number(job, state, step, report))
-        state = state.advanced(
-            sum(held.tokens for held in step.all), following, step.following, _tally(job, state.shards, step.all)
-        )
-        _record(job, state, step, report, factor, meter)
-        done = state.progress >= 1
-        if done:
-            engine.finish()
-        if done or state.step % job.stage.save_every == 0:
-            _save(job, engine, state, final=done)
-        if done:
+        recent = state.recent
+        if report.taken and job.stage.guard.spike is not None:
+            recent = (*recent, (report.loss, report.grad_norm))[-job.stage.guard.window :]
+        tokens = sum(held.tokens for held in step.all)
+        tally = _tally(job, state.shards, step.all)
+        self.state = replace(state.advanced(tokens, following, step.following, tally), recent=recent)
+        _record(job, self.state, step, report, factor, self.meter, self.folder)
+        if verdict != "fine" and job.stage.guard.bad == "stop" and not report.taken:
+            raise StopRun(_no_number(job, state, step, report))
+
+    def _judged(self, step: Step, factor: float) -> tuple[StepReport, Verdict]:
+        """The step, done again on the same packs and weights if it came out badly; and what was thought of it last."""
+        guard, recent = self.job.stage.guard, self.state.recent
+        verdicts: list[Verdict] = []
+
+        def fine(loss: float, grad_norm: float) -> bool:
+            verdicts.append(judge(guard, recent, loss, grad_norm))
+            return verdicts[-1] == "fine"
+
+        report = self.engine.train_step(step.mine, factor, fine)
+        if report.taken:
+            return report, "fine"
+        self._blame(verdicts[-1], step, report, "replay", "the same packs on the same weights tell data from machine")
+        if not _sound(self.engine):
+            self._decide(
+                "roll_back", "the weights hold what is no number: a machine's fault; back to the last checkpoint"
+            )
+            raise Leave(f"after step {self.state.step} the weights held what is no number")
+        report = self.engine.train_step(step.mine, factor, fine)
+        if report.taken:
+            self._decide("take", "the second time it came out well: a machine was at fault, and the step is taken")
+        elif guard.bad == "skip":
+            self._decide(
+                "skip", f"it came out badly again ({verdicts[-1]}): the data is at fault, and the step is left out"
+            )
+        else:
+            self._decide("stop", f"it came out badly again ({verdicts[-1]}): the data is at fault")
+        return report, verdicts[-1]
+
+    def _blame(self, what: Verdict, step: Step, report: StepReport, then: Any, why: str) -> None:
+        if not self.first or what == "fine":
             return
-    raise StopRun(
-        f"stage {job.stage.name!r}: the stream ended at {state.progress:.1%} after {state.step} steps; "
-        "its mixture is smaller than its duration asks, give the duration in epochs"
-    )
+        rows = tuple(f"{shard} row {row}" for held in step.all for shard, row in held.rows)
+        self._fault(what, f"loss {report.loss:g}, gradient norm {report.grad_norm:g}", rows)
+        self._decide(then, why)
+
+    def _fault(self, what: FaultKind, detail: str, rows: tuple[str, ...] = ()) -> None:
+        stage, step = self.job.stage.name, self.state.step
+        self.job.journal.append(Fault(time=time.time(), what=what, stage=stage, step=step, detail=detail, rows=rows))
+
+    def _decide(self, what: Any, why: str) -> None:
+        if self.first:
+            self.job.journal.append(Decision(time=time.time(), what=what, stage=self.job.stage.name, why=why))
+
+
+def _sound(engine: Engine) -> bool:
+    """Whether all weights, on all ranks, are numbers."""
+    parts = [local(tensor) for tensor in engine.model_state().values()]
+    good = all(bool(torch.isfinite(part).all()) for part in parts if part.is_floating_point())
+    everywhere = torch.tensor(int(good), device=engine.device)
+    dist.all_reduce(everywhere, op=dist.ReduceOp.MIN)
+    return bool(everywhere)
 
 
 def _no_number(job: StageJob, state: TrainState, step: Step, report: StepReport) -> str:
     packs = ", ".join(f"pack {held.at.pack} of window {held.at.window}" for held in step.all[:4])
+    most = job.stage.guard.most
+    before = f" and the {most} before it" if job.stage.guard.bad == "skip" else ""
     return (
-        f"stage {job.stage.name!r}: step {state.step + 1} and the {MOST_SKIPPED} before it had loss {report.loss:g} and "
+        f"stage {job.stage.name!r}: step {state.step + 1}{before} had loss {report.loss:g} and "
         f"gradient norm {report.grad_norm:g}, and were not taken; the last trained on {packs}. A rate that is too high does "
         "this (lower it, or warm up longer), and so do weights that are broken"
     )
@@ -200,7 +364,7 @@ def _device() -> torch.device:
     return ray.train.torch.get_device() if torch.cuda.is_available() else torch.device("cpu")
 
 
-def _build_model(job: StageJob, resumed: Path | None) -> VisionLanguageModel:
+def _build_model(job: StageJob, resumed: Place | None) -> VisionLanguageModel:
     """The model to train: rank 0 reads weights, and the engine hands them on to the others."""
     if not torch.cuda.is_available():  # ranks of one machine share its cores instead of each taking all
         local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
@@ -209,18 +373,19 @@ def _build_model(job: StageJob, resumed: Path | None) -> VisionLanguageModel:
     if dist.get_rank() != 0:
         return job.recipe.model.empty()
     if job.previous and not resumed and job.adapted:
-        return checkpoint.read_model(job.recipe, job.before, Path(job.previous), job.place)
+        assert job.before is not None  # whose checkpoint `previous` is
+        return checkpoint.read_model(job.recipe, job.before, Place(job.previous), job.place)
     return job.recipe.model.build(job.place)
 
 
-def _restore(engine: Engine, job: StageJob, resumed: Path | None) -> None:
+def _restore(engine: Engine, job: StageJob, resumed: Place | None) -> None:
     if resumed:
         state = engine.state()
         checkpoint.load(resumed, state)
         engine.load_state(state)
     elif job.previous and not job.adapted:  # else rank 0 has read it, and merged what was to be merged
         state = {"model": engine.model_state()}
-        checkpoint.load(Path(job.previous), state)
+        checkpoint.load(Place(job.previous), state)
         engine.load_model_state(state["model"])
 
 
@@ -249,7 +414,7 @@ def _tally(job: StageJob, before: dict[str, ShardTally], held: list[Held]) -> di
         quarantine.append(job.folder, job.stage.name, fresh)
     limits = {source.corpus.name: source for source in job.stage.mixture}
     for rejected in fresh:
-        _check_share(limits[rejected.row.corpus], tally, rejected, job.folder.root.name)
+        _check_share(limits[rejected.row.corpus], tally, rejected, job.folder.name)
     return tally
 
 
@@ -282,7 +447,13 @@ def _meter(job: StageJob, device: torch.device) -> Meter:
 
 
 def _record(
-    job: StageJob, state: TrainState, step: Step, report: StepReport, factor: float, meter: Meter | None
+    job: StageJob,
+    state: TrainState,
+    step: Step,
+    report: StepReport,
+    factor: float,
+    meter: Meter | None,
+    folder: RunFolder,
 ) -> None:
     """Rank 0, which has the `meter`, writes the step's line."""
     timings: list[Any] = [None] * dist.get_world_size()
@@ -327,16 +498,13 @@ def _record(
         hardware_flops=meter.cost.hardware_flops(work) if meter.cost else 0.0,
         peak=meter.peak,
     )
-    job.folder.write_step(job.stage.name, record)
+    folder.write_step(job.stage.name, record)
 
 
 def _save(job: StageJob, engine: Engine, state: TrainState, final: bool) -> None:
-    """Write a checkpoint to storage ourselves and register it with Ray, which need not copy it."""
-    import ray.train
-    from ray.train import Checkpoint, CheckpointUploadMode
-
+    """Write a checkpoint. Ray need not know of it: resuming asks the storage, which forgets less than a controller."""
     manifest = Manifest(
-        run=job.folder.root.name,
+        run=job.folder.name,
         stage=job.stage.name,
         fingerprint=job.fingerprint,
         order=job.stream.order.fingerprint,
@@ -345,12 +513,7 @@ def _save(job: StageJob, engine: Engine, state: TrainState, final: bool) -> None
         final=final,
         versions=job.versions,
     )
-    folder = checkpoint.save(job.folder.checkpoints(job.stage.name), engine.state(), state, manifest)
-    ray.train.report(
-        {"step": state.step, "progress": state.progress, "tokens": state.tokens},
-        checkpoint=Checkpoint.from_directory(str(folder)) if dist.get_rank() == 0 else None,
-        checkpoint_upload_mode=CheckpointUploadMode.NO_UPLOAD,
-    )
+    checkpoint.save(job.folder.checkpoints(job.stage.name), engine.state(), state, manifest)
 
 
 def _evaluate(job: StageJob, engine: Engine, when: str) -> None:

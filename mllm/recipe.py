@@ -20,6 +20,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Discriminator, Field, Tag, TypeAdapter, ValidationError
 
 from mllm.annotators import Annotator, DiscreteCodes, FrozenFeatures, ReferenceLogProbs
+from mllm.care import Gate, Guard
 from mllm.objectives import NextToken, Objective
 from mllm.vlm import VLM
 from ops.attention import Backend
@@ -284,6 +285,9 @@ class Stage:
     goes by weight where sources have one, else by size; `grouping` says which samples may share a pack; `annotators` are
     models that run in the pipeline. With `ema` the stage's result is the moving average of its weights, each step's entering by
     1 - `ema`. `attention` asks for a backend, where the best that a machine has is not meant.
+
+    The stage goes on from the weights of the stage `after`, by default the one that stands before it, and with
+    `carry_optimizer` from its moments too; it begins when its `entry` is open. `guard` judges its steps.
     """
 
     name: str
@@ -305,6 +309,10 @@ class Stage:
     chunk: Positive = 32
     save_every: Positive = 200
     attention: Backend | None = None
+    after: str | None = None
+    entry: Gate | None = None
+    carry_optimizer: bool = False
+    guard: Guard = Guard()
 
     def __post_init__(self) -> None:
         if not self.mixture:
@@ -358,6 +366,7 @@ class Recipe:
         if twice or not names:
             raise ValueError(f"recipe {self.name!r}: stages need names of their own, found {names}")
         layout = self.model.layout(self.tiling)  # tiling and encoder must fit
+        self._stages_follow()
         self._annotators_fit()
         for stage in self.stages:
             if layout.tokens_per_tile >= stage.context:
@@ -372,6 +381,35 @@ class Recipe:
             if stage.context > self.model.lm.arch.context:
                 raise ValueError(
                     f"stage {stage.name!r}: context={stage.context} exceeds the language model's {self.model.lm.arch.context}"
+                )
+
+    def before(self, stage: Stage) -> Stage | None:
+        """The stage whose weights `stage` goes on from; None for one that begins with the model's own."""
+        if stage.after is not None:
+            return self.stage(stage.after)
+        at = [one.name for one in self.stages].index(stage.name)
+        return self.stages[at - 1] if at else None
+
+    def _stages_follow(self) -> None:
+        for number, stage in enumerate(self.stages):
+            earlier = [one.name for one in self.stages[:number]]
+            if stage.after is not None and stage.after not in earlier:
+                raise ValueError(
+                    f"stage {stage.name!r} comes after {stage.after!r}, and the stages before it are {earlier}; "
+                    "name one of those, or move it"
+                )
+            if not earlier and (stage.entry or stage.carry_optimizer):
+                raise ValueError(
+                    f"stage {stage.name!r} is the first: nothing is before it that an entry or moments could be of"
+                )
+            held = [corpus.name for corpus in self.held_out]
+            if stage.entry and stage.entry.tokens is None and not held:
+                raise ValueError(
+                    f"stage {stage.name!r}: its entry looks at held-out rows, and the recipe holds none out"
+                )
+            if stage.entry and stage.entry.source not in (None, *held):
+                raise ValueError(
+                    f"stage {stage.name!r}: its entry looks at {stage.entry.source!r}, and held out are {held}"
                 )
 
     def _annotators_fit(self) -> None:
@@ -442,7 +480,7 @@ def fingerprint(recipe: Recipe, stage: Stage, before: str) -> str:
     """Names a stage by all that decides its result: itself, the model, the data's shape, and the stage before it."""
     words = json.loads(dump(recipe))
     mine = next(s for s in words["stages"] if s["name"] == stage.name)
-    for how in ("save_every", "attention"):  # how a run is done changes nothing of what it learns
+    for how in ("save_every", "attention", "entry", "after"):  # how a run is done changes nothing of what it learns
         del mine[how]
     mine["parallel"] = {name: mine["parallel"].get(name) for name in ("dtype", "float8")}
     for annotator in mine["annotators"]:

@@ -93,8 +93,8 @@ def invented_run(root: Path, recipe: Recipe, ending: str, steps: int = 40) -> tu
     """`recipe` through `align` and half of `pretrain`; `ending` is `running`, `failed` or `finished` (all stages done)."""
     run, journal = RunFolder(root), Journal(root)
     root.mkdir(parents=True)
-    run.recipe.write_text(dump(recipe))
-    events: list[Event] = [RunStarted(time=NOON, recipe=recipe.name, workers=2, versions={"torch": "2.13.0"})]
+    run.recipe.write(dump(recipe).encode())
+    events: list[Event] = [RunStarted(time=NOON, recipe=recipe.name, workers=(2, 2), versions={"torch": "2.13.0"})]
     run.write_evaluation(evaluation("align", "before", 7.0))
     for number, stage in enumerate(recipe.stages if ending == "finished" else recipe.stages[:2]):
         whole = ending == "finished" or number == 0

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from cluster.journal import Event, Journal, RunFailed, RunFinished, RunStarted, RunState, StageFinished, StageStarted
 
-STARTED = RunStarted(time=1.0, recipe="r", workers=2, versions={"torch": "2"})
+STARTED = RunStarted(time=1.0, recipe="r", workers=(2, 2), versions={"torch": "2"})
 ALIGN = StageStarted(time=2.0, stage="align", fingerprint="a1", steps=4, parts=())
 ALIGNED = StageFinished(time=3.0, stage="align", fingerprint="a1", checkpoint="checkpoints/align/step-000004")
 FAILED = RunFailed(time=4.0, stage="pretrain", error="disk full")

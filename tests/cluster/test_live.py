@@ -12,7 +12,8 @@ import pytest
 from invented import NOON, evaluation, invented_run, stage_finished, stage_started, step
 from rich.console import Console
 
-from cluster.live import Live, Tail, duration, quantity, sparkline, summary
+from cluster.lines import Follower
+from cluster.live import Live, duration, quantity, sparkline, summary
 from cluster.metrics import RunFolder, StepRecord
 from mllm.recipe import Recipe
 
@@ -121,28 +122,14 @@ def test_terminal_shows_stages_bar_and_figures(run: RunFolder, recipe: Recipe) -
 def test_fault_in_the_view_does_not_reach_the_run(
     run: RunFolder, recipe: Recipe, plain: Screen, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def broken(_: Tail) -> list[StepRecord]:
+    def broken(_: Follower) -> list[bytes]:
         raise OSError("stale file handle")
 
-    monkeypatch.setattr(Tail, "read", broken)
+    monkeypatch.setattr(Follower, "read", broken)
     with Live(run, recipe, plain, poll=0.01) as live:
         live.stage_started(stage_started("align", 20))
         live.stage_finished(stage_finished("align"), None, None)
     assert "the live view stopped early (OSError: stale file handle); the run did not" in plain.text
-
-
-def test_tail_waits_for_the_end_of_a_line(tmp_path: Path) -> None:
-    run = RunFolder(tmp_path)
-    run.write_step("align", step(1, 9))
-    run.write_step("align", step(2, 9))
-    file = tmp_path / "steps" / "align.jsonl"
-    data = file.read_bytes()
-    tail = Tail(file)
-    file.write_bytes(data[:-40])
-    assert [record.step for record in tail.read()] == [1]
-    file.write_bytes(data)
-    assert [record.step for record in tail.read()] == [2]
-    assert tail.read() == []
 
 
 def test_summary_tells_stages_losses_and_drops(tmp_path: Path, recipe: Recipe, plain: Screen) -> None:

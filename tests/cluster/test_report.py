@@ -58,7 +58,7 @@ class Page(HTMLParser):
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory, recipe: Recipe, request: pytest.FixtureRequest) -> Page:
     run, state = invented_run(tmp_path_factory.mktemp("runs") / "night-shift", recipe, request.param)
-    return Page(write_report(run, recipe, state))
+    return Page(write_report(run, recipe, state).path)
 
 
 @pytest.mark.parametrize("written", ["finished"], indirect=True)
@@ -107,14 +107,14 @@ def test_failed_run_says_why_and_shows_the_rest(written: Page) -> None:
 
 
 def test_run_that_has_done_nothing_has_a_report(tmp_path: Path, recipe: Recipe) -> None:
-    page = Page(write_report(RunFolder(tmp_path), recipe, RunState()))
+    page = Page(write_report(RunFolder(tmp_path), recipe, RunState()).path)
     assert "not started" in page.text
     assert "No row was dropped." in page.text
 
 
 def test_long_run_stays_a_small_page(tmp_path: Path, recipe: Recipe) -> None:
     run, state = invented_run(tmp_path / "long", recipe, "failed", steps=1500)
-    file = write_report(run, recipe, state)
+    file = write_report(run, recipe, state).path
     assert file.stat().st_size < 1_500_000
     assert "mean of each 5 steps" in file.read_text()
     steps = re.search(r'"align": \{.*?"step": \[(.*?)\]', file.read_text())

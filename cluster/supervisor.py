@@ -1,0 +1,102 @@
+"""Keeps a run's driver alive: `mllm train` is two processes, one that drives the run and this one, which does nothing else.
+
+A driver that is killed (by the system for its memory, by a person, by a fault of a library) or that loses its cluster is started
+again, and finds in the journal what was done. One that ends by itself, well or with an error that trying again does not mend,
+ends this process with the same code. The driver dies with this process, so nothing is left behind.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+
+DRIVER = "MLLM_DRIVER"
+"""Set in the environment of the driver: how often it was started before."""
+
+LOST = 75
+"""Exit code of a driver whose cluster is gone."""
+
+NOWHERE = 76
+"""Exit code of a driver that found no cluster."""
+
+HASTY = 5
+"""Drivers in a row that may die within `SOON` seconds before this is called hopeless."""
+
+SOON = 30.0
+
+PAUSE = 60.0
+"""Seconds between two drivers at most."""
+
+
+def is_driver() -> bool:
+    return DRIVER in os.environ
+
+
+def supervise(words: Sequence[str]) -> int:
+    """Run `mllm WORDS` as a driver, again and again until it ends by itself, and return its exit code."""
+    asked: list[int] = []
+    driver: subprocess.Popen[bytes] | None = None
+
+    def forward(number: int, _: object) -> None:
+        asked.append(number)
+        if driver is not None and number == signal.SIGTERM:  # a terminal's Ctrl-C has reached the driver as well
+            driver.send_signal(number)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, forward)
+    hasty = 0
+    for start in range(sys.maxsize):
+        began = time.monotonic()
+        driver = subprocess.Popen([sys.executable, "-m", "cluster.cli", *words], env={**os.environ, DRIVER: str(start)})
+        code = _wait(driver)
+        lived = time.monotonic() - began
+        if code == NOWHERE and start == 0:
+            return 2
+        if code >= 0 and code not in (LOST, NOWHERE):
+            return code
+        if asked:
+            return 128 + asked[0]
+        hasty = hasty + 1 if lived < SOON and code < 0 else 0
+        if hasty > HASTY:
+            print(
+                f"error: the driver died {hasty} times within {SOON:.0f} s of its start; see the logs", file=sys.stderr
+            )
+            return 1
+        how = "lost its cluster" if code > 0 else f"was ended by {signal.Signals(-code).name}"
+        pause = min(PAUSE, 2.0 ** min(hasty if code < 0 else start, 6) - 1)
+        if code != NOWHERE:
+            print(f"the driver {how}; another one goes on with the run", flush=True)
+        _sleep(pause, asked)
+        if asked:
+            return 128 + asked[0]
+    raise AssertionError("a driver ends by itself before that")
+
+
+def _wait(process: subprocess.Popen[bytes]) -> int:
+    while True:
+        try:
+            return process.wait()
+        except KeyboardInterrupt:
+            continue  # the driver has got it as well, and decides
+
+
+def _sleep(seconds: float, asked: Sequence[int]) -> None:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end and not asked:
+        time.sleep(0.1)
+
+
+def die_with_parent() -> None:
+    """Have the system end this process when the one that started it ends, however it does. Linux only; elsewhere nothing."""
+    if sys.platform != "linux":
+        return
+    parent = os.getppid()
+    set_parent_death_signal = 1  # PR_SET_PDEATHSIG
+    ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
+    if os.getppid() != parent:  # it ended before it was asked for
+        os.kill(os.getpid(), signal.SIGKILL)
