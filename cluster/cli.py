@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -393,6 +394,9 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(130)
     except BrokenPipeError:  # `mllm plan ... | head` is no mistake
         sys.stderr.close()
+    except Exception:  # a fault of this program's: said whole, and told apart from a process that Ray ended
+        traceback.print_exc()
+        sys.exit(70)
 
 
 def _spread(words: list[str]) -> list[str]:

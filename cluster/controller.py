@@ -47,6 +47,7 @@ from cluster.site import Site
 from cluster.worker import DATASET, StageJob, failure_file, train_worker
 from mllm.recipe import Recipe, dump, fingerprint, load
 from mllm.tune import apply_tuning, describe
+from pipelines import storage
 from pipelines.place import Place
 from pipelines.types import Position
 from pipelines.windows import Pools
@@ -460,6 +461,7 @@ def failures(job: StageJob) -> Any:
 
     class Failures(UserCallback):
         def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:  # noqa: ARG002 -- Ray's
+            storage.use(job.stream.storage)
             state = job.journal.state()
             step = state.groups[-1].step if state.groups else 0
             for rank, error in sorted(worker_exceptions.items())[
@@ -490,7 +492,6 @@ def dealing(job: StageJob, pools: Pools) -> Any:
     class Dealing(DataConfig):
         def configure(self, datasets: Any, world_size: int, *_: Any, **__: Any) -> list[dict[str, Any]]:  # noqa: ARG002 -- Ray's
             from cluster.local import divert_ray_logging
-            from pipelines import storage
             from pipelines.stream import dataset
 
             divert_ray_logging()
@@ -539,4 +540,4 @@ def _root(error: BaseException) -> str:
     if isinstance(inner, BaseException) and inner is not error:
         return _root(inner)
     lines = [line for line in str(error).strip().splitlines() if line.strip()]
-    return lines[-1] if lines else type(error).__name__
+    return lines[-1].partition(" Some common causes")[0] if lines else type(error).__name__

@@ -215,7 +215,13 @@ class Watcher:
 
     def _end(self, late: list[Standing], history: dict[Phase, list[float]]) -> None:
         found = [(rank, _there(rank.node, examine, rank.pid)) for rank in late]
-        guilty = [rank for rank, finding in found if not finding.waits] or [late[0]]
+        for rank, finding in found:
+            if finding.state == "gone":  # it died, of which Ray hears by itself
+                self.pulse.gone.remote(rank.rank, rank.pid)
+        found = [(rank, finding) for rank, finding in found if finding.state != "gone"]
+        if not found:
+            return
+        guilty = [rank for rank, finding in found if not finding.waits] or [found[0][0]]
         for rank, finding in found:
             limit = allowed(self.watch, rank.phase, history.get(rank.phase, ()))
             words = (
@@ -226,8 +232,7 @@ class Watcher:
             self.hung(rank, words + (f"\n{finding.stacks}" if finding.stacks else ""), rank in guilty)
         for rank in guilty:
             _there(rank.node, end, rank.pid)
-            self.pulse.gone.remote(rank.rank, rank.pid)
-        for rank in late:
+        for rank, _ in found:  # the others are ended by Ray
             self.pulse.gone.remote(rank.rank, rank.pid)
 
 

@@ -24,6 +24,10 @@ LOST = 75
 NOWHERE = 76
 """Exit code of a driver that found no cluster."""
 
+ENDS = (0, 2, 70, 130, 143)
+"""Exit codes of a driver that ended by itself: well, by a mistake of the user's or the program's, by being asked to. Ray's own
+code ends the process with others where its cluster is gone."""
+
 HASTY = 5
 """Drivers in a row that may die within `SOON` seconds before this is called hopeless."""
 
@@ -49,7 +53,7 @@ def supervise(words: Sequence[str]) -> int:
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, forward)
-    hasty = 0
+    hasty = waits = 0
     for start in range(sys.maxsize):
         began = time.monotonic()
         driver = subprocess.Popen([sys.executable, "-m", "cluster.cli", *words], env={**os.environ, DRIVER: str(start)})
@@ -57,18 +61,19 @@ def supervise(words: Sequence[str]) -> int:
         lived = time.monotonic() - began
         if code == NOWHERE and start == 0:
             return 2
-        if code >= 0 and code not in (LOST, NOWHERE):
+        if code in ENDS:
             return code
         if asked:
             return 128 + asked[0]
-        hasty = hasty + 1 if lived < SOON and code < 0 else 0
+        hasty = hasty + 1 if lived < SOON and code not in (LOST, NOWHERE) else 0
         if hasty > HASTY:
             print(
                 f"error: the driver died {hasty} times within {SOON:.0f} s of its start; see the logs", file=sys.stderr
             )
             return 1
         how = "lost its cluster" if code > 0 else f"was ended by {signal.Signals(-code).name}"
-        pause = min(PAUSE, 2.0 ** min(hasty if code < 0 else start, 6) - 1)
+        waits = waits + 1 if code == NOWHERE else 0
+        pause = min(PAUSE, 2.0 ** max(hasty, min(waits, 6)) - 1)
         if code != NOWHERE:
             print(f"the driver {how}; another one goes on with the run", flush=True)
         _sleep(pause, asked)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -91,12 +92,15 @@ class Proxy:
     """Passes connections on to a server, and fails those that `faults` says, in order: one word for each connection.
 
     refuse   closes at once          503      answers so          truncate   ends the body half way
-    silent   never answers           ""       passes on
+    silent   never answers           ""       passes on           slow       a second late
+    storm    answers 503 twice of three times
     """
 
     target: int
     faults: list[str] = field(default_factory=list)
     met: list[str] = field(default_factory=list)
+    otherwise: str = ""
+    """The fault of all connections that `faults` has no word for."""
 
     def __post_init__(self) -> None:
         self.socket = socket.create_server(("127.0.0.1", 0))
@@ -126,8 +130,12 @@ class Proxy:
             request = _message(client)
             if not request:
                 return
-            fault = self.faults.pop(0) if self.faults else ""
+            fault = self.faults.pop(0) if self.faults else self.otherwise
             self.met.append(fault)
+            if fault == "storm":
+                fault = "503" if random.random() < 2 / 3 else ""
+            if fault == "slow":
+                time.sleep(1)
             if fault == "refuse":
                 return
             if fault == "silent":
