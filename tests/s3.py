@@ -154,9 +154,15 @@ def _message(client: socket.socket) -> bytes:
             return b""
         data += part
     head, _, body = data.partition(b"\r\n\r\n")
-    length = next(
-        (int(line.split(b":")[1]) for line in head.split(b"\r\n") if line.lower().startswith(b"content-length:")), 0
-    )
-    while len(body) < length:
-        body += client.recv(2**16)
-    return head + b"\r\n\r\n" + body
+    lines = head.split(b"\r\n")
+    length = next((int(line.split(b":")[1]) for line in lines if line.lower().startswith(b"content-length:")), 0)
+    if any(line.lower() == b"expect: 100-continue" for line in lines):
+        client.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
+        head = b"\r\n".join(line for line in lines if not line.lower().startswith(b"expect:"))
+    whole = bytearray(body)
+    while len(whole) < length:
+        part = client.recv(2**20)
+        if not part:
+            return b""
+        whole += part
+    return head + b"\r\n\r\n" + whole
