@@ -32,6 +32,7 @@ from cluster.site import Site
 from cluster.worker import DATASET, StageJob, failure_file, train_worker
 from mllm.recipe import Recipe, dump, fingerprint, load
 from mllm.tune import apply_tuning, describe
+from pipelines.place import Place
 from pipelines.types import Position
 from pipelines.windows import Pools
 
@@ -105,12 +106,12 @@ class Controller:
     def finish(self) -> None:
         self.journal.append(RunFinished(time=time.time()))
 
-    def final_checkpoint(self) -> Path:
+    def final_checkpoint(self) -> Place:
         """The last stage's last checkpoint. Raises RunError when the run has not got that far."""
         last = self.journal.state().finished_stages
         if not last:
             raise RunError(f"run {self.folder.root.name!r} has finished no stage yet")
-        return self.folder.root / last[-1].checkpoint
+        return Place(self.folder.root / last[-1].checkpoint)
 
     def _same_recipe(self) -> None:
         text = dump(self.recipe)
@@ -180,7 +181,7 @@ class Controller:
             time=time.time(),
             stage=job.stage.name,
             fingerprint=job.fingerprint,
-            checkpoint=str(last.relative_to(self.folder.root)),
+            checkpoint=last.under(Place(self.folder.root)),
         )
         self.journal.append(finished)
         name = job.stage.name
@@ -196,7 +197,7 @@ class Controller:
             for shard in s.manifest.shards
         }
         file = self.folder.root / "shards" / f"{job.stage.name}.json"
-        if not checkpoint.checkpoints(self.folder.checkpoints(job.stage.name)) or not file.is_file():
+        if not checkpoint.checkpoints(job.checkpoints) or not file.is_file():
             write_atomically(file, json.dumps(now, indent=1).encode())
             return
         before: dict[str, str] = json.loads(file.read_bytes())
@@ -310,7 +311,9 @@ def first_difference(before: str, after: str) -> str:
 
 def _science(recipe: Recipe) -> str:
     """The recipe without what changes nothing of the result."""
-    return dump(replace(recipe, stages=tuple(replace(stage, save_every=1) for stage in recipe.stages)))
+    return dump(
+        replace(recipe, stages=tuple(replace(stage, save_every=1, save_minutes=None) for stage in recipe.stages))
+    )
 
 
 def _root(error: BaseException) -> str:

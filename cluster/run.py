@@ -19,6 +19,7 @@ from cluster.metrics import RunFolder
 from cluster.site import Site
 from mllm.recipe import FSDP, Recipe, load
 from mllm.vlm import VisionLanguageModel
+from pipelines.place import Place
 
 
 def train(recipe: Recipe, site: Site, name: str | None, console: Console) -> RunFolder:
@@ -143,7 +144,7 @@ def trained_model(site: Site, recipe: Recipe, folder: RunFolder) -> VisionLangua
     if not last:
         raise RunError(f"run {folder.root.name!r} has finished no stage yet; train it further first")
     stage = recipe.stage(last[-1].stage)
-    return checkpoint.read_model(recipe, stage, folder.root / last[-1].checkpoint, site.folder).eval()
+    return checkpoint.read_model(recipe, stage, Place(folder.root / last[-1].checkpoint), site.folder).eval()
 
 
 def export_run(site: Site, name: str, out: Path | None) -> Path:

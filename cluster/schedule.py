@@ -52,3 +52,11 @@ def planned_steps(stage: Stage) -> int | None:
             return count
         case Tokens() | Epochs():
             return None
+
+
+def due(stage: Stage, step: int, since: float) -> bool:
+    """Whether a checkpoint is to be written after `step`, `since` seconds after the last one was begun.
+
+    `since` is what rank 0's monotonic clock says, told to all: no two clocks agree.
+    """
+    return step % stage.save_every == 0 or (stage.save_minutes is not None and since >= 60 * stage.save_minutes)

@@ -7,8 +7,9 @@ import io
 import os
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,19 +17,22 @@ import torch
 import torch.distributed as dist
 
 from cluster import checkpoint, quarantine
-from cluster.checkpoint import Manifest, ShardTally, TrainState
+from cluster.checkpoint import Manifest, PassedOver, ShardTally, TrainState
 from cluster.deal import Deal, Held, Step
 from cluster.engines import Engine, StepReport, build_engine
 from cluster.journal import write_atomically
 from cluster.metrics import Evaluation, PackRecord, RunFolder, SourceLoss, StepRecord
 from cluster.mfu import peak_flops
-from cluster.schedule import learning_rate_factor, progress
+from cluster.saver import Saver
+from cluster.schedule import due, learning_rate_factor, progress
+from cluster.shards import CorruptCheckpoint
 from mllm import evaluate
 from mllm.flops import Cost, Work, work_of
 from mllm.recipe import LoRA, Recipe, Source, Stage
 from mllm.tune import peak_rate
 from mllm.vlm import VisionLanguageModel
 from pipelines.annotate import OfPacks
+from pipelines.place import Place
 from pipelines.types import Measured, Pack, Picture, Rejected, Text, spec
 from pipelines.windows import PackWindows, Stream
 
@@ -79,11 +83,14 @@ class StageJob:
         """The folder (or hub id) of weights by their name in the recipe."""
         return self.weights.get(name, name)
 
-    def resume_from(self) -> Path | None:
-        """The checkpoint to go on from, or None at the stage's beginning."""
-        return checkpoint.latest(
-            self.folder.checkpoints(self.stage.name), self.fingerprint, self.stream.order.fingerprint
-        )
+    @property
+    def checkpoints(self) -> Place:
+        return Place(self.folder.checkpoints(self.stage.name))
+
+    def resume_from(self, tell: Callable[[PassedOver], object] = lambda _: None) -> Place | None:
+        """The checkpoint to go on from, or None at the stage's beginning; `tell` hears of those that are passed over."""
+        found = checkpoint.newest(self.checkpoints, self.fingerprint, self.stream.order.fingerprint, tell)
+        return found.folder if found else None
 
 
 class StopRun(RuntimeError):
@@ -121,7 +128,7 @@ def _train(job: StageJob) -> None:
     from pipelines.stream import hands_of
 
     rank, world = dist.get_rank(), dist.get_world_size()
-    resumed = job.resume_from()
+    resumed = job.resume_from(partial(_note, job))
     state = checkpoint.read_state(resumed) if resumed else TrainState()
     control: Any = dist.new_group(backend="gloo")  # small objects go beside the gradients, never through the GPU
     shard = ray.train.get_dataset_shard(DATASET)
@@ -144,12 +151,13 @@ def _train(job: StageJob) -> None:
         _evaluate(job, engine, "before")
 
     if state.progress < 1:  # it is 1 when only the evaluation was cut off
-        _steps(job, engine, deal, state)
+        with Saver(job.checkpoints) as saver:
+            _steps(job, engine, deal, state, saver)
     if job.held_out:
         _evaluate(job, engine, "after")
 
 
-def _steps(job: StageJob, engine: Engine, deal: Deal, state: TrainState) -> None:
+def _steps(job: StageJob, engine: Engine, deal: Deal, state: TrainState, saver: Saver) -> None:
     """Train from `state` to the stage's end, saving on the way. Raises StopRun when the data ends first."""
     meter = _meter(job, engine.device) if dist.get_rank() == 0 else None
     skipped = 0
@@ -167,8 +175,8 @@ def _steps(job: StageJob, engine: Engine, deal: Deal, state: TrainState) -> None
         done = state.progress >= 1
         if done:
             engine.finish()
-        if done or state.step % job.stage.save_every == 0:
-            _save(job, engine, state, final=done)
+        if done or due(job.stage, state.step, _since(job, saver, deal.group)):
+            _save(job, engine, state, saver, final=done)
         if done:
             return
     raise StopRun(
@@ -200,7 +208,7 @@ def _device() -> torch.device:
     return ray.train.torch.get_device() if torch.cuda.is_available() else torch.device("cpu")
 
 
-def _build_model(job: StageJob, resumed: Path | None) -> VisionLanguageModel:
+def _build_model(job: StageJob, resumed: Place | None) -> VisionLanguageModel:
     """The model to train: rank 0 reads weights, and the engine hands them on to the others."""
     if not torch.cuda.is_available():  # ranks of one machine share its cores instead of each taking all
         local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
@@ -209,18 +217,32 @@ def _build_model(job: StageJob, resumed: Path | None) -> VisionLanguageModel:
     if dist.get_rank() != 0:
         return job.recipe.model.empty()
     if job.previous and not resumed and job.adapted:
-        return checkpoint.read_model(job.recipe, job.before, Path(job.previous), job.place)
+        return checkpoint.read_model(job.recipe, job.before, Place(job.previous), job.place)
     return job.recipe.model.build(job.place)
 
 
-def _restore(engine: Engine, job: StageJob, resumed: Path | None) -> None:
+def _restore(engine: Engine, job: StageJob, resumed: Place | None) -> None:
+    """Fill the engine from the checkpoint to go on from, or from the stage before.
+
+    Raises CorruptCheckpoint where the former is not what was written: it is marked, and the group that Ray starts next takes the
+    one before it, with the data from there. Raises StopRun for the latter, which has nothing before it.
+    """
     if resumed:
         state = engine.state()
-        checkpoint.load(resumed, state)
+        try:
+            checkpoint.load(resumed, state)
+        except CorruptCheckpoint as error:
+            if dist.get_rank() == 0:
+                checkpoint.reject(resumed, str(error))
+            dist.barrier()
+            raise
         engine.load_state(state)
     elif job.previous and not job.adapted:  # else rank 0 has read it, and merged what was to be merged
         state = {"model": engine.model_state()}
-        checkpoint.load(Path(job.previous), state)
+        try:
+            checkpoint.load(Place(job.previous), state)
+        except CorruptCheckpoint as error:
+            raise StopRun(f"stage {job.stage.name!r} begins from {job.before.name!r}: {error}") from error
         engine.load_model_state(state["model"])
 
 
@@ -330,11 +352,17 @@ def _record(
     job.folder.write_step(job.stage.name, record)
 
 
-def _save(job: StageJob, engine: Engine, state: TrainState, final: bool) -> None:
-    """Write a checkpoint to storage ourselves and register it with Ray, which need not copy it."""
-    import ray.train
-    from ray.train import Checkpoint, CheckpointUploadMode
+def _since(job: StageJob, saver: Saver, group: dist.ProcessGroup | None) -> float:
+    """Seconds since the last checkpoint was begun, as rank 0 says it; 0 where the stage does not ask."""
+    if job.stage.save_minutes is None:
+        return 0.0
+    since = torch.tensor(saver.since, dtype=torch.float64)
+    dist.broadcast(since, 0, group=group)
+    return float(since)
 
+
+def _save(job: StageJob, engine: Engine, state: TrainState, saver: Saver, final: bool) -> None:
+    """Begin a checkpoint; the last one is waited for, and its failure ends the run."""
     manifest = Manifest(
         run=job.folder.root.name,
         stage=job.stage.name,
@@ -345,12 +373,17 @@ def _save(job: StageJob, engine: Engine, state: TrainState, final: bool) -> None
         final=final,
         versions=job.versions,
     )
-    folder = checkpoint.save(job.folder.checkpoints(job.stage.name), engine.state(), state, manifest)
-    ray.train.report(
-        {"step": state.step, "progress": state.progress, "tokens": state.tokens},
-        checkpoint=Checkpoint.from_directory(str(folder)) if dist.get_rank() == 0 else None,
-        checkpoint_upload_mode=CheckpointUploadMode.NO_UPLOAD,
-    )
+    for outcome in saver.save(engine.state(), state, manifest, wait=final):
+        if outcome.trouble:
+            _note(job, outcome.trouble)
+
+
+def _note(job: StageJob, words: object) -> None:
+    """Rank 0 keeps what went wrong with a checkpoint, and training goes on."""
+    if dist.get_rank() == 0:
+        job.folder.logs.mkdir(parents=True, exist_ok=True)
+        with (job.folder.logs / "checkpoints.txt").open("a") as out:
+            out.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {words}\n")
 
 
 def _evaluate(job: StageJob, engine: Engine, when: str) -> None:

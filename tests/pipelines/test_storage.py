@@ -203,6 +203,12 @@ LARGE = bytes(range(256)) * (storage.PART // 100)
 """Two parts and a half."""
 
 
+def begin_and_fail(uri: str) -> None:
+    with storage.open_write(uri) as out:
+        out.write(LARGE)
+        raise RuntimeError("on the way")
+
+
 def test_a_large_file_is_whole_once_it_is_written_and_nothing_of_it_is_there_when_that_fails(root: str) -> None:
     with storage.open_write(f"{root}/sub/large.bin") as out:
         for start in range(0, len(LARGE), 999_999):
@@ -212,9 +218,8 @@ def test_a_large_file_is_whole_once_it_is_written_and_nothing_of_it_is_there_whe
     with storage.open_write(f"{root}/sub/small.bin") as out:
         out.write(b"few")
     assert storage.sizes(f"{root}/sub") == {"large.bin": len(LARGE), "small.bin": 3}
-    with pytest.raises(RuntimeError, match="on the way"), storage.open_write(f"{root}/sub/never.bin") as out:
-        out.write(LARGE)
-        raise RuntimeError("on the way")
+    with pytest.raises(RuntimeError, match="on the way"):
+        begin_and_fail(f"{root}/sub/never.bin")
     assert storage.names(f"{root}/sub") == ["large.bin", "small.bin"]
     assert storage.sizes(f"{root}/none") == {}
 
