@@ -36,12 +36,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.common import CACHE, HERE, Row, Section, alone, number, peak_bytes, ratios, scratch, table
-from cluster import checkpoint
 from cluster.checkpoint import Manifest, TrainState
 from cluster.engines import build_engine
 from cluster.memory import fullest, memory
 from cluster.mfu import peak_flops
 from cluster.recompute import recompute
+from cluster.saver import save
 from mllm.connectors import MLP
 from mllm.encoders import ClipVision, Encoder
 from mllm.flops import Work, cost_of, work_of
@@ -54,6 +54,7 @@ from ops.context import Context
 from ops.losses import linear_cross_entropy
 from ops.ring import ring_attention
 from pipelines.corpora import TextOnly
+from pipelines.place import Place
 from pipelines.tiling import Pad
 from pipelines.types import IMAGE_TOKEN, NOT_LEARNED, Batch, Pack
 
@@ -81,7 +82,7 @@ float32 and could not take most attention kernels. The two run one after the oth
 the model FLOPs of the pack (PaLM's, nothing computed again counts) over time and the data sheet's peak; on a CPU over what
 its products reach. Peak memory is that of a step with all weights and states; foretold is `cluster.memory`, without a GPU.
 Data wait is the share of the step in which its pack becomes a batch on the device.""",
-    "checkpoint": """Seconds in which `cluster.checkpoint.save` holds a run up: weights, and the moments of what is trained,
+    "checkpoint": """Seconds in which `cluster.saver.save` holds a run up: weights, and the moments of what is trained,
 float32, to the local disk.""",
 }
 
@@ -657,7 +658,7 @@ def checkpoint_stall(sizes: Sizes, decoder: str) -> list[Found]:
         size, room = size_of(state), shutil.disk_usage(folder).free
         if size > 0.9 * room:
             return [([], f"{size / 1e9:.0f} GB, and the disk has room for {room / 1e9:.0f}")] * 3
-        stall = seconds(lambda: checkpoint.save(folder, state, TrainState(step=1), manifest), 1, 0)
+        stall = seconds(lambda: save(Place(folder), state, TrainState(step=1), manifest), 1, 0)
         written = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
     return [(stall, ""), ([written / 1e9], ""), ([written / 1e9 / t for t in stall], "")]
 

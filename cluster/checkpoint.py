@@ -1,31 +1,41 @@
-"""Checkpoints: DCP shards that any number of workers can load, and a manifest written last.
+"""Checkpoints: shards that any number of workers loads, and a manifest written last, on a disk or S3.
 
-runs/NAME/checkpoints/STAGE/step-000040/
-    __0_0.distcp ...   weights and optimiser, sharded
-    state.json         TrainState: step, tokens, progress, position in the data, tally of rows
-    manifest.json      Manifest: there only when everything else is
+runs/NAME/checkpoints/STAGE/step-000040-7/     step 40, written under the controller's token 7 (none where it is 0)
+    __0_0.bin ...    weights and optimiser, sharded (`cluster/shards.py`)
+    index.json       what lies where in them, with digests
+    state.json       TrainState: step, tokens, progress, position in the data, tally of rows
+    manifest.json    Manifest: there only when everything else is
+    rejected.json    there when a reader found a file that is not what was written
+
+A folder without a whole manifest, or whose files are not those that it lists, is passed over with the reason.
 """
 
 from __future__ import annotations
 
-import shutil
+import json
+import re
+import time
 import warnings
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import field, replace
 from functools import cache
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from pydantic import TypeAdapter
+from pydantic import TypeAdapter, ValidationError
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
-from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
+from cluster.shards import INDEX, CorruptCheckpoint, Index, LoadPlanner, ShardReader, parse_index, sha256
 from mllm.encoders import Folder
 from mllm.recipe import Recipe, Stage
 from mllm.tune import add_adapters, merge_adapters
 from mllm.vlm import VisionLanguageModel
 from pipelines.place import Place
 from pipelines.types import Position, spec
+
+MANIFEST, STATE, REJECTED = "manifest.json", "state.json", "rejected.json"
 
 
 @spec
@@ -57,8 +67,20 @@ class TrainState:
 
 
 @spec
+class FileMark:
+    """Bytes of a file, and its digest where the index has none of its pieces."""
+
+    size: int
+    sha256: str | None = None
+
+
+@spec
 class Manifest:
-    """What a checkpoint is of. `fingerprint` names the stage, `order` the data's order, `world` the ranks that wrote it."""
+    """What a checkpoint is of. `fingerprint` names the stage, `order` the data's order, `world` the ranks that wrote it.
+
+    `token` is the fencing token of the controller under which it was written; `time` is seconds since 1970. The last five are
+    filled in by who writes it.
+    """
 
     run: str
     stage: str
@@ -68,6 +90,34 @@ class Manifest:
     world: int
     final: bool
     versions: dict[str, str]
+    token: int = 0
+    progress: float = 0.0
+    tokens: int = 0
+    time: float = 0.0
+    files: dict[str, FileMark] = field(default_factory=dict)
+
+
+@spec
+class Found:
+    """A whole checkpoint."""
+
+    folder: Place
+    manifest: Manifest
+
+
+@spec
+class PassedOver:
+    """A checkpoint that is not taken, and why."""
+
+    folder: Place
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.folder.name} is passed over: {self.reason}"
+
+
+class OldCheckpoint(ValueError):
+    """A checkpoint of a version whose files are not read any more."""
 
 
 @cache
@@ -80,78 +130,204 @@ def _states() -> TypeAdapter[TrainState]:
     return TypeAdapter(TrainState)
 
 
-def save(place: Place, state: dict[str, Any], at: TrainState, manifest: Manifest, keep: int = 2) -> Place:
-    """Write `folder/step-N`, all ranks together, and drop all but the `keep` newest whole checkpoints.
+def dump_manifest(manifest: Manifest) -> bytes:
+    return _manifests().dump_json(manifest, indent=1)
 
-    Half-written ones have no manifest and another name, and are never read.
-    """
-    folder = place.path
-    final, scratch = folder / f"step-{at.step:06d}", folder / f".step-{at.step:06d}.part"
-    first = dist.get_rank() == 0
-    if first:
-        shutil.rmtree(scratch, ignore_errors=True)
-        scratch.mkdir(parents=True)
-    dist.barrier()
-    dcp_save(state, checkpoint_id=str(scratch), no_dist=False)
-    if first:
-        (scratch / "state.json").write_bytes(_states().dump_json(at, indent=1))
-        (scratch / "manifest.json").write_bytes(_manifests().dump_json(manifest, indent=1))
-        shutil.rmtree(final, ignore_errors=True)
-        scratch.rename(final)
-        for old in checkpoints(place)[:-keep]:
-            old.remove()
-    dist.barrier()
-    return Place(final)
+
+def dump_state(at: TrainState) -> bytes:
+    return _states().dump_json(at, indent=1)
+
+
+def folder_name(step: int, token: int = 0) -> str:
+    """A step that is written again under another token gets another folder: the two writers' files never mix."""
+    return f"step-{step:06d}" + (f"-{token}" if token else "")
+
+
+def step_and_token(name: str) -> tuple[int, int] | None:
+    """What `folder_name` was given; None for other names."""
+    found = re.fullmatch(r"step-(\d{6,})(?:-(\d+))?", name)
+    return (int(found[1]), int(found[2] or 0)) if found else None
+
+
+def attempts(folder: Place) -> list[Place]:
+    """All checkpoints of a stage, whole or not, oldest first."""
+    known = {name: at for name in folder.names() if (at := step_and_token(name))}
+    return [folder / name for name in sorted(known, key=lambda name: known[name])]
 
 
 def checkpoints(folder: Place) -> list[Place]:
     """Whole checkpoints of a stage, oldest first."""
-    return [
-        folder / name
-        for name in folder.names()
-        if name.startswith("step-") and (folder / name / "manifest.json").is_file()
-    ]
+    return [each for each in attempts(folder) if isinstance(examine(each), Manifest)]
 
 
-def latest(folder: Place, fingerprint: str, order: str) -> Place | None:
-    """The newest whole checkpoint of the stage.
+def examine(folder: Place) -> Manifest | str:
+    """A checkpoint's manifest, or why it is not whole: by one listing and its small files, reading no tensor.
 
-    Raises ValueError when it was written by another stage or another order: going on from it would change what was learned.
+    Raises OldCheckpoint.
     """
-    found = checkpoints(folder)
-    if not found:
-        return None
-    manifest = read_manifest(found[-1])
-    if manifest.fingerprint != fingerprint:
-        raise ValueError(
-            f"{found[-1]} belongs to stage {manifest.fingerprint} and the recipe now says {fingerprint}: "
-            "the recipe was changed; train under another --run, or put the recipe back"
-        )
-    if manifest.order != order:
-        raise ValueError(
-            f"{found[-1]} follows the data order {manifest.order} and the corpora now give {order}: a shard was changed, "
-            "added or removed; put it back, or train under another --run"
-        )
-    return found[-1]
+    sizes = folder.sizes()
+    if MANIFEST not in sizes:
+        return "it has no manifest, so its writing was cut off"
+    if REJECTED in sizes:
+        return _rejection(folder)
+    try:
+        manifest = read_manifest(folder)
+    except ValidationError as error:
+        return f"its manifest cannot be read ({error.errors()[0]['msg']})"
+    for name, mark in manifest.files.items():
+        if name not in sizes:
+            return f"{name} is gone"
+        if sizes[name] != mark.size:
+            return f"{name} has {sizes[name]:,} of {mark.size:,} bytes"
+    return manifest
+
+
+def _rejection(folder: Place) -> str:
+    try:
+        return str(json.loads((folder / REJECTED).read_bytes())["reason"])
+    except (ValueError, KeyError, TypeError):
+        return "it was rejected"
+
+
+def reject(folder: Place, reason: str) -> None:
+    """Mark a checkpoint that turned out not to be what was written, so that nobody takes it again."""
+    (folder / REJECTED).write(json.dumps({"reason": reason, "time": time.time()}, indent=1).encode())
+
+
+def newest(
+    folder: Place, fingerprint: str, order: str, tell: Callable[[PassedOver], object] = lambda _: None
+) -> Found | None:
+    """The stage's whole checkpoint of the highest step, and token; None where there is none: the stage begins anew.
+
+    `tell` hears of each newer one that is passed over. Raises ValueError when the checkpoint was written by another stage or
+    another order, since going on from it would change what was learned, or by a version whose files are not read any more.
+    """
+    for candidate in reversed(attempts(folder)):
+        manifest = examine(candidate)
+        if isinstance(manifest, str):
+            tell(PassedOver(folder=candidate, reason=manifest))
+            continue
+        if manifest.fingerprint != fingerprint:
+            raise ValueError(
+                f"{candidate} belongs to stage {manifest.fingerprint} and the recipe now says {fingerprint}: "
+                "the recipe was changed; train under another --run, or put the recipe back"
+            )
+        if manifest.order != order:
+            raise ValueError(
+                f"{candidate} follows the data order {manifest.order} and the corpora now give {order}: a shard was changed, "
+                "added or removed; put it back, or train under another --run"
+            )
+        return Found(folder=candidate, manifest=manifest)
+    return None
+
+
+@spec
+class Attempt:
+    """A checkpoint's folder as retention sees it."""
+
+    name: str
+    step: int
+    token: int
+    whole: bool
+
+
+def removable(attempts: Iterable[Attempt], keep: int, protected: Collection[str], token: int) -> list[str]:
+    """Names of those that a writer with `token` may take away, having written a whole one.
+
+    All that are older than the newest whole one, but for the `keep` newest whole ones and the `protected`. Where another writer
+    has a higher token this one has no say any more.
+    """
+    ordered = sorted(attempts, key=lambda each: (each.step, each.token))
+    whole = [each.name for each in ordered if each.whole]
+    if not whole or any(each.token > token for each in ordered):
+        return []
+    kept = {*whole[-max(1, keep) :], *protected}
+    names = [each.name for each in ordered]
+    return [name for name in names[: names.index(whole[-1])] if name not in kept]
+
+
+def retain(folder: Place, keep: int, protected: Collection[str], token: int) -> None:
+    """Take away what `removable` names, the manifest first: what is left half removed is never taken for whole."""
+    found: list[Attempt] = []
+    for place in attempts(folder):
+        step, of = step_and_token(place.name) or (0, 0)
+        found.append(Attempt(name=place.name, step=step, token=of, whole=_is_whole(place)))
+    for name in removable(found, keep, protected, token):
+        discard(folder / name)
+
+
+def _is_whole(folder: Place) -> bool:
+    try:
+        return isinstance(examine(folder), Manifest)
+    except OldCheckpoint:
+        return False
+
+
+def discard(folder: Place) -> None:
+    """Take a checkpoint away, its manifest first."""
+    (folder / MANIFEST).remove()
+    folder.remove()
 
 
 def read_manifest(folder: Place) -> Manifest:
-    return _manifests().validate_json((folder / "manifest.json").read_bytes())
+    """Raises pydantic's ValidationError, a ValueError, for one that is none; OldCheckpoint; FileNotFoundError."""
+    manifest = _manifests().validate_json((folder / MANIFEST).read_bytes())
+    if not manifest.files:
+        wrote = ", ".join(
+            f"{name} {manifest.versions[name]}" for name in ("mllm", "torch") if name in manifest.versions
+        )
+        raise OldCheckpoint(
+            f"{folder} was written by an earlier version ({wrote or 'it does not say which'}) as pickles, which are not read any "
+            "more, since reading one runs whatever it says; train the stage again (remove the folder, or take another --run), "
+            "or go on with the version that wrote it"
+        )
+    return manifest
 
 
 def read_state(folder: Place) -> TrainState:
-    return _states().validate_json((folder / "state.json").read_bytes())
+    """Raises CorruptCheckpoint when it is not what was written."""
+    return _states().validate_json(_checked(folder, STATE))
+
+
+def _checked(folder: Place, name: str) -> bytes:
+    """A small file, whose digest the manifest has."""
+    expected = read_manifest(folder).files[name]
+    try:
+        data = (folder / name).read_bytes()
+    except FileNotFoundError:
+        raise CorruptCheckpoint(folder.uri, name, None, "is not there") from None
+    if sha256(data) != expected.sha256:
+        raise CorruptCheckpoint(folder.uri, name, None, "has other bytes than were written")
+    return data
 
 
 def load(folder: Place, state: dict[str, Any], alone: bool = False) -> None:
-    """Fill the tensors of `state` from a checkpoint, resharded to whoever asks.
+    """Fill the tensors of `state` from a checkpoint, resharded to whoever asks; nothing else of it is read.
 
-    A collective, unless there is no process group or it is said that this rank reads `alone`.
+    A collective, unless there is no process group or it is said that this rank reads `alone`. Raises CorruptCheckpoint, on every
+    rank alike, as soon as one rank reads a byte that was not written.
     """
     alone = alone or not dist.is_initialized()
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "torch.distributed is disabled")  # it is meant to be, where one process loads
-        dcp_load(state, checkpoint_id=str(folder), no_dist=alone)
+
+    def index() -> Index:
+        return parse_index(_checked(folder, INDEX))
+
+    planner = LoadPlanner()
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings(
+                "ignore", "torch.distributed is disabled"
+            )  # it is meant to be, where one process loads
+            dcp_load(state, storage_reader=ShardReader(folder, index), planner=planner, no_dist=alone)
+    except CheckpointException as error:
+        raise _cause(error) from error
+    planner.finish()
+
+
+def _cause(error: CheckpointException) -> BaseException:
+    """What went wrong on the first rank where something did; that bytes are not what they were goes before all else."""
+    causes = [error.failures[rank][0] for rank in sorted(error.failures)]
+    return next((cause for cause in causes if isinstance(cause, CorruptCheckpoint)), causes[0])
 
 
 def read_model(recipe: Recipe, stage: Stage, folder: Place, weights: Folder) -> VisionLanguageModel:

@@ -278,7 +278,7 @@ class Controller:
             for shard in s.manifest.shards
         }
         file = self.folder.root / "shards" / f"{self.folder.key(job.stage.name)}.json"
-        if not checkpoint.checkpoints(self.folder.checkpoints(job.stage.name)) or not file.is_file():
+        if not checkpoint.checkpoints(job.checkpoints) or not file.is_file():
             file.write(json.dumps(now, indent=1).encode())
             return
         before: dict[str, str] = json.loads(file.read_bytes())
@@ -527,7 +527,8 @@ def first_difference(before: str, after: str) -> str:
 
 def _science(recipe: Recipe) -> str:
     """The recipe without what changes nothing of the result."""
-    return dump(replace(recipe, stages=tuple(replace(stage, save_every=1, entry=None) for stage in recipe.stages)))
+    free = {"save_every": 1, "save_minutes": None, "entry": None}
+    return dump(replace(recipe, stages=tuple(replace(stage, **free) for stage in recipe.stages)))
 
 
 def _root(error: BaseException) -> str:

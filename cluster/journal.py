@@ -301,6 +301,11 @@ class Journal:
             chapter.write(_chapters().dump_json(self.known))
         return number
 
+    def guard(self) -> None:
+        """Read what is new, and raise Fenced when another controller has taken the run over."""
+        self.events()
+        self.check()
+
     def check(self) -> None:
         """Raises Fenced when what is known of the journal holds a newer token than this one's."""
         if self.token is None:

@@ -52,3 +52,16 @@ def planned_steps(stage: Stage) -> int | None:
             return count
         case Tokens() | Epochs():
             return None
+
+
+def due(stage: Stage, step: int) -> bool:
+    """Whether a checkpoint is to be written after `step`."""
+    return step % stage.save_every == 0
+
+
+def stale(stage: Stage, since: float) -> bool:
+    """Whether one is to be written because the last was begun `since` seconds ago, by one rank's steady clock.
+
+    One rank asks and tells the others: no two clocks agree.
+    """
+    return stage.save_minutes is not None and since >= 60 * stage.save_minutes

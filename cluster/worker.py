@@ -7,7 +7,8 @@ import io
 import os
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,15 +16,17 @@ import torch
 import torch.distributed as dist
 
 from cluster import checkpoint, quarantine
-from cluster.checkpoint import Manifest, ShardTally, TrainState
+from cluster.checkpoint import Manifest, PassedOver, ShardTally, TrainState
 from cluster.deal import Deal, Held, Step
 from cluster.engines import Engine, StepReport, build_engine, local
-from cluster.journal import Decision, Fault, FaultKind, GroupStarted, Journal
+from cluster.journal import Decision, Fault, FaultKind, Fenced, GroupStarted, Journal
 from cluster.metrics import Evaluation, PackRecord, RunFolder, SourceLoss, StepRecord
 from cluster.mfu import peak_flops
 from cluster.policy import Verdict, Watch, after_start, judge
 from cluster.pulse import Beats
-from cluster.schedule import learning_rate_factor, progress
+from cluster.saver import SaveFailed, Saver
+from cluster.schedule import due, learning_rate_factor, progress, stale
+from cluster.shards import CorruptCheckpoint
 from mllm import evaluate
 from mllm.flops import Cost, Work, work_of
 from mllm.recipe import LoRA, Recipe, Source, Stage
@@ -87,11 +90,14 @@ class StageJob:
         """The folder (or hub id) of weights by their name in the recipe."""
         return self.weights.get(name, name)
 
-    def resume_from(self) -> Place | None:
-        """The checkpoint to go on from, or None at the stage's beginning."""
-        return checkpoint.latest(
-            self.folder.checkpoints(self.stage.name), self.fingerprint, self.stream.order.fingerprint
-        )
+    @property
+    def checkpoints(self) -> Place:
+        return self.folder.checkpoints(self.stage.name)
+
+    def resume_from(self, tell: Callable[[PassedOver], object] = lambda _: None) -> Place | None:
+        """The checkpoint to go on from, or None at the stage's beginning; `tell` hears of those that are passed over."""
+        found = checkpoint.newest(self.checkpoints, self.fingerprint, self.stream.order.fingerprint, tell)
+        return found.folder if found else None
 
 
 class StopRun(RuntimeError):
@@ -138,9 +144,10 @@ def _train(job: StageJob, beats: Beats) -> None:
 
     rank, world = dist.get_rank(), dist.get_world_size()
     control: Any = dist.new_group(backend="gloo")  # small objects go beside the gradients, never through the GPU
-    resumed = job.resume_from()
-    state = checkpoint.read_state(resumed) if resumed else TrainState()
-    _begin(job, state, control)
+    begun = _begin(job, control)
+    if begun is None:
+        return
+    resumed, state = begun
     shard = ray.train.get_dataset_shard(DATASET)
     assert shard is not None  # Ray Train's type allows for runs without data
     deal = Deal(
@@ -161,34 +168,53 @@ def _train(job: StageJob, beats: Beats) -> None:
 
     done = state.progress >= 1  # when only the evaluation was cut off
     if not done:
-        done = Training(job, engine, deal, state, beats).run()
+        with Saver(job.checkpoints) as saver:
+            done = Training(job, engine, deal, state, beats, saver).run()
     if done and job.held_out:
         beats("evaluate", state.step)
         _evaluate(job, engine, "after")
 
 
-def _begin(job: StageJob, state: TrainState, control: Any) -> None:
-    """Note that a group begins, after the pause that its policy says. Raises StopRun where it says to begin no more."""
-    said: list[Any] = [None]
+Begun = tuple[Place | None, TrainState]
+"""The checkpoint to go on from, and where it stands."""
+
+
+def _begin(job: StageJob, control: Any) -> Begun | None:
+    """Where to go on from, as rank 0 finds it, once the pause is over that its policy says; None where the run is another's.
+
+    Raises StopRun where the policy says to begin no more.
+    """
+    said: list[Begun | str | None] = [None]
     if dist.get_rank() == 0:
-        journal = job.journal
-        said = [after_start(job.watch, journal.state().groups_of(job.fingerprint), state.step)]
-        if isinstance(said[0], str):
-            journal.append(Decision(time=time.time(), what="give_up", stage=job.stage.name, why=said[0]))
-        else:
-            time.sleep(said[0])
-            journal.append(
-                GroupStarted(
-                    time=time.time(),
-                    stage=job.stage.name,
-                    fingerprint=job.fingerprint,
-                    world=dist.get_world_size(),
-                    step=state.step,
-                )
-            )
+        with suppress(Fenced):
+            said = [_noted(job)]
     dist.broadcast_object_list(said, src=0, group=control)
     if isinstance(said[0], str):
         raise StopRun(f"stage {job.stage.name!r}: {said[0]}")
+    return said[0]
+
+
+def _noted(job: StageJob) -> Begun | str:
+    """What `_begin` says, written down. Raises Fenced."""
+    journal = job.journal
+    passed: list[PassedOver] = []
+    resumed = job.resume_from(passed.append)
+    state = checkpoint.read_state(resumed) if resumed else TrainState()
+    pause = after_start(job.watch, journal.state().groups_of(job.fingerprint), state.step)
+    if isinstance(pause, str):
+        journal.append(Decision(time=time.time(), what="give_up", stage=job.stage.name, why=pause))
+        return pause
+    time.sleep(pause)
+    begun = GroupStarted(
+        time=time.time(),
+        stage=job.stage.name,
+        fingerprint=job.fingerprint,
+        world=dist.get_world_size(),
+        step=state.step,
+        passed_over=tuple(map(str, passed)),
+    )
+    journal.append(begun)
+    return resumed, state
 
 
 DRAIN = 2.0
@@ -201,12 +227,15 @@ DRAINING = "ask"
 class Training:
     """The loop over steps of one group: trains, judges, saves, and does what is wished of the run."""
 
-    def __init__(self, job: StageJob, engine: Engine, deal: Deal, state: TrainState, beats: Beats) -> None:
+    def __init__(
+        self, job: StageJob, engine: Engine, deal: Deal, state: TrainState, beats: Beats, saver: Saver
+    ) -> None:
         self.job = job
         self.engine = engine
         self.deal = deal
         self.state = state
         self.beats = beats
+        self.saver = saver
         self.first = dist.get_rank() == 0
         self.meter = _meter(job, engine.device) if self.first else None
         self.folder = job.folder
@@ -223,10 +252,9 @@ class Training:
             wish = "" if done else self._agreed(step)
             if done:
                 self.engine.finish()
-            if done or wish or self.state.step % self.job.stage.save_every == 0:
+            if done or wish or due(self.job.stage, self.state.step):
                 self.beats("save", self.state.step)
-                self.folder.flush_steps()
-                _save(self.job, self.engine, self.state, final=done)
+                self._save(final=done, wait=done or wish in (LEAVING, "save_and_stop"))
             if done:
                 return True
             if wish == "save_and_stop":
@@ -247,7 +275,7 @@ class Training:
         if self.first and time.monotonic() - self.asked > DRAIN:
             self.asked = time.monotonic()
             return DRAINING
-        return ""
+        return "save" if self.first and stale(self.job.stage, self.saver.since) else ""
 
     def _agreed(self, step: Step) -> str:
         """What all ranks do after this step besides going on; all say the same, since all have the same notes."""
@@ -266,6 +294,35 @@ class Training:
             self._fault("preemption", f"the nodes of ranks {ranks} are about to be taken away")
             self._decide(LEAVING, "saved now, nothing is done twice; the other nodes go on at once")
         return LEAVING
+
+    def _save(self, final: bool, wait: bool) -> None:
+        """Begin a checkpoint. What failed of one is told, and training goes on with the one before; the last one must succeed."""
+        job, state = self.job, self.state
+        manifest = Manifest(
+            run=self.folder.name,
+            stage=job.stage.name,
+            fingerprint=job.fingerprint,
+            order=job.stream.order.fingerprint,
+            step=state.step,
+            world=dist.get_world_size(),
+            final=final,
+            versions=job.versions,
+            token=job.token,
+        )
+        self.folder.flush_steps()  # the record of a step is there before a checkpoint after it is
+        if self.first:
+            job.journal.guard()
+        try:
+            outcomes = self.saver.save(self.engine.state(), state, manifest, wait=wait)
+        except SaveFailed as error:
+            if final:
+                raise
+            outcomes = []
+            if self.first:
+                self._fault("checkpoint", str(error))
+        for outcome in outcomes:
+            if outcome.trouble and self.first:
+                self._fault("checkpoint", outcome.trouble)
 
     def _train(self, step: Step) -> None:
         job, state = self.job, self.state
@@ -379,14 +436,39 @@ def _build_model(job: StageJob, resumed: Place | None) -> VisionLanguageModel:
 
 
 def _restore(engine: Engine, job: StageJob, resumed: Place | None) -> None:
+    """Fill the engine from the checkpoint to go on from, or from the stage before.
+
+    Raises CorruptCheckpoint where the former is not what was written: it is marked, and the group that Ray starts next takes the
+    one before it, with the data from there. Raises StopRun for the latter, which has nothing before it.
+    """
     if resumed:
         state = engine.state()
-        checkpoint.load(resumed, state)
+        try:
+            checkpoint.load(resumed, state)
+        except CorruptCheckpoint as error:
+            if dist.get_rank() == 0:
+                checkpoint.reject(resumed, str(error))
+            dist.barrier()
+            raise
         engine.load_state(state)
     elif job.previous and not job.adapted:  # else rank 0 has read it, and merged what was to be merged
-        state = {"model": engine.model_state()}
-        checkpoint.load(Place(job.previous), state)
+        try:
+            _take_over(engine, job, Place(job.previous))
+        except CorruptCheckpoint as error:
+            raise StopRun(f"stage {job.stage.name!r} begins from the stage before it, and cannot: {error}") from error
+
+
+def _take_over(engine: Engine, job: StageJob, previous: Place) -> None:
+    """The weights of the stage before, and its moments where the stage asks for them; rates and decay are the stage's own."""
+    if not job.stage.carry_optimizer:
+        state: dict[str, Any] = {"model": engine.model_state()}
+        checkpoint.load(previous, state)
         engine.load_model_state(state["model"])
+        return
+    state = engine.state()
+    moments = {"state": state["optimizer"]["state"]}
+    checkpoint.load(previous, {"model": state["model"], "optimizer": moments})
+    engine.load_state({**state, "optimizer": {**state["optimizer"], **moments}})
 
 
 def _progress(job: StageJob, state: TrainState, step: Step) -> float:
@@ -499,21 +581,6 @@ def _record(
         peak=meter.peak,
     )
     folder.write_step(job.stage.name, record)
-
-
-def _save(job: StageJob, engine: Engine, state: TrainState, final: bool) -> None:
-    """Write a checkpoint. Ray need not know of it: resuming asks the storage, which forgets less than a controller."""
-    manifest = Manifest(
-        run=job.folder.name,
-        stage=job.stage.name,
-        fingerprint=job.fingerprint,
-        order=job.stream.order.fingerprint,
-        step=state.step,
-        world=dist.get_world_size(),
-        final=final,
-        versions=job.versions,
-    )
-    checkpoint.save(job.folder.checkpoints(job.stage.name), engine.state(), state, manifest)
 
 
 def _evaluate(job: StageJob, engine: Engine, when: str) -> None:

@@ -284,7 +284,8 @@ class Stage:
     whatever the number of workers. `window` rows are shuffled and packed together, read in runs of `chunk`. `sampling` None
     goes by weight where sources have one, else by size; `grouping` says which samples may share a pack; `annotators` are
     models that run in the pipeline. With `ema` the stage's result is the moving average of its weights, each step's entering by
-    1 - `ema`. `attention` asks for a backend, where the best that a machine has is not meant.
+    1 - `ema`. `attention` asks for a backend, where the best that a machine has is not meant. A checkpoint is written every
+    `save_every` steps, and where `save_minutes` have gone by without one.
 
     The stage goes on from the weights of the stage `after`, by default the one that stands before it, and with
     `carry_optimizer` from its moments too; it begins when its `entry` is open. `guard` judges its steps.
@@ -308,6 +309,7 @@ class Stage:
     window: Positive = 1024
     chunk: Positive = 32
     save_every: Positive = 200
+    save_minutes: Annotated[float, Field(gt=0)] | None = None
     attention: Backend | None = None
     after: str | None = None
     entry: Gate | None = None
@@ -480,7 +482,13 @@ def fingerprint(recipe: Recipe, stage: Stage, before: str) -> str:
     """Names a stage by all that decides its result: itself, the model, the data's shape, and the stage before it."""
     words = json.loads(dump(recipe))
     mine = next(s for s in words["stages"] if s["name"] == stage.name)
-    for how in ("save_every", "attention", "entry", "after"):  # how a run is done changes nothing of what it learns
+    for how in (
+        "save_every",
+        "save_minutes",
+        "attention",
+        "entry",
+        "after",
+    ):  # how a run is done changes nothing of what it learns
         del mine[how]
     mine["parallel"] = {name: mine["parallel"].get(name) for name in ("dtype", "float8")}
     for annotator in mine["annotators"]:

@@ -70,6 +70,10 @@ class Place:
         """Names of what lies here, in order; none where nothing does."""
         return storage.names(self.uri)
 
+    def sizes(self) -> dict[str, int]:
+        """Bytes of each file that lies right here, by name; none where nothing does."""
+        return storage.sizes(self.uri)
+
     def read_bytes(self) -> bytes:
         """All of a file. Raises FileNotFoundError."""
         return storage.read(self.uri)

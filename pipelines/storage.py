@@ -4,7 +4,7 @@
     stat(uri)                  its size and version          names(folder)       what lies in a folder
 
     write(uri, data)           a file, whole                 create(uri, data)   the same, unless there is one
-    remove(uri)                a file or a folder
+    open_write(uri)            a large file, as it comes     remove(uri)         a file or a folder
 
 Storage fails for a moment (a refused connection, a 503, a body that ends early, a server that says nothing): each request has a
 deadline and is tried again, `ATTEMPTS` times and for `patience` seconds at least, with growing, jittered pauses; then it raises
@@ -29,7 +29,7 @@ from contextlib import suppress
 from dataclasses import field
 from functools import lru_cache
 from itertools import count
-from typing import IO, Any, TypeVar
+from typing import IO, Any, Protocol, TypeVar
 from uuid import uuid4
 
 import fsspec
@@ -54,6 +54,12 @@ AT_ONCE = 16
 
 BLOCK = 8 * 2**20
 """Bytes of one request of an opened file."""
+
+PART = 16 * 2**20
+"""Bytes of one part of a large file on its way to S3, which takes up to 10,000 of them: 156 GiB a file."""
+
+PARTS_AT_ONCE = 4
+"""Parts of one file that are under way together."""
 
 
 class StorageError(OSError):
@@ -259,6 +265,18 @@ def names(folder: str) -> list[str]:
     return sorted(name for p in inside if not (name := p.rsplit("/", 1)[-1]).endswith(".part"))
 
 
+def sizes(folder: str) -> dict[str, int]:
+    """Bytes of each file that lies right in a folder, by name; of a folder that is not there, none. One listing tells all."""
+    filesystem, path = _place(folder)
+    _tried(folder, lambda: filesystem.invalidate_cache(path))
+    try:
+        found: Any = _tried(folder, lambda: filesystem.ls(path, detail=True))
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+    files = {info["name"].rsplit("/", 1)[-1]: int(info["size"]) for info in found if info["type"] == "file"}
+    return {name: files[name] for name in sorted(files) if not name.endswith(".part")}
+
+
 def remove(uri: str) -> None:
     """Take a file, or a folder with all that is in it, away; nothing happens where there is none."""
     filesystem, path = _place(uri)
@@ -302,6 +320,153 @@ def open_file(uri: str) -> IO[bytes]:
     if scheme(uri) == "file":
         return open(_place(uri)[1], "rb")
     return io.BufferedReader(_Blocks(uri, stat(uri).size), BLOCK)
+
+
+class Writer(Protocol):
+    """A file that is being written. Once its `with` ends well the file is there, whole; an error in it leaves none."""
+
+    def __enter__(self) -> Writer: ...
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None: ...
+
+    def write(self, data: bytes | bytearray | memoryview) -> None: ...
+
+
+def open_write(uri: str) -> Writer:
+    """A large file, to be written from its beginning to its end. S3 gets it part by part, several at once, each tried like any
+    other request; on a disk it has another name until it is whole, and its bytes are on the disk when it gets its own.
+
+    Raises OSError, or StorageError when its patience is at an end.
+    """
+    filesystem, path = _place(uri)
+    if scheme(uri) == "file":
+        return _ToDisk(path)
+    return _ToS3(uri, filesystem, path) if isinstance(filesystem, AsyncFileSystem) else _Elsewhere(filesystem, path)
+
+
+class _ToDisk:
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self.scratch = f"{path}.{uuid4().hex}.part"
+        os.makedirs(path.rsplit("/", 1)[0], exist_ok=True)
+        self.file = open(self.scratch, "wb", buffering=0)  # noqa: SIM115 -- __exit__ closes it
+
+    def __enter__(self) -> Writer:
+        return self
+
+    def write(self, data: bytes | bytearray | memoryview) -> None:
+        view = memoryview(data).cast("B")
+        while len(view):  # a disk may take less than it is given
+            view = view[self.file.write(view) :]
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            with self.file:
+                if kind is None:
+                    os.fsync(self.file.fileno())
+            if kind is None:
+                os.replace(self.scratch, self.path)
+        finally:
+            with suppress(FileNotFoundError):
+                os.unlink(self.scratch)
+
+
+class _Elsewhere:
+    """By fsspec's own file, which commits when it is closed."""
+
+    def __init__(self, filesystem: AbstractFileSystem, path: str) -> None:
+        self.filesystem, self.path = filesystem, path
+        filesystem.makedirs(path.rsplit("/", 1)[0], exist_ok=True)
+        self.file: Any = filesystem.open(path, "wb")
+
+    def __enter__(self) -> Writer:
+        return self
+
+    def write(self, data: bytes | bytearray | memoryview) -> None:
+        self.file.write(data)
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self.file.close()
+        if kind is not None:
+            self.filesystem.rm(self.path)
+
+
+class _ToS3:
+    """A multipart upload; a file of less than two parts' bytes is one request."""
+
+    def __init__(self, uri: str, filesystem: Any, path: str) -> None:
+        self.uri, self.filesystem = uri, filesystem
+        bucket, key, _ = filesystem.split_path(path)
+        self.object = {"Bucket": bucket, "Key": key}
+        self.buffer = bytearray()
+        self.size = 0
+        self.upload = ""
+        self.parts: list[Future[str]] = []
+        self.ended = False
+        self.pool = ThreadPoolExecutor(PARTS_AT_ONCE, thread_name_prefix="upload")
+
+    def __enter__(self) -> Writer:
+        return self
+
+    def write(self, data: bytes | bytearray | memoryview) -> None:
+        view = memoryview(data).cast("B")
+        while len(view):
+            taken = view[: PART - len(self.buffer)]
+            self.buffer += taken
+            view = view[len(taken) :]
+            if len(self.buffer) == PART:
+                self._send()
+
+    def _send(self) -> None:
+        """Put what is collected on its way, once there is room for it: no more than `PARTS_AT_ONCE` parts wait in memory."""
+        if not self.upload:
+            self.upload = self._asked("create_multipart_upload")["UploadId"]
+        if len(self.parts) >= PARTS_AT_ONCE:
+            self.parts[-PARTS_AT_ONCE].result()
+        part, self.buffer = self.buffer, bytearray()
+        self.size += len(part)
+        self.parts.append(self.pool.submit(self._put, len(self.parts) + 1, part))
+
+    def _put(self, number: int, part: bytearray) -> str:
+        return self._asked("upload_part", UploadId=self.upload, PartNumber=number, Body=bytes(part))["ETag"]
+
+    def _asked(self, method: str, **words: Any) -> Any:
+        def request() -> Any:
+            if self.ended:
+                raise RuntimeError("another part has failed")
+            return _awaited(self.filesystem, lambda: self.filesystem._call_s3(method, **self.object, **words))
+
+        return _tried(self.uri, request)
+
+    def _complete(self) -> None:
+        if not self.upload:
+            write(self.uri, bytes(self.buffer))
+            return
+        if self.buffer:
+            self._send()
+        tags = [{"PartNumber": number, "ETag": part.result()} for number, part in enumerate(self.parts, 1)]
+        try:
+            self._asked("complete_multipart_upload", UploadId=self.upload, MultipartUpload={"Parts": tags})
+        except FileNotFoundError:  # the upload is over: an earlier attempt has done it, and its answer was lost
+            if stat(self.uri).size != self.size:
+                raise
+        self.filesystem.invalidate_cache(self.uri.rsplit("/", 1)[0])
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        whole = False
+        try:
+            if kind is None:
+                self._complete()
+                whole = True
+        finally:
+            self.ended = True
+            self.pool.shutdown(cancel_futures=True)
+            if self.upload and not whole:  # parts that nobody completes would be paid for until somebody finds them
+                with suppress(Exception):
+                    _awaited(
+                        self.filesystem,
+                        lambda: self.filesystem._call_s3("abort_multipart_upload", **self.object, UploadId=self.upload),
+                    )
 
 
 class _Blocks(io.RawIOBase):
@@ -361,7 +526,7 @@ def ahead(calls: Iterable[Callable[[], T]], depth: int) -> Iterator[T]:
 FINAL = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
 """Answers that waiting does not change."""
 
-FINAL_NUMBERS = (errno.ENAMETOOLONG, errno.ELOOP, errno.ENOSPC)
+FINAL_NUMBERS = (errno.ENAMETOOLONG, errno.ELOOP, errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 
 def _tried(uri: str, request: Callable[[], T]) -> T:

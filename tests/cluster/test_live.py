@@ -14,7 +14,7 @@ from rich.console import Console
 
 from cluster.lines import Follower
 from cluster.live import Live, duration, quantity, sparkline, summary
-from cluster.metrics import RunFolder, StepRecord
+from cluster.metrics import RunFolder
 from mllm.recipe import Recipe
 
 

@@ -156,7 +156,17 @@ def flip(file: Place, rng: random.Random) -> None:
 
 def second_controller(rig: Rig, _: random.Random, __: str) -> None:
     """Another person starts the same run: it must be refused with words, and the first one not notice."""
-    command = [sys.executable, "-m", "cluster.cli", "train", rig.recipe, "--site", str(rig.site_file()), "-s", *rig.changes]
+    command = [
+        sys.executable,
+        "-m",
+        "cluster.cli",
+        "train",
+        rig.recipe,
+        "--site",
+        str(rig.site_file()),
+        "-s",
+        *rig.changes,
+    ]
     other = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert other.returncode == 2, other.stdout + other.stderr
     assert "is being driven by process" in other.stderr, other.stderr

@@ -1,10 +1,10 @@
 """Where faults happen: a cluster of several nodes on this machine, a run on it as a user starts one, and what the run left.
 
-    with Rig(folder, storage) as rig:
-        rig.add_node(); rig.add_node()
-        rig.train(recipe_words)
-        rig.wait_for_step("align", 5)
-        rig.kill(rig.trainers()[0])
+with Rig(folder, storage) as rig:
+    rig.add_node(); rig.add_node()
+    rig.train(recipe_words)
+    rig.wait_for_step("align", 5)
+    rig.kill(rig.trainers()[0])
 """
 
 from __future__ import annotations

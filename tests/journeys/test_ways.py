@@ -41,7 +41,7 @@ def ways(small: Recipe) -> Recipe:
 def left(recipe: Recipe, stage: Stage, site: Site, root: Place) -> dict[str, torch.Tensor]:
     """The weights that a stage left, adapters merged."""
     done = next(event for event in Journal(root).state().finished_stages if event.stage == stage.name)
-    return checkpoint.read_model(recipe, stage, root / done.checkpoint, site.folder).state_dict()
+    return checkpoint.read_model(recipe, stage, Place(root / done.checkpoint), site.folder).state_dict()
 
 
 @pytest.mark.timeout(600)

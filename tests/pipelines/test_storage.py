@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
+import fsspec
 import pytest
 
 from pipelines import storage
@@ -196,3 +197,63 @@ def test_a_wrong_secret_is_refused_at_once_and_never_shown(s3: Server) -> None:
         assert "not-the-secret" not in f"{refused.value} {wrong!r} {wrong}"
     finally:
         storage.use(Storage())
+
+
+LARGE = bytes(range(256)) * (storage.PART // 100)
+"""Two parts and a half."""
+
+
+def begin_and_fail(uri: str) -> None:
+    with storage.open_write(uri) as out:
+        out.write(LARGE)
+        raise RuntimeError("on the way")
+
+
+def test_a_large_file_is_whole_once_it_is_written_and_nothing_of_it_is_there_when_that_fails(root: str) -> None:
+    with storage.open_write(f"{root}/sub/large.bin") as out:
+        for start in range(0, len(LARGE), 999_999):
+            out.write(memoryview(LARGE)[start : start + 999_999])
+        assert not storage.exists(f"{root}/sub/large.bin")
+    assert storage.read(f"{root}/sub/large.bin") == LARGE
+    with storage.open_write(f"{root}/sub/small.bin") as out:
+        out.write(b"few")
+    assert storage.sizes(f"{root}/sub") == {"large.bin": len(LARGE), "small.bin": 3}
+    with pytest.raises(RuntimeError, match="on the way"):
+        begin_and_fail(f"{root}/sub/never.bin")
+    assert storage.names(f"{root}/sub") == ["large.bin", "small.bin"]
+    assert storage.sizes(f"{root}/none") == {}
+
+
+def unfinished(server: Server) -> list[str]:
+    """Uploads of parts that were neither completed nor given up."""
+    client = fsspec.filesystem("s3", **server.storage.s3(), skip_instance_cache=True)
+    return [upload["Key"] for upload in client.list_multipart_uploads(BUCKET)]
+
+
+@pytest.mark.parametrize("fault", ["refuse", "503", "truncate"])
+def test_each_part_of_a_large_file_is_tried_again(proxy: Proxy, s3: Server, fault: str) -> None:
+    # Its beginning is refused, then two of its parts, then its completion.
+    proxy.faults[:] = ["503", "", "", fault, "", fault, "", "", "503"]
+    with storage.open_write(f"s3://{BUCKET}/streamed-{fault}.bin") as out:
+        out.write(LARGE)
+    assert proxy.met.count(fault) >= 2
+    storage.use(s3.storage)
+    assert storage.read(f"s3://{BUCKET}/streamed-{fault}.bin") == LARGE
+    assert f"streamed-{fault}.bin" not in unfinished(s3)
+
+
+def test_a_completion_whose_answer_was_lost_is_no_failure(proxy: Proxy) -> None:
+    proxy.faults[:] = [""] * 4 + ["truncate"]  # begin, three parts; what comes last is done and its answer cut off
+    with storage.open_write(f"s3://{BUCKET}/lost.bin") as out:
+        out.write(LARGE)
+    assert proxy.met[4:] == ["truncate", "", *proxy.met[6:]]
+    assert storage.read(f"s3://{BUCKET}/lost.bin") == LARGE
+
+
+def test_a_large_file_that_storage_refuses_ends_with_words_and_leaves_nothing(proxy: Proxy, s3: Server) -> None:
+    proxy.faults[:] = [""] * 2 + ["503"] * 40
+    with pytest.raises(StorageError, match="no answer"), storage.open_write(f"s3://{BUCKET}/refused.bin") as out:
+        out.write(LARGE * 3)
+    proxy.faults.clear()
+    storage.use(s3.storage)
+    assert not storage.exists(f"s3://{BUCKET}/refused.bin")

@@ -1,0 +1,353 @@
+"""Writes checkpoints beside training: a copy in the host's memory is all that training waits for.
+
+    saver = Saver(folder)
+    outcomes = saver.save(engine.state(), at, manifest)      # on every rank; the step after it may begin
+    outcomes = saver.wait()                                  # ends the one under way, and raises what failed
+
+A thread on each rank writes its shards and then meets the other ranks' threads in a process group of their own. Rank 0 writes
+the manifest when all have written, and then takes old checkpoints away. A process that ends before leaves no manifest.
+"""
+
+from __future__ import annotations
+
+import errno
+import io
+import shutil
+import threading
+import time
+from collections.abc import Collection, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from types import TracebackType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
+from torch.distributed.checkpoint.planner import SavePlan, WriteItem
+from torch.distributed.checkpoint.storage import WriteResult
+
+from cluster.checkpoint import (
+    MANIFEST,
+    STATE,
+    FileMark,
+    Manifest,
+    TrainState,
+    attempts,
+    discard,
+    dump_manifest,
+    dump_state,
+    folder_name,
+    retain,
+    step_and_token,
+)
+from cluster.shards import INDEX, SavePlanner, ShardWriter, plain, sha256
+from pipelines.place import Place
+from pipelines.storage import StorageError
+from pipelines.types import spec
+
+Item = tuple[WriteItem, Tensor | io.BytesIO]
+
+
+class SaveFailed(RuntimeError):
+    """A checkpoint that had to be written was not."""
+
+
+@spec
+class Outcome:
+    """How a save ended: `stall` seconds for which training stood still, `seconds` until all was done, bytes over all ranks.
+
+    `trouble` says what went wrong; a checkpoint may be `whole` in spite of it, when only older ones could not be taken away.
+    """
+
+    folder: Place
+    step: int
+    whole: bool
+    trouble: str | None
+    stall: float
+    seconds: float
+    size: int
+
+
+@dataclass(slots=True)
+class _Job:
+    """One save under way."""
+
+    folder: Place
+    items: Sequence[Item]
+    metadata: Metadata | None
+    at: TrainState
+    manifest: Manifest
+    began: float
+    stall: float = 0.0
+
+
+class Saver:
+    """Writes a stage's checkpoints to `folder` and keeps the `keep` newest whole ones, and those that `protected` names.
+
+    Made by all ranks together. Copies take as much of the host's memory as a rank writes of a checkpoint, and are used again.
+    `stall` is the last save's; `since` are seconds since the last one was begun, by this rank's monotonic clock.
+    """
+
+    def __init__(self, folder: Place, keep: int = 2, protected: Collection[str] = frozenset()) -> None:
+        if keep < 1:
+            raise ValueError(f"keep={keep} checkpoints would leave a run with none; keep one at least")
+        self.folder = folder
+        self.keep = keep
+        self.protected = protected
+        together = dist.is_initialized() and dist.get_world_size() > 1
+        self.rank = dist.get_rank() if together else 0
+        self.world = dist.get_world_size() if together else 1
+        self.group: Any = dist.new_group(backend="gloo") if together else None
+        self.thread: threading.Thread | None = None
+        self.ended: list[Outcome] = []
+        self.buffers: dict[MetadataIndex, Tensor] = {}
+        self.local: SavePlan | None = None
+        self.plan: SavePlan | None = None
+        self.metadata: Metadata | None = None
+        self.begun = time.monotonic()
+        self.stall = 0.0
+
+    @property
+    def since(self) -> float:
+        return time.monotonic() - self.begun
+
+    def save(self, state: dict[str, Any], at: TrainState, manifest: Manifest, wait: bool = False) -> list[Outcome]:
+        """Begin to write `state`, all ranks together; weights may change as soon as this returns.
+
+        Waits for a save that is still under way. Returns how earlier ones ended; with `wait` this one too, and raises SaveFailed
+        when it failed. Raises TypeError, on the rank that has it, for a value that a checkpoint cannot keep.
+        """
+        self.begun = time.monotonic()
+        self._join()
+        items = self._staged(state, copied=not wait)
+        folder = self.folder / folder_name(at.step, manifest.token)
+        job = _Job(folder, items, self.metadata, at, manifest, self.begun)
+        job.stall = self.stall = self.since
+        self.thread = threading.Thread(target=self._run, args=(job,), daemon=True, name="checkpoint")
+        self.thread.start()
+        return self.wait() if wait else self.poll()
+
+    def poll(self) -> list[Outcome]:
+        """How saves ended since this was last asked, not waiting for any. Ranks may learn it at different times."""
+        ended, self.ended = self.ended, []
+        return ended
+
+    def wait(self) -> list[Outcome]:
+        """End the save that is under way, if any. Raises SaveFailed when the last one failed."""
+        self._join()
+        ended = self.poll()
+        if ended and not ended[-1].whole:
+            raise SaveFailed(str(ended[-1].trouble))
+        return ended
+
+    def __enter__(self) -> Saver:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        """Let the save under way end, unless the process is being interrupted."""
+        if kind is None or issubclass(kind, Exception):
+            self._join()
+
+    def _join(self) -> None:
+        if self.thread is not None:
+            self.thread.join()
+            self.thread = None
+
+    def _staged(self, state: dict[str, Any], copied: bool) -> list[Item]:
+        """What this rank is to write of `state`, `copied` to the host's memory so that training may change the state."""
+        planner = SavePlanner()
+        planner.set_up_planner(state, is_coordinator=self.rank == 0)
+        plan = self._planned(planner)
+        items: list[Item] = []
+        held: dict[MetadataIndex, Tensor] = {}
+        for item in plan.items:
+            value = planner.resolve_data(item)
+            if isinstance(value, Tensor):
+                value = plain(value)
+                if copied:
+                    value = held[item.index] = self._copied(item.index, value)
+            items.append((item, value))
+        if copied:
+            self.buffers = held
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return items
+
+    def _planned(self, planner: SavePlanner) -> SavePlan:
+        """Who writes what. Planning takes longer than a copy, and is done again only where a rank's state has another form."""
+        local = planner.create_local_plan()
+        changed = torch.tensor(int(local != self.local))
+        if self.group is not None:
+            dist.all_reduce(changed, op=dist.ReduceOp.MAX, group=self.group)
+        if changed or self.plan is None:
+            plans = self._gathered(local)
+            final: list[SavePlan] = []
+            if plans is not None:
+                final, self.metadata = planner.create_global_plan(plans)
+            plan: SavePlan = self._scattered(final)
+            self.plan, self.local = plan, local
+        return self.plan
+
+    def _copied(self, index: MetadataIndex, tensor: Tensor) -> Tensor:
+        buffer = self.buffers.get(index)
+        if buffer is None or buffer.shape != tensor.shape or buffer.dtype != tensor.dtype:
+            buffer = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+        return buffer.copy_(tensor, non_blocking=True)
+
+    def _run(self, job: _Job) -> None:
+        """The thread's work: whatever happens becomes words, the same on every rank."""
+        try:
+            whole, trouble = self._written(job)
+        except Exception as error:  # the group itself failed: a rank is gone
+            whole, trouble = False, _words(error)
+        if trouble is not None:
+            trouble = f"checkpoint {job.folder.name}: {trouble}"
+        size = self._size(job.metadata)
+        seconds = time.monotonic() - job.began
+        self.ended.append(
+            Outcome(
+                folder=job.folder,
+                step=job.at.step,
+                whole=whole,
+                trouble=trouble,
+                stall=job.stall,
+                seconds=seconds,
+                size=size,
+            )
+        )
+
+    def _written(self, job: _Job) -> tuple[bool, str | None]:
+        """Write it, all ranks together; whether it is whole, and what went wrong."""
+        refused = self._told(self._cleared(job) if self.rank == 0 else None)
+        if refused:
+            return False, refused
+        writer = ShardWriter(job.folder, self.rank)
+        results: list[WriteResult] = []
+        failure: BaseException | None = None
+        try:
+            results = writer.write(job.items)
+        except Exception as error:
+            failure = error
+        everyone = self._gathered((results, None if failure is None else (_words(failure), _kind(failure))))
+        return self._told(self._committed(job, writer, everyone) if everyone is not None else (False, None))
+
+    def _cleared(self, job: _Job) -> str | None:
+        """Rank 0 makes room for the new one, whose folder an earlier attempt may have left; why it may not, in words."""
+        try:
+            above = [place.name for place in attempts(self.folder) if _token(place) > job.manifest.token]
+            if above:
+                return (
+                    f"{above[-1]} was written under a later token than this run's {job.manifest.token}: another controller has "
+                    "taken the run over, and this one must end"
+                )
+            discard(job.folder)
+        except Exception as error:
+            return _words(error)
+        return None
+
+    def _committed(
+        self, job: _Job, writer: ShardWriter, everyone: list[tuple[list[WriteResult], tuple[str, str] | None]]
+    ) -> tuple[bool, str | None]:
+        """Rank 0 ends it: index, state, manifest, and then what is too old; or, where a rank failed, takes it away."""
+        failures = [failure for _, failure in everyone if failure is not None]
+        if not failures:
+            try:
+                self._manifest(job, writer, [results for results, _ in everyone])
+            except Exception as error:
+                failures = [(_words(error), _kind(error))]
+        if failures:
+            return False, self._abandoned(job, failures)
+        try:
+            retain(self.folder, self.keep, self.protected, job.manifest.token)
+        except Exception as error:
+            return True, f"is whole, but older ones could not be taken away: {_words(error)}"
+        return True, None
+
+    def _manifest(self, job: _Job, writer: ShardWriter, results: list[list[WriteResult]]) -> None:
+        assert job.metadata is not None
+        writer.finish(job.metadata, results)
+        state = dump_state(job.at)
+        (job.folder / STATE).write(state)
+        files = {name: FileMark(size=size) for name, size in writer.files.items()}
+        files[INDEX] = replace(files[INDEX], sha256=writer.index_sha256)
+        files[STATE] = FileMark(size=len(state), sha256=sha256(state))
+        manifest = replace(
+            job.manifest,
+            step=job.at.step,
+            progress=job.at.progress,
+            tokens=job.at.tokens,
+            time=time.time(),
+            files=files,
+        )
+        (job.folder / MANIFEST).write(dump_manifest(manifest))
+
+    def _abandoned(self, job: _Job, failures: list[tuple[str, str]]) -> str:
+        """What went wrong, in words; the half-written folder is taken away unless storage itself does not answer."""
+        words, kind = failures[0]
+        if kind != "storage":
+            with suppress(Exception):
+                job.folder.remove()
+        if kind == "full":
+            free = shutil.disk_usage(self.folder.path).free if self.folder.local else 0
+            words += (
+                f"; {_bytes(free)} are free where {self.folder} lies, and a checkpoint takes {_bytes(self._size(job.metadata))}: "
+                "make room there"
+            )
+        return f"was not written: {words}"
+
+    def _size(self, metadata: Metadata | None) -> int:
+        """Bytes of all tensors of a checkpoint; 0 on ranks that have not planned it."""
+        stored = metadata.state_dict_metadata.values() if metadata else ()
+        return sum(
+            each.size.numel() * each.properties.dtype.itemsize
+            for each in stored
+            if isinstance(each, TensorStorageMetadata)
+        )
+
+    def _gathered(self, mine: Any) -> list[Any] | None:
+        """Everyone's on rank 0, None on the others."""
+        if self.group is None:
+            return [mine]
+        everyone: list[Any] | None = [None] * self.world if self.rank == 0 else None
+        dist.gather_object(mine, everyone, group=self.group)
+        return everyone
+
+    def _scattered(self, parts: list[Any]) -> Any:
+        if self.group is None:
+            return parts[0]
+        mine: list[Any] = [None]
+        dist.scatter_object_list(mine, parts or None, group=self.group)
+        return mine[0]
+
+    def _told(self, words: Any) -> Any:
+        """What rank 0 says, on all ranks."""
+        if self.group is None:
+            return words
+        said = [words]
+        dist.broadcast_object_list(said, group=self.group)
+        return said[0]
+
+
+def save(folder: Place, state: dict[str, Any], at: TrainState, manifest: Manifest, keep: int = 2) -> Place:
+    """Write one checkpoint and wait for it, all ranks together. Raises SaveFailed."""
+    return Saver(folder, keep).save(state, at, manifest, wait=True)[-1].folder
+
+
+def _token(folder: Place) -> int:
+    return (step_and_token(folder.name) or (0, 0))[1]
+
+
+def _kind(error: BaseException) -> str:
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return "full"
+    return "storage" if isinstance(error, StorageError) else "other"
+
+
+def _words(error: BaseException) -> str:
+    return str(error) if isinstance(error, StorageError) else f"{type(error).__name__}: {error}"
+
+
+def _bytes(size: int) -> str:
+    return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"
