@@ -404,6 +404,12 @@ class Recipe:
                 raise ValueError(
                     f"stage {stage.name!r} is the first: nothing is before it that an entry or moments could be of"
                 )
+            before = self.before(stage)
+            if stage.carry_optimizer and before and not _same_moments(stage, before):
+                raise ValueError(
+                    f"stage {stage.name!r} carries the moments of {before.name!r} on, and they do not train the same parts in the "
+                    "same way with full weights; give both the same tune keys and optimizer, or leave carry_optimizer away"
+                )
             held = [corpus.name for corpus in self.held_out]
             if stage.entry and stage.entry.tokens is None and not held:
                 raise ValueError(
@@ -456,6 +462,15 @@ class Recipe:
         return next(stage for stage in self.stages if stage.name == name)
 
 
+def _same_moments(stage: Stage, before: Stage) -> bool:
+    """Whether the optimisers of two stages hold the same numbers."""
+    full = all(
+        isinstance(how, Full) for one in (stage, before) for how in one.tune.values() if not isinstance(how, Frozen)
+    )
+    kinds = type(stage.optimizer) is type(before.optimizer) and type(stage.parallel) is type(before.parallel)
+    return full and kinds and stage.tune.keys() == before.tune.keys()
+
+
 class RecipeError(ValueError):
     """A recipe or an override that cannot be used; the message says where and what was expected."""
 
@@ -482,13 +497,7 @@ def fingerprint(recipe: Recipe, stage: Stage, before: str) -> str:
     """Names a stage by all that decides its result: itself, the model, the data's shape, and the stage before it."""
     words = json.loads(dump(recipe))
     mine = next(s for s in words["stages"] if s["name"] == stage.name)
-    for how in (
-        "save_every",
-        "save_minutes",
-        "attention",
-        "entry",
-        "after",
-    ):  # how a run is done changes nothing of what it learns
+    for how in ("save_every", "save_minutes", "attention", "entry", "after"):  # they change nothing of what is learned
         del mine[how]
     mine["parallel"] = {name: mine["parallel"].get(name) for name in ("dtype", "float8")}
     for annotator in mine["annotators"]:

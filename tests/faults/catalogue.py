@@ -62,7 +62,7 @@ def lose_node(rig: Rig, rng: random.Random, _: str) -> None:
 
 def drain_node(rig: Rig, rng: random.Random, _: str) -> None:
     """The notice that a spot instance gets, 20 s before it is taken away; then it is."""
-    from ray._raylet import GcsClient
+    from ray._raylet import GcsClient  # pyright: ignore[reportAttributeAccessIssue] -- compiled; Ray has no public call for it
 
     node = rng.choice(rig.training_nodes())
     deadline = int((time.time() + 20) * 1000)
@@ -101,7 +101,7 @@ def new_cluster(rig: Rig, _: random.Random, __: str) -> None:
     rig.stop_cluster()
     time.sleep(3)
     rig.start_cluster()
-    for _ in range(count):
+    for _node in range(count):
         rig.add_node()
 
 
