@@ -2,6 +2,7 @@
 # make test    the tests          make check   lint, format, types, floors
 # make bench   the benchmarks     make real    the three stages with small real weights
 # make bench-data                 data loading beside other libraries, which get an environment of their own
+# make faults                     a run through every fault, in each of its stages: the better part of an hour
 # make bench-train                training steps and memory beside bare torch, accelerate and transformers' Trainer
 
 PYTHON ?= python3
@@ -10,13 +11,16 @@ BIN := $(VENV)/bin
 WORKERS ?= 2
 COMPETITORS := benchmarks/.cache/venv-competitors
 
-.PHONY: demo test check bench bench-data bench-train real format clean
+.PHONY: demo test check faults bench bench-data bench-train real format clean
 
 demo: $(VENV)/.installed
 	$(BIN)/mllm train vila_smoke --workers $(WORKERS)
 
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest
+
+faults: $(VENV)/.installed-dev
+	$(BIN)/python -m tests.faults
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

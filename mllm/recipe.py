@@ -407,8 +407,8 @@ class Recipe:
             before = self.before(stage)
             if stage.carry_optimizer and before and not _same_moments(stage, before):
                 raise ValueError(
-                    f"stage {stage.name!r} carries the moments of {before.name!r} on, and they do not train the same parts in the "
-                    "same way with full weights; give both the same tune keys and optimizer, or leave carry_optimizer away"
+                    f"stage {stage.name!r} carries the moments of {before.name!r} on, and they do not train the same parts in "
+                    "the same way with full weights; give both the same tune keys and optimizer, or leave carry_optimizer away"
                 )
             held = [corpus.name for corpus in self.held_out]
             if stage.entry and stage.entry.tokens is None and not held:

@@ -28,10 +28,13 @@ Act = Callable[[Rig, random.Random, str], object]
 
 @dataclass(frozen=True)
 class Fault:
-    """`what` names it in the table. `ends` is for those that end the whole run, which then is started again by who started it."""
+    """`what` names it in the table. `restarts` tells those after which a new group of workers must begin; `ends` is the exit code
+    of those that end the whole run, which then is started again by who started it.
+    """
 
     what: str
     act: Act
+    restarts: bool = True
     after: Callable[[Rig], object] = lambda _: None
     ends: int | None = None
 
@@ -199,22 +202,22 @@ def fill_store(rig: Rig, _: random.Random, __: str) -> None:
 
 LONG_RUN: tuple[Fault, ...] = (
     Fault("SIGKILL of a worker", kill_worker),
-    Fault("SIGKILL of a preprocessing actor", kill_preprocessor),
-    Fault("loss of a node", lose_node, replace_node),
-    Fault("drain of a node, 20 s notice", drain_node, replace_node),
+    Fault("SIGKILL of a preprocessing actor", kill_preprocessor, restarts=False),
+    Fault("loss of a node", lose_node, after=replace_node),
+    Fault("drain of a node, 20 s notice", drain_node, after=replace_node),
     Fault("SIGTERM to the driver", ask_driver, ends=143),
     Fault("SIGKILL of the driver", kill_driver),
     Fault("SIGKILL of Ray Train's controller", kill_ray_controller),
     Fault("head killed, new cluster", new_cluster),
     Fault("SIGSTOP of a worker", stop_worker),
-    Fault("S3 refuses connections, 20 s", refuse),
-    Fault("S3 answers 503 to two thirds, 20 s", storm),
-    Fault("S3 answers a second late, 20 s", slow),
-    Fault("S3 cuts bodies short, 10 s", truncate),
-    Fault("S3 refuses in a checkpoint, 20 s", refuse_checkpoint),
+    Fault("S3 refuses connections, 20 s", refuse, restarts=False),
+    Fault("S3 answers 503 to two thirds, 20 s", storm, restarts=False),
+    Fault("S3 answers a second late, 20 s", slow, restarts=False),
+    Fault("S3 cuts bodies short, 10 s", truncate, restarts=False),
+    Fault("S3 refuses in a checkpoint, 20 s", refuse_checkpoint, restarts=False),
     Fault("newest checkpoint corrupt, worker killed", corrupt_checkpoint),
-    Fault("two controllers", second_controller),
+    Fault("two controllers", second_controller, restarts=False),
     Fault("a worker has no more memory", starve_worker),
-    Fault("object store nearly full, 15 s", fill_store),
+    Fault("object store nearly full, 15 s", fill_store, restarts=False),
 )
 """What one run goes through in each of its stages, in an order drawn anew for each."""

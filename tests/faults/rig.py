@@ -23,6 +23,7 @@ from typing import Any, Self
 
 import psutil
 
+from cluster.journal import GroupStarted, Journal
 from cluster.metrics import RunFolder, StepRecord
 from cluster.site import Site
 from pipelines.place import Place
@@ -118,10 +119,19 @@ class Rig:
 
     @property
     def results(self) -> RunFolder:
-        return RunFolder(Place(f"{self.site.runs}/{self.recipe}"))
+        """What the run has left so far."""
+        name = self.words[self.words.index("--run") + 1] if "--run" in self.words else self.recipe
+        return self.results_of(name)
+
+    def results_of(self, name: str) -> RunFolder:
+        return RunFolder(Place(f"{self.site.runs}/{name}"))
 
     def steps(self, stage: str) -> list[StepRecord]:
         return self.results.steps(stage)
+
+    def groups(self) -> list[GroupStarted]:
+        """Every beginning of a group of workers, as the journal tells it."""
+        return list(Journal(self.results.root).state().groups)
 
     def wait_for(self, what: Callable[[], bool], seconds: float = 180, pause: float = 0.1) -> float:
         """Wait until `what` holds, and say how long that took. Raises AssertionError where the run ends or time does."""
@@ -134,6 +144,11 @@ class Rig:
                 )
             time.sleep(pause)
         return time.monotonic() - started
+
+    def wait_for_end(self, seconds: float = 900) -> None:
+        """Wait until the command is through. Raises AssertionError where it did not end well."""
+        assert self.run is not None
+        assert self.run.wait(seconds) == 0, self.log.read_text()[-3000:]
 
     def wait_for_step(self, stage: str, step: int, seconds: float = 180) -> float:
         return self.wait_for(lambda: (done := self.steps(stage)) != [] and done[-1].step >= step, seconds)

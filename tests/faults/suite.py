@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import random
+import signal
+import subprocess
+import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
 from cluster.lines import read_lines
 from cluster.metrics import RunFolder, StepRecord, parse_step
@@ -20,14 +23,15 @@ SOON, LATE = 2, 5
 
 @dataclass(frozen=True)
 class Overcome:
-    """One fault in one stage. `seconds` from the fault to the first step that was new; `redone` steps trained twice."""
+    """One fault in one stage, after `step`: `seconds` from its beginning to the end of the next new step; `redone` steps were done
+    twice.
+    """
 
     what: str
     stage: str
     step: int
     seconds: float
     redone: int
-    failed: str = ""
 
 
 def go_through(rig: Rig, stage: str, faults: Sequence[Fault], rng: random.Random) -> list[Overcome]:
@@ -49,13 +53,71 @@ def overcome(rig: Rig, stage: str, fault: Fault, rng: random.Random) -> Overcome
         assert rig.run
         assert rig.run.wait(120) == fault.ends, rig.log.read_text()[-3000:]
         rig.train(*rig.words, again=True)
-    rig.wait_for(lambda: last(rig, stage) > before + 1, 300)
+    since = began
+    if fault.restarts:
+        rig.wait_for(lambda: rig.groups()[-1].time > began, 300)
+        since = rig.groups()[-1].time
+    rig.wait_for(lambda: (new := rig.steps(stage)[-1]).step > before and new.time > since, 300)
     written = [r for line in read_lines(rig.results.steps_file(stage)) if (r := parse_step(line))][lines:]
-    moments = [began, *(record.time for record in written if record.time > began)]
-    longest = max((b - a for a, b in pairwise(moments)), default=0.0)
-    redone = sum(record.step <= before for record in written)
+    known = max([before, *(r.step for r in written if r.time <= began)])
+    further = next(r.time for r in written if r.time > since and r.step > known)
+    redone = sum(r.step <= known for r in written if r.time > since) if fault.restarts else 0
     fault.after(rig)
-    return Overcome(fault.what, stage, before, longest, redone)
+    return Overcome(fault.what, stage, known, further - began, redone)
+
+
+def resize(rig: Rig, name: str, rng: random.Random) -> list[Overcome]:
+    """Another run, of one to three workers, whose nodes go and come: 2 -> 1 -> 3, each in another stage."""
+    small = 2  # a trainer and what makes packs for it
+    for node in list(rig.nodes):
+        rig.kill_node(node)
+    for _ in range(2):
+        rig.add_node(small)
+    rig.words = ("--workers", "1", "3", "--run", name)
+    rig.train(*rig.words)
+    found = [
+        _resized(
+            rig, "align", "2 -> 1 workers, a node lost", 1, lambda: rig.kill_node(rng.choice(rig.training_nodes())), rng
+        ),
+        _resized(
+            rig, "pretrain", "1 -> 3 workers, two nodes join", 3, lambda: [rig.add_node(small) for _ in range(2)], rng
+        ),
+    ]
+    rig.wait_for_end()
+    return found
+
+
+def _resized(rig: Rig, stage: str, what: str, world: int, act: Callable[[], object], rng: random.Random) -> Overcome:
+    rig.wait_for_step(stage, rng.randint(8, 12), 300)
+    before, lines, began = last(rig, stage), len(read_lines(rig.results.steps_file(stage))), time.time()
+    act()
+    rig.wait_for(lambda: rig.steps(stage)[-1].world == world and rig.steps(stage)[-1].step > before, 300)
+    written = [r for line in read_lines(rig.results.steps_file(stage)) if (r := parse_step(line))][lines:]
+    known = max([before, *(r.step for r in written if r.world != world)])
+    further = next(r.time for r in written if r.world == world and r.step > known)
+    redone = sum(r.step <= known for r in written if r.world == world)
+    return Overcome(what, stage, known, further - began, redone)
+
+
+def plain_restart(rig: Rig, rng: random.Random) -> float:
+    """Seconds from the death of a worker to the next new step, of Ray Train by itself on the rig's cluster."""
+    steps = rig.folder / "plain.txt"
+    command = [sys.executable, "-m", "tests.faults.plain", rig.cluster.address, rig.recipe, str(steps)]
+    rig.run = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+
+    def done() -> list[tuple[float, int]]:
+        lines = steps.read_text().splitlines() if steps.is_file() else []
+        return [(float(moment), int(step)) for moment, step in (line.split() for line in lines)]
+
+    try:
+        rig.wait_for(lambda: len(done()) > 8)
+        rig.pick(rng, "RayTrainWorker").kill()
+        began, known = time.time(), done()[-1][1]
+        rig.wait_for(lambda: done()[-1][1] > known + 1)
+        return next(moment for moment, step in done() if step > known and moment > began + 1) - began
+    finally:
+        os.killpg(rig.run.pid, signal.SIGKILL)
+        rig.run.wait()
 
 
 def last(rig: Rig, stage: str) -> int:

@@ -1,0 +1,161 @@
+"""`make faults`: every fault in every stage, beside the same run undisturbed; the table goes to `benchmarks/results/faults.md`.
+
+    python -m tests.faults [--stages align,sft] [--only WORDS] [--seed 0] [--steps 150] [--out FILE]
+
+One run on a cluster of a head and two or three nodes, everything it keeps on a real S3 server, goes through the faults of each
+stage in an order drawn from the seed, at random steps. Afterwards its packs, rates and losses must be those of the undisturbed
+run, and its final weights too. A plain Ray Train run of the same model on the same cluster tells what a restart costs by itself.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import random
+import sys
+import tempfile
+import time
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+
+import torch
+
+from cluster.policy import Watch
+from cluster.run import trained_model
+from cluster.site import Site, load_site
+from mllm.recipe import load
+from pipelines import storage
+from tests.conftest import ROOT
+from tests.faults.catalogue import LONG_RUN
+from tests.faults.rig import Rig
+from tests.faults.suite import Overcome, differences, go_through, plain_restart, resize, rows_lost_and_repeated
+from tests.s3 import BUCKET, Proxy, running
+
+RECIPE = "vila_smoke"
+STAGES = ("align", "pretrain", "sft")
+
+
+def changes(steps: int) -> list[str]:
+    """A recipe whose steps are short, and as many as the faults need."""
+    short = (
+        "context=256",
+        "tokens_per_step=1024",
+        "max_tiles=6",
+        "window=24",
+        "save_every=5",
+        f"duration.count={steps}",
+    )
+    return [f"stages.{stage}.{change}" for stage in STAGES for change in short] + ["held_out=[]"]
+
+
+def main() -> int:
+    """Run the suite; 1 where a fault was not overcome or left a mark."""
+    parser = argparse.ArgumentParser(prog="python -m tests.faults", description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--stages", default=",".join(STAGES))
+    parser.add_argument("--only", default="")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--steps", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "faults.md")
+    asked = parser.parse_args()
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    faults = [fault for fault in LONG_RUN if asked.only in fault.what]
+    steps = asked.steps or 12 + 9 * len(faults)
+    rng = random.Random(asked.seed)
+    overcome: list[Overcome] = []
+    marks: list[str] = []
+    with tempfile.TemporaryDirectory(prefix="faults-") as scratch, running(_folder(scratch, "s3")) as server:
+        proxy = Proxy(server.port)
+        site = load_site(str(ROOT / "examples" / "site.toml"))
+        remote = proxy.storage(patience=60)
+        storage.use(remote)
+        on_s3 = replace(site, runs=f"s3://{BUCKET}/runs", storage=remote, watch=Watch(least=8.0))
+        with Rig(Path(scratch) / "rig", on_s3, RECIPE, changes(steps), proxy) as rig:
+            for _ in range(3):
+                rig.add_node()
+            plain = plain_restart(rig, rng)
+            print(f"a plain restart: {plain:.1f} s", flush=True)
+            rig.words = ("--workers", "2")
+            rig.train(*rig.words)
+            for stage in asked.stages.split(","):
+                order = rng.sample(faults, len(faults))
+                overcome += go_through(rig, stage, order, rng)
+            rig.wait_for_end()
+            resized = resize(rig, "resized", rng)
+            whole = _undisturbed(rig, site, Path(scratch) / "whole")
+            for name, stages in ((RECIPE, STAGES), ("resized", STAGES)):
+                marks += _marks(rig, name, whole, stages, on_s3)
+        proxy.close()
+    table = _table(overcome, resized, plain, marks, asked.seed, steps)
+    print(table)
+    if not asked.only and asked.stages == ",".join(STAGES):
+        asked.out.write_text(table)
+    return 1 if marks else 0
+
+
+def _folder(root: str, name: str) -> Path:
+    folder = Path(root) / name
+    folder.mkdir()
+    return folder
+
+
+def _undisturbed(rig: Rig, site: Site, folder: Path) -> Rig:
+    """The same recipe on one worker and this machine's own disk, with nothing done to it."""
+    whole = Rig(folder, replace(site, runs=str(folder / "runs")), rig.recipe, rig.changes)
+    whole.port = rig.port
+    whole.train("--workers", "1")
+    whole.wait_for_end()
+    return whole
+
+
+def _marks(rig: Rig, name: str, whole: Rig, stages: tuple[str, ...], site: Site) -> list[str]:
+    """In what the run `name` differs from the undisturbed one."""
+    broken = rig.results_of(name)
+    found = []
+    for stage in stages:
+        found += [f"{name}, {stage}: {words}" for words in differences(broken.steps(stage), whole.steps(stage))]
+        lost, repeated = rows_lost_and_repeated(broken, whole.results, stage)
+        if lost or repeated:
+            found.append(f"{name}, {stage}: {lost} packs lost, {repeated} repeated")
+    storage.use(site.storage)
+    recipe = load(broken.recipe.read_bytes())
+    ours, theirs = (trained_model(one, recipe, run) for one, run in ((site, broken), (whole.site, whole.results)))
+    for (part, one), other in zip(ours.state_dict().items(), theirs.state_dict().values(), strict=True):
+        if not torch.allclose(one, other, rtol=1e-3, atol=1e-4):
+            found.append(f"{name}: weights of {part} differ by up to {(one - other).abs().max():.2g}")
+    return found
+
+
+def _table(
+    overcome: list[Overcome], resized: list[Overcome], plain: float, marks: list[str], seed: int, steps: int
+) -> str:
+    lines = [
+        "# Faults",
+        "",
+        f"`make faults`, seed {seed}, {datetime.now(UTC):%Y-%m-%d}, {os.cpu_count()} cores, Python {platform.python_version()}, "
+        f"torch {torch.__version__}. One run of three stages of {steps} steps on two workers, a head and three nodes on one "
+        "machine, everything on S3 (SeaweedFS); then one of 1 to 3 workers. Seconds are from the beginning of the fault to the end "
+        "of the next step that was new, so they contain the fault's own duration where it has one. A plain Ray Train restart of "
+        f"two workers with the same model, one killed, on the same cluster took {plain:.1f} s.",
+        "",
+        "| fault | " + " | ".join(f"{stage}, s" for stage in STAGES) + " | by a plain restart | steps redone |",
+        "|---|" + "---:|" * (len(STAGES) + 2),
+    ]
+    for what in dict.fromkeys(one.what for one in [*overcome, *resized]):
+        mine = [one for one in [*overcome, *resized] if one.what == what]
+        seconds = [next((f"{one.seconds:.1f}" for one in mine if one.stage == stage), "-") for stage in STAGES]
+        mean = sum(one.seconds for one in mine) / len(mine)
+        redone = ", ".join(str(one.redone) for one in mine)
+        lines.append(f"| {what} | {' | '.join(seconds)} | {mean / plain:.2f} | {redone} |")
+    lines += ["", f"{len(overcome) + len(resized)} faults overcome, none needed a person."]
+    lines += ["Beside the undisturbed run: " + ("no row lost or repeated, same losses." if not marks else "")]
+    lines += [f"- {mark}" for mark in marks[:40]]
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    started = time.monotonic()
+    code = main()
+    print(f"{time.monotonic() - started:.0f} s")
+    sys.exit(code)

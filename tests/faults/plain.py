@@ -1,0 +1,72 @@
+"""What a restart costs without any of this: Ray Train alone, the same model, the same workers, a checkpoint by torch.save.
+
+python -m tests.faults.plain ADDRESS RECIPE STEPS_FILE
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+
+def train(config: dict[str, Any]) -> None:
+    """Steps of the recipe's model on made-up batches, one line each: when, on which rank, which step."""
+    import ray.train
+    import torch
+    from ray.train import Checkpoint
+    from ray.train.torch import prepare_model
+
+    from mllm.recipes import by_name
+
+    model = by_name(config["recipe"]).model.build()
+    resumed = ray.train.get_checkpoint()
+    first = 0
+    if resumed:
+        with resumed.as_directory() as folder:
+            saved = torch.load(Path(folder) / "state.pt", weights_only=True)
+        model.load_state_dict(saved["model"])
+        first = saved["step"]
+    layers = prepare_model(model.lm.model)
+    optimizer = torch.optim.AdamW(layers.parameters())
+    rank = ray.train.get_context().get_world_rank()
+    for step in range(first, 10_000):
+        ids = torch.randint(0, 100, (4, 256))
+        layers(input_ids=ids, use_cache=False).last_hidden_state.float().square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if rank == 0:
+            with Path(config["steps"]).open("a") as out:
+                out.write(f"{time.time()} {step}\n")
+        if (step + 1) % 5 == 0:
+            with tempfile.TemporaryDirectory() as folder:
+                torch.save({"model": model.state_dict(), "step": step + 1}, Path(folder) / "state.pt")
+                ray.train.report({"step": step}, checkpoint=Checkpoint.from_directory(folder) if rank == 0 else None)
+
+
+def main(address: str, recipe: str, steps: str) -> None:
+    """Train on the cluster at `address` until this process is ended."""
+    from cluster.local import QUIET
+
+    os.environ.update(QUIET)  # the same intervals at which Ray looks after its workers
+    import ray
+    import ray.train
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    ray.init(address=address, log_to_driver=False)
+    TorchTrainer(
+        train,
+        train_loop_config={"recipe": recipe, "steps": steps},
+        torch_config=TorchConfig(backend="gloo"),
+        scaling_config=ray.train.ScalingConfig(num_workers=2),
+        run_config=ray.train.RunConfig(
+            storage_path=str(Path(steps).parent / "plain"), failure_config=ray.train.FailureConfig(max_failures=9)
+        ),
+    ).fit()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
