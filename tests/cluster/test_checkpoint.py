@@ -172,6 +172,42 @@ def test_values_that_are_no_tensors_come_back_as_they_were_and_others_are_refuse
         save(Place(tmp_path), strange, at(2), manifest())
 
 
+class Packed(Tensor):
+    """Numbers kept as hundredths in 16 bits, as optimisers keep moments in eight."""
+
+    @staticmethod
+    def __new__(cls, packed: Tensor) -> Packed:
+        return Tensor._make_wrapper_subclass(cls, packed.shape, dtype=torch.float32)  # type: ignore[attr-defined]
+
+    def __init__(self, packed: Tensor) -> None:
+        self.packed = packed
+
+    def dequantize(self) -> Tensor:
+        return self.packed.float() / 100
+
+    @classmethod
+    def __torch_dispatch__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        match function.overloadpacket:
+            case torch.ops.aten.detach:
+                return cls(args[0].packed)
+            case torch.ops.aten.is_pinned:
+                return False
+            case torch.ops.aten.copy_:
+                args[0].packed.copy_((args[1] * 100).round())
+                return args[0]
+        raise NotImplementedError(str(function))
+
+
+def test_moments_that_are_kept_packed_are_saved_as_numbers_and_packed_again(tmp_path: Path) -> None:
+    moments = torch.arange(12, dtype=torch.int16).reshape(3, 4)
+    folder = save(Place(tmp_path), {"moments": Packed(moments)}, at(1), manifest())
+    into, whole = Packed(torch.zeros_like(moments)), torch.zeros(3, 4)
+    checkpoint.load(folder, {"moments": into})
+    checkpoint.load(folder, {"moments": whole})
+    assert torch.equal(into.packed, moments)
+    assert torch.equal(whole, moments / 100)
+
+
 def flip(file: Path) -> None:
     data = bytearray(file.read_bytes())
     data[len(data) // 3] ^= 4
@@ -523,17 +559,18 @@ def test_a_stage_s_weights_are_read_alone_merged_and_written_as_parts(
     on_ranks(1, tuned, small, stage, stream, str(tmp_path))
     folder = Place(tmp_path) / "step-000001"
     index = shards.parse_index((folder / "index.json").read_bytes())
-    asked: list[tuple[str, int, int]] = []
+    asked: list[int] = []
     read = storage.read
-    monkeypatch.setattr(
-        storage,
-        "read",
-        lambda uri, a=None, b=None: (asked.append((uri, a, b)) if a is not None else None, read(uri, a, b))[1],
-    )
+
+    def counted(uri: str, start: int | None = None, stop: int | None = None) -> bytes:
+        data = read(uri, start, stop)
+        asked.append(len(data) if uri.endswith(".bin") else 0)
+        return data
+
+    monkeypatch.setattr(storage, "read", counted)
     model = checkpoint.read_model(small, stage, folder, str)
-    bytes_read = sum(stop - start for _, start, stop in asked)
     stored = {name: row for name, row in index.tensors.items() if name.startswith("model.")}
-    assert bytes_read == sum(4 * torch.Size(row.shape).numel() for row in stored.values())
+    assert sum(asked) == sum(4 * torch.Size(row.shape).numel() for row in stored.values())
     weights = model.state_dict()
     assert not any("lora" in name for name in weights)
     names = write_parts(Place(tmp_path / "parts"), weights, largest=200_000)
