@@ -58,7 +58,8 @@ class SaveFailed(RuntimeError):
 class Outcome:
     """How a save ended: `stall` seconds for which training stood still, `seconds` until the manifest was there.
 
-    `size` is the bytes of all ranks' tensors, which only rank 0 knows; the others have 0. `trouble` says what went wrong; a checkpoint may be `whole` in spite of it, when only older ones could not be taken away.
+    `size` is the bytes of all ranks' tensors, which only rank 0 knows; the others have 0. `trouble` says what went wrong; a
+    checkpoint may be `whole` in spite of it, when only older ones could not be taken away.
     """
 
     folder: Place
