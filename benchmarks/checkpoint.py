@@ -1,27 +1,50 @@
-"""Megabytes a second of `cluster.checkpoint.save` and `load`, beside writing the same bytes to the same disk.
+"""Checkpoints of `cluster.saver.Saver` and `cluster.checkpoint.load`, beside torch's own and beside bare storage.
 
-The limit is one file of as many bytes as the checkpoint has, written in 16 MiB pieces and fsynced, in the same folder, right
-after each save. Fair because both are timed to the moment when the bytes are on the disk (DCP fsyncs too) and take turns, so
-that the disk's moods hit both. Loads read what was just written, from the page cache: they tell DCP's cost, not the disk's.
+Stall: seconds for which training stands still. Beside it, of the same state, `torch.distributed.checkpoint.save` and `torch.save`
+followed by fsync, which hold it up until all is written. Bandwidth: of a save until its manifest is there, beside one file of as
+many bytes written in 16 MiB pieces and fsynced; of a load that checks every byte, beside reading the same files' bytes in the
+same pieces and checking nothing. On S3, a server on loopback that shares the cores, beside `s3fs` by itself: one concurrent
+multipart upload, and concurrent reads of ranges.
+
+Fair because each pair takes turns, so that the disk's moods hit both; because all writes are timed until they are on the disk;
+and because files are dropped from the page cache before either reads them. A round that begins is left out.
 """
 
 from __future__ import annotations
 
 import os
+import shutil
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
 from benchmarks.common import Section, alone, cores, in_child, ratios, scratch
 from cluster import checkpoint
 from cluster.checkpoint import Manifest, TrainState
 from cluster.engines import build_engine
+from cluster.saver import Saver
 from mllm.recipe import Recipe
 from mllm.recipes import by_name
+from pipelines import storage
+from pipelines.place import Place
+from pipelines.storage import Storage
 
 PIECE = 16 * 2**20
+
+STALL = 0.05
+"""Share of a blocking save that ours may hold training up."""
+
+SPEED = 0.8
+"""Share of bare storage's bandwidth that a checkpoint should reach."""
+
+MANIFEST = Manifest(run="bench", stage="s", fingerprint="f", order="o", step=0, world=1, final=False, versions={})
+
+Seconds = dict[str, list[float]]
 
 
 def larger(recipe: Recipe) -> Recipe:
@@ -31,68 +54,143 @@ def larger(recipe: Recipe) -> Recipe:
     return replace(recipe, model=replace(recipe.model, lm=replace(lm, arch=arch)))
 
 
-def write_plain(file: Path, size: int) -> float:
-    data = os.urandom(PIECE)
+def state_of(large: bool) -> dict[str, Any]:
+    """Weights, and the moments of what pretrain trains, float32."""
+    torch.set_num_threads(cores())
+    recipe = larger(by_name("vila_smoke")) if large else by_name("vila_smoke")
+    stage = recipe.stage("pretrain")
+    engine = build_engine(recipe.model.build(), stage, len(stage.mixture), torch.device("cpu"))
+    return engine.state()
+
+
+def timed(act: Callable[[], Any]) -> float:
     started = time.perf_counter()
+    act()
+    return time.perf_counter() - started
+
+
+def write_plain(file: Path, size: int) -> None:
+    data = os.urandom(PIECE)
     with file.open("wb") as out:
         for start in range(0, size, PIECE):
             out.write(memoryview(data)[: min(PIECE, size - start)])
         out.flush()
         os.fsync(out.fileno())
-    seconds = time.perf_counter() - started
-    file.unlink()
-    return seconds
 
 
-def compare(large: bool, repetitions: int, place: str) -> tuple[float, list[float], list[float], list[float], int]:
-    """Megabytes of a checkpoint; MB/s of saving, of plain writing and of loading; parameters."""
-    torch.set_num_threads(cores())
-    recipe = larger(by_name("vila_smoke")) if large else by_name("vila_smoke")
-    stage = recipe.stage("pretrain")
-    folder = Path(place)
-    speeds: tuple[list[float], list[float], list[float]] = ([], [], [])
-    megabytes = 0.0
+def read_plain(files: list[Path]) -> None:
+    buffer = bytearray(PIECE)
+    for file in files:
+        with file.open("rb", buffering=0) as source:
+            while source.readinto(buffer):
+                pass
+
+
+def forget(files: list[Path]) -> None:
+    """Drop files from the page cache."""
+    for file in files:
+        handle = os.open(file, os.O_RDONLY)
+        os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(handle)
+
+
+def torch_save(state: dict[str, Any], file: Path) -> None:
+    with file.open("wb") as out:
+        torch.save(state, out)
+        out.flush()
+        os.fsync(out.fileno())
+
+
+def on_disk(large: bool, repetitions: int, place: str) -> tuple[int, Seconds]:
+    """Bytes of a checkpoint, and seconds of each way by its name."""
+    folder, found = Path(place), {}
     with alone():
-        model = recipe.model.build()
-        parameters = sum(p.numel() for p in model.parameters())
-        engine = build_engine(model, stage, len(stage.mixture), torch.device("cpu"))
-        state = engine.state()
-        for repetition in range(repetitions + 1):
-            manifest = Manifest(
-                run="bench",
-                stage="pretrain",
-                fingerprint="f",
-                order="o",
-                step=repetition,
-                world=1,
-                final=False,
-                versions={},
-            )
-            started = time.perf_counter()
-            saved = checkpoint.save(folder, state, TrainState(step=repetition), manifest, keep=1)
-            save = time.perf_counter() - started
-            size = sum(file.stat().st_size for file in saved.iterdir())
-            plain = write_plain(folder / "plain.bin", size)
-            started = time.perf_counter()
-            checkpoint.load(saved, state)
-            load = time.perf_counter() - started
-            megabytes = size / 1e6
-            if repetition:  # the first one imports and plans
-                for column, seconds in zip(speeds, (save, plain, load), strict=True):
-                    column.append(megabytes / seconds)
-    return megabytes, *speeds, parameters
+        state = state_of(large)
+        saver = Saver(Place(folder / "ours"), keep=1)
+        size = 0
+        for step in range(repetitions + 2):  # two rounds that begin: buffers, imports, plans
+            now: dict[str, float] = {}
+            saver.save(state, TrainState(step=step), MANIFEST)
+            outcome = saver.wait()[-1]
+            size = outcome.size
+            now["stall"], now["save"] = outcome.stall, outcome.seconds
+            now["plain write"] = timed(lambda: write_plain(folder / "plain.bin", size))  # noqa: B023 -- called at once
+            shutil.rmtree(folder / "dcp", ignore_errors=True)
+            now["dcp.save"] = timed(lambda: dcp_save(state, checkpoint_id=str(folder / "dcp"), no_dist=False))
+            now["torch.save"] = timed(lambda: torch_save(state, folder / "torch.pt"))
+            files = sorted(outcome.folder.path.glob("*.bin"))
+            forget(files)
+            now["load"] = timed(lambda: checkpoint.load(outcome.folder, state))  # noqa: B023
+            forget(files)
+            now["plain read"] = timed(lambda: read_plain(files))  # noqa: B023
+            now["cached load"] = timed(lambda: checkpoint.load(outcome.folder, state))  # noqa: B023
+            now["cached read"] = timed(lambda: read_plain(files))  # noqa: B023
+            for name, seconds in now.items() if step > 1 else ():
+                found.setdefault(name, []).append(seconds)
+    return size, found
+
+
+def on_s3(large: bool, repetitions: int, settings: Storage) -> tuple[int, Seconds]:
+    """The same on S3, beside s3fs."""
+    import fsspec
+
+    found: Seconds = {}
+    storage.use(settings)
+    bare = fsspec.filesystem("s3", **settings.s3(), skip_instance_cache=True)
+    with alone():
+        state = state_of(large)
+        saver = Saver(Place("s3://corpus/ours"), keep=1)
+        size = 0
+        for step in range(repetitions + 1):
+            now: dict[str, float] = {}
+            saver.save(state, TrainState(step=step), MANIFEST)
+            outcome = saver.wait()[-1]
+            size = outcome.size
+            data = os.urandom(PIECE) * -(-size // PIECE)
+            data = data[:size]
+            now["save"] = outcome.seconds
+            now["plain write"] = timed(lambda: bare.pipe_file("corpus/plain.bin", data, chunksize=PIECE))  # noqa: B023
+            starts = range(0, size, 2 * PIECE)
+            stops = [min(start + 2 * PIECE, size) for start in starts]
+            now["load"] = timed(lambda: checkpoint.load(outcome.folder, state))  # noqa: B023
+            paths = ["corpus/plain.bin"] * len(stops)
+            now["plain read"] = timed(lambda: bare.cat_ranges(paths, list(starts), stops, max_gap=None))  # noqa: B023
+            for name, seconds in now.items() if step else ():
+                found.setdefault(name, []).append(seconds)
+    return size, found
 
 
 def measure(section: Section, quick: bool) -> None:
-    for large in (False, True):
-        with scratch() as folder:
-            repetitions = 1 if quick else 3 if large else 5
-            megabytes, saves, plains, loads, parameters = in_child(compare, large, repetitions, str(folder))
-        name = f"{megabytes:,.0f} MB"
-        section.add(f"{name}: write and fsync", "MB/s", plains, f"{parameters / 1e6:.0f} M parameters; the limit")
-        section.add(
-            f"{name}: checkpoint.save", "MB/s", saves, f"median {megabytes / sorted(saves)[len(saves) // 2]:.2f} s"
-        )
-        section.add(f"{name}: save / write", "ratio", ratios(saves, plains))
-        section.add(f"{name}: checkpoint.load", "MB/s", loads, "from the page cache")
-    section.facts.append("one worker, float32; weights and the moments of what pretrain trains; first round left out")
+    large = not quick
+    repetitions = 1 if quick else 5
+    with scratch() as folder:
+        size, disk = in_child(on_disk, large, repetitions, str(folder))
+    name = f"{size / 1e6:,.0f} MB"
+
+    def speed(seconds: list[float]) -> list[float]:
+        return [size / 1e6 / each for each in seconds]
+
+    section.add(f"{name}: stall of a save", "s", disk["stall"], "a copy in memory")
+    for other in ("dcp.save", "torch.save"):
+        section.add(f"{name}: blocking {other}", "s", disk[other])
+        section.add(f"{name}: stall / {other}", "ratio", ratios(disk["stall"], disk[other]), at_most=STALL)
+    section.add(f"{name}: save beside training", "MB/s", speed(disk["save"]), "until the manifest is there")
+    section.add(f"{name}: write and fsync", "MB/s", speed(disk["plain write"]), "the limit")
+    section.add(f"{name}: save / write", "ratio", ratios(disk["plain write"], disk["save"]), at_least=SPEED)
+    section.add(f"{name}: load, every byte checked", "MB/s", speed(disk["load"]), "from the disk")
+    section.add(f"{name}: read", "MB/s", speed(disk["plain read"]), "the limit")
+    section.add(f"{name}: load / read", "ratio", ratios(disk["plain read"], disk["load"]), at_least=SPEED)
+    cached = ratios(disk["cached read"], disk["cached load"])
+    section.add(f"{name}: load / read, page cache", "ratio", cached, "SHA-256 beside copying in memory")
+
+    from tests.s3 import running
+
+    with scratch() as folder, running(folder) as server:
+        size, s3 = in_child(on_s3, large, min(repetitions, 3), server.storage)
+    section.add(f"{name}: save to S3", "MB/s", speed(s3["save"]))
+    section.add(f"{name}: s3fs writes", "MB/s", speed(s3["plain write"]), "the limit")
+    section.add(f"{name}: save / s3fs", "ratio", ratios(s3["plain write"], s3["save"]), at_least=SPEED)
+    section.add(f"{name}: load from S3, every byte checked", "MB/s", speed(s3["load"]))
+    section.add(f"{name}: s3fs reads", "MB/s", speed(s3["plain read"]), "the limit")
+    section.add(f"{name}: load / s3fs", "ratio", ratios(s3["plain read"], s3["load"]), at_least=SPEED)
+    section.facts.append("one worker, float32; weights and the moments of what pretrain trains; first rounds left out")

@@ -56,9 +56,10 @@ class SaveFailed(RuntimeError):
 
 @spec
 class Outcome:
-    """How a save ended: `stall` seconds for which training stood still, `seconds` until all was done, bytes over all ranks.
+    """How a save ended: `stall` seconds for which training stood still, `seconds` until the manifest was there.
 
-    `trouble` says what went wrong; a checkpoint may be `whole` in spite of it, when only older ones could not be taken away.
+    `size` is the bytes of all ranks' tensors, which only rank 0 knows; the others have 0. `trouble` says what went wrong; a
+    checkpoint may be `whole` in spite of it, when only older ones could not be taken away.
     """
 
     folder: Place
@@ -81,6 +82,7 @@ class _Job:
     manifest: Manifest
     began: float
     stall: float = 0.0
+    seconds: float = 0.0
 
 
 class Saver:
@@ -205,7 +207,7 @@ class Saver:
         if trouble is not None:
             trouble = f"checkpoint {job.folder.name}: {trouble}"
         size = self._size(job.metadata)
-        seconds = time.monotonic() - job.began
+        seconds = job.seconds or time.monotonic() - job.began
         self.ended.append(
             Outcome(
                 folder=job.folder,
@@ -255,6 +257,7 @@ class Saver:
         if not failures:
             try:
                 self._manifest(job, writer, [results for results, _ in everyone])
+                job.seconds = time.monotonic() - job.began
             except Exception as error:
                 failures = [(_words(error), _kind(error))]
         if failures:

@@ -21,13 +21,14 @@ import errno
 import io
 import os
 import random
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import field
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import count
 from typing import IO, Any, Protocol, TypeVar
 from uuid import uuid4
@@ -274,7 +275,7 @@ def sizes(folder: str) -> dict[str, int]:
     except (FileNotFoundError, NotADirectoryError):
         return {}
     files = {info["name"].rsplit("/", 1)[-1]: int(info["size"]) for info in found if info["type"] == "file"}
-    return {name: files[name] for name in sorted(files) if not name.endswith(".part")}
+    return {name: files[name] for name in sorted(files) if name and not name.endswith(".part")}
 
 
 def remove(uri: str) -> None:
@@ -283,6 +284,12 @@ def remove(uri: str) -> None:
     _tried(uri, lambda: filesystem.invalidate_cache(path))
     with suppress(FileNotFoundError):
         _tried(uri, lambda: filesystem.rm(path, recursive=True))
+    if scheme(uri) in ("s3", "s3a"):  # some servers keep a folder that has become empty, under a name of its own
+        s3: Any = filesystem
+        bucket, key, _ = s3.split_path(path)
+        request = {"Bucket": bucket, "Key": f"{key}/"}
+        _tried(uri, lambda: _awaited(s3, lambda: s3._call_s3("delete_object", **request)))
+        s3.invalidate_cache(path)
 
 
 def stat(uri: str) -> Stat:
@@ -403,7 +410,6 @@ class _ToS3:
         self.upload = ""
         self.parts: list[Future[str]] = []
         self.ended = False
-        self.pool = ThreadPoolExecutor(PARTS_AT_ONCE, thread_name_prefix="upload")
 
     def __enter__(self) -> Writer:
         return self
@@ -425,7 +431,7 @@ class _ToS3:
             self.parts[-PARTS_AT_ONCE].result()
         part, self.buffer = self.buffer, bytearray()
         self.size += len(part)
-        self.parts.append(self.pool.submit(self._put, len(self.parts) + 1, part))
+        self.parts.append(_beside(partial(self._put, len(self.parts) + 1, part)))
 
     def _put(self, number: int, part: bytearray) -> str:
         return self._asked("upload_part", UploadId=self.upload, PartNumber=number, Body=bytes(part))["ETag"]
@@ -460,7 +466,7 @@ class _ToS3:
                 whole = True
         finally:
             self.ended = True
-            self.pool.shutdown(cancel_futures=True)
+            wait(self.parts)
             if self.upload and not whole:  # parts that nobody completes would be paid for until somebody finds them
                 with suppress(Exception):
                     _awaited(
@@ -496,6 +502,20 @@ class _Blocks(io.RawIOBase):
         buffer[: len(data)] = data
         self.at += len(data)
         return len(data)
+
+
+def _beside(call: Callable[[], T]) -> Future[T]:
+    """Make `call` in a thread that does not keep the process from ending, as a pool's would: a request may take minutes."""
+    future: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(call())
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, daemon=True, name="upload").start()
+    return future
 
 
 def _awaited(filesystem: AsyncFileSystem, request: Callable[[], Coroutine[Any, Any, Any]]) -> Any:

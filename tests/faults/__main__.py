@@ -135,9 +135,9 @@ def _table(
         "",
         f"`make faults`, seed {seed}, {datetime.now(UTC):%Y-%m-%d}, {os.cpu_count()} cores, Python {platform.python_version()}, "
         f"torch {torch.__version__}. One run of three stages of {steps} steps on two workers, a head and three nodes on one "
-        "machine, everything on S3 (SeaweedFS); then one of 1 to 3 workers. Seconds are from the beginning of the fault to the end "
-        "of the next step that was new, so they contain the fault's own duration where it has one. A plain Ray Train restart of "
-        f"two workers with the same model, one killed, on the same cluster took {plain:.1f} s.",
+        "machine, everything on S3 (SeaweedFS); then one of 1 to 3 workers. Seconds are from the beginning of the fault to the "
+        "end of the next step that was new, so they contain the fault's own duration where it has one. A plain Ray Train restart "
+        f"of two workers with the same model, one killed, on the same cluster took {plain:.1f} s.",
         "",
         "| fault | " + " | ".join(f"{stage}, s" for stage in STAGES) + " | by a plain restart | steps redone |",
         "|---|" + "---:|" * (len(STAGES) + 2),

@@ -23,8 +23,8 @@ SOON, LATE = 2, 5
 
 @dataclass(frozen=True)
 class Overcome:
-    """One fault in one stage, after `step`: `seconds` from its beginning to the end of the next new step; `redone` steps were done
-    twice.
+    """One fault in one stage, after `step`: `seconds` from its beginning to the end of the next new step; `redone` steps were
+    done twice.
     """
 
     what: str
@@ -103,7 +103,8 @@ def plain_restart(rig: Rig, rng: random.Random) -> float:
     """Seconds from the death of a worker to the next new step, of Ray Train by itself on the rig's cluster."""
     steps = rig.folder / "plain.txt"
     command = [sys.executable, "-m", "tests.faults.plain", rig.cluster.address, rig.recipe, str(steps)]
-    rig.run = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    with rig.log.open("wb") as out:
+        rig.run = subprocess.Popen(command, stdout=out, stderr=out, start_new_session=True)
 
     def done() -> list[tuple[float, int]]:
         lines = steps.read_text().splitlines() if steps.is_file() else []

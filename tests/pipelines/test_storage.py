@@ -117,6 +117,7 @@ def test_a_folder_tells_what_is_in_it_and_can_be_removed(root: str) -> None:
     storage.remove(f"{root}/deep")
     storage.remove(f"{root}/none")
     assert not storage.names(f"{root}/deep")
+    assert "deep" not in storage.names(root)
     assert "a.bin" not in storage.names(root)
     assert "b.bin" in storage.names(root)
 
