@@ -22,7 +22,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 from torch.distributed.tensor import DTensor
 
 from cluster.engines import Guard, StepReport, Trained, finite
-from cluster.optimizers import build_optimizers
+from cluster.optimizers import build_optimizers, set_rate
 from cluster.recompute import named, recompute
 from mllm.objectives import LossOutput
 from mllm.recipe import DDP, FSDP, Dtype, Parallel, Stage
@@ -114,7 +114,7 @@ class FSDPEngine:
         loss = loss_sum / max(weight, 1.0)
         taken = guard(loss, grad_norm)
         for group in steps:
-            group["lr"] = group["peak"] * lr_factor
+            set_rate(group, group["peak"] * lr_factor)
         if taken:
             clip = min(1.0, self.stage.optimizer.clip / (grad_norm + 1e-6))
             torch._foreach_mul_(gradients, scale * clip)  # pyright: ignore[reportPrivateImportUsage] -- as optimisers do
