@@ -63,6 +63,8 @@ class FSDPEngine:
         _prepare(model, parallel)
         alone = self.world == 1 and parallel.dtype == "float32" and not self._offloads
         self.sharded = None if alone else self._shard(model, shape, parallel.dtype)
+        if self.sharded and isinstance(parallel, FSDP) and parallel.prefetch > 1:
+            _prefetch(model.units(), parallel.prefetch)
         if alone and device.type != "cpu":
             self.module.to(device)
         parameters = named(model)
@@ -255,6 +257,15 @@ def _prepare(model: VisionLanguageModel, parallel: FSDP | DDP) -> None:
         recompute(model, unit, parallel.recompute)
     for unit in model.units() if parallel.compile else ():
         unit.compile()
+
+
+def _prefetch(units: Sequence[Any], ahead: int) -> None:
+    """Let each sharded unit, when it has been gathered, have those gathered that compute next; torch looks one ahead."""
+    begin = next((n for n, unit in enumerate(units) if any(p.requires_grad for p in unit.parameters())), len(units))
+    for number, unit in enumerate(units):
+        unit.set_modules_to_forward_prefetch(list(units[number + 1 : number + 1 + ahead]))
+        # Backward stops at the first unit that is trained: what was gathered below it would lie there unused.
+        unit.set_modules_to_backward_prefetch(list(units[max(begin, number - ahead) : max(begin, number)][::-1]))
 
 
 def _to_float8(model: VisionLanguageModel) -> None:

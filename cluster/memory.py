@@ -158,7 +158,8 @@ def _simulated(parallel: FSDP | DDP | ZeRO, ranks: int, alone: bool) -> tuple[FS
     Where a rank has the whole copy it need not be alone, nor, if weights come from the host, train the plain module.
     """
     if ranks > 1:
-        return FSDP(dtype=parallel.dtype, recompute=parallel.recompute), RANKS
+        ahead = parallel.prefetch if isinstance(parallel, FSDP) else 1
+        return FSDP(dtype=parallel.dtype, recompute=parallel.recompute, prefetch=ahead), RANKS
     plain = alone and not isinstance(parallel, ZeRO) and not (isinstance(parallel, FSDP) and parallel.offload)
     return DDP(dtype=parallel.dtype, recompute=parallel.recompute), 1 if plain else 2
 
