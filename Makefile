@@ -1,5 +1,6 @@
 # make demo    train the smoke recipe through VILA's three stages on this machine
 # make test    the tests          make check   lint, format, types, floors
+# make test-extras                tests of what torchao and Liger add, which get an environment of their own
 # make bench   the benchmarks     make real    the three stages with small real weights
 # make bench-data                 data loading beside other libraries, which get an environment of their own
 # make faults                     a run through every fault, in each of its stages: the better part of an hour
@@ -10,8 +11,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 WORKERS ?= 2
 COMPETITORS := benchmarks/.cache/venv-competitors
+EXTRAS := .cache/venv-extras
+PLACE := import sysconfig; print(sysconfig.get_path("purelib"))
 
-.PHONY: demo test check faults bench bench-data bench-train real format clean
+.PHONY: demo test test-extras check faults bench bench-data bench-train real format clean
 
 demo: $(VENV)/.installed
 	$(BIN)/mllm train vila_smoke --workers $(WORKERS)
@@ -21,6 +24,10 @@ test: $(VENV)/.installed-dev
 
 faults: $(VENV)/.installed-dev
 	$(BIN)/python -m tests.faults
+
+# Triton's interpreter runs Liger's kernel without a GPU.
+test-extras: $(EXTRAS)/.installed
+	TRITON_INTERPRET=1 $(EXTRAS)/bin/python -m pytest tests/cluster/test_extras.py tests/ops/test_liger.py
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
@@ -68,4 +75,11 @@ $(COMPETITORS)/.installed: benchmarks/data/requirements.txt constraints.txt
 	test -x $(COMPETITORS)/bin/python || $(PYTHON) -m venv $(COMPETITORS)
 	$(COMPETITORS)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
 	$(COMPETITORS)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r benchmarks/data/requirements.txt
+	touch $@
+
+# Our own environment and three packages on top, which it need not know of.
+$(EXTRAS)/.installed: $(VENV)/.installed-dev constraints.txt
+	test -x $(EXTRAS)/bin/python || $(BIN)/python -m venv $(EXTRAS)
+	$(BIN)/python -c '$(PLACE)' > $$($(EXTRAS)/bin/python -c '$(PLACE)')/base.pth
+	$(EXTRAS)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -c constraints.txt torchao liger-kernel triton
 	touch $@

@@ -51,7 +51,7 @@ from mllm.tune import apply_tuning
 from mllm.vlm import VLM, VisionLanguageModel
 from ops.attention import BACKENDS, WITH_BLOCKS, Backend, available, varlen_attention
 from ops.context import Context
-from ops.losses import linear_cross_entropy
+from ops.losses import Fused, fused_by, liger_is_there, linear_cross_entropy
 from ops.ring import ring_attention
 from pipelines.corpora import TextOnly
 from pipelines.place import Place
@@ -72,8 +72,8 @@ ABOUT = {
 bfloat16 numbers computed in float64 by the definition, in float64 of rounding alone.""",
     "attention": """Forward and backward over a pack of documents of mixed lengths, causal, grouped queries. FLOPs are those
 of pairs that see each other: 4 for each pair, head and number of a head forward, 2.5 times as many backward.""",
-    "loss": """Forward and backward of the fused loss beside `F.cross_entropy` of full logits in float32, as transformers has
-it, every position learned. Memory is that above what lies there before.""",
+    "loss": """Forward and backward of the fused loss, by torch and by Liger's kernel, beside `F.cross_entropy` of full logits in
+float32, as transformers has it, every position learned. Memory is that above what lies there before.""",
     "engine": """A step of `FSDPEngine` over one full pack on one device: half visual tokens, documents of mixed lengths,
 random weights. Nothing is computed again where that fits, else each layer. The bare loop is what a person writes without an
 engine: the same model class, attention, objective and recomputation, weights and gradients in bfloat16, float32 master weights
@@ -206,8 +206,9 @@ def _checks(sizes: Sizes) -> Iterator[Case]:
             if backend == "sdpa":
                 run = partial(attention_error, backend, DOUBLE, each, heads, kv_heads, blocks)
                 yield case(f"{backend}: {name}, float64", 1e-10, run)
-    yield case("fused loss beside full logits, float64", 1e-10, partial(loss_error, DOUBLE))
-    yield case("fused loss beside full logits, bfloat16", 2e-2, partial(loss_error, HALF))
+    yield case("fused loss beside full logits, float64", 1e-10, partial(loss_error, "torch", DOUBLE))
+    yield case("fused loss beside full logits, bfloat16", 2e-2, partial(loss_error, "torch", HALF))
+    yield case("liger: loss beside full logits, bfloat16", 2e-2, partial(loss_error, "liger", HALF))
     yield case("ring attention of one rank, bfloat16", 2e-2, partial(ring_error, HALF, mixed))
     yield case("ring attention of one rank, float64", 1e-10, partial(ring_error, DOUBLE, mixed))
     rows = (
@@ -240,6 +241,8 @@ def _losses(sizes: Sizes) -> Iterator[Case]:
             Row(f"{name}: memory, fused / full", "ratio", []),
         )
         yield Case("loss", rows, partial(loss_times, tokens, width, words, sizes.repetitions))
+        rows = (Row(f"liger, {name}: time", "ms", []), Row(f"liger, {name}: memory", "GiB", []))
+        yield Case("loss", rows, partial(liger_times, tokens, width, words, sizes.repetitions))
 
 
 STEP = (
@@ -383,7 +386,9 @@ def attention_error(
     return worst(gradients(attend(backend), inputs, slope), wanted)
 
 
-def loss_error(dtype: torch.dtype) -> Found:
+def loss_error(by: Fused, dtype: torch.dtype) -> Found:
+    if by == "liger" and (reason := without_liger(dtype)):
+        return [], reason
     tokens, width, words = 300, 64, 1000
     inputs = [drawn(tokens, width, dtype=dtype, seed=0), drawn(words, width, dtype=dtype, seed=1) / 8]
     labels = torch.randint(words, (tokens,), generator=torch.Generator().manual_seed(2)).to(DEVICE)
@@ -393,7 +398,12 @@ def loss_error(dtype: torch.dtype) -> Found:
         return F.cross_entropy(hidden @ weight.T, labels, reduction="sum")
 
     wanted = gradients(full, [x.double() for x in inputs])
-    return worst(gradients(lambda h, w: linear_cross_entropy(h, w, labels, chunk=64).sum, inputs), wanted)
+    return worst(gradients(lambda h, w: linear_cross_entropy(h, w, labels, chunk=64, by=by).sum, inputs), wanted)
+
+
+def without_liger(dtype: torch.dtype) -> str:
+    """Why Liger's kernel cannot take a loss here; nothing where it can."""
+    return fused_by(DEVICE.type, dtype, liger_is_there())[1]
 
 
 def ring_error(dtype: torch.dtype, each: Sequence[int]) -> Found:
@@ -447,14 +457,28 @@ def attention_times(sizes: Sizes, backend: Backend, tokens: int) -> list[Found]:
     return [([1e3 * t for t in times], note), ([flops / t / 1e12 for t in times], "")]
 
 
-def loss_times(tokens: int, width: int, words: int, repetitions: int) -> list[Found]:
+def loss_inputs(tokens: int, width: int, words: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Hidden states (T, D) and head (C, D) with gradient, and labels (T,)."""
     hidden = drawn(tokens, width, dtype=COMPUTED, seed=0).requires_grad_()
     weight = (drawn(words, width, dtype=COMPUTED, seed=1) / width**0.5).requires_grad_()
-    labels = torch.randint(words, (tokens,), generator=torch.Generator().manual_seed(2)).to(DEVICE)
+    return hidden, weight, torch.randint(words, (tokens,), generator=torch.Generator().manual_seed(2)).to(DEVICE)
 
-    def fused() -> None:
-        linear_cross_entropy(hidden, weight, labels).sum.backward()
-        hidden.grad = weight.grad = None
+
+def fused_loss(hidden: Tensor, weight: Tensor, labels: Tensor, by: Fused) -> None:
+    linear_cross_entropy(hidden, weight, labels, by=by).sum.backward()
+    hidden.grad = weight.grad = None
+
+
+def liger_times(tokens: int, width: int, words: int, repetitions: int) -> list[Found]:
+    if reason := without_liger(COMPUTED):
+        return [([], reason)] * 2
+    act = partial(fused_loss, *loss_inputs(tokens, width, words), "liger")
+    return [([1e3 * t for t in seconds(act, repetitions)], ""), ([above(act) / GIB], "")]
+
+
+def loss_times(tokens: int, width: int, words: int, repetitions: int) -> list[Found]:
+    hidden, weight, labels = loss_inputs(tokens, width, words)
+    fused = partial(fused_loss, hidden, weight, labels, "torch")
 
     def full() -> None:
         F.cross_entropy((hidden @ weight.T).float(), labels, reduction="sum").backward()
@@ -694,7 +718,7 @@ def header() -> list[str]:
     device = torch.cuda.get_device_name() if CUDA else "no GPU"
     memory_ = f", {torch.cuda.mem_get_info()[1] / GIB:.0f} GiB" if CUDA else ""
     versions = [f"python {platform.python_version()}"]
-    for package in ("torch", "transformers", "triton", "flash-attn", "flash-attn-3", "flash-attn-4"):
+    for package in ("torch", "transformers", "triton", "liger-kernel", "flash-attn", "flash-attn-3", "flash-attn-4"):
         try:
             versions.append(f"{package} {version(package)}")
         except PackageNotFoundError:

@@ -87,8 +87,8 @@ class Trained(nn.Module):
 
 def local(tensor: Tensor) -> Tensor:
     """This rank's shard, as plain numbers without gradient."""
-    tensor = tensor.detach()
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    with torch.no_grad():  # which makes a shard of a DTensor cheap
+        return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()
 
 
 def build_engine(model: VisionLanguageModel, stage: Stage, sources: int, device: torch.device) -> Engine:

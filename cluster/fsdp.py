@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -18,13 +19,12 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
-from torch.distributed.tensor import DTensor
 
 from cluster.engines import Guard, StepReport, Trained, finite, local
-from cluster.optimizers import build_optimizers
+from cluster.optimizers import build_optimizers, set_rate
 from cluster.recompute import named, recompute
 from mllm.objectives import LossOutput
-from mllm.recipe import DDP, FSDP, Parallel, Stage
+from mllm.recipe import DDP, FSDP, Dtype, Parallel, Stage
 from mllm.tune import apply_tuning, describe
 from mllm.vlm import VisionLanguageModel
 from ops.context import Context
@@ -34,7 +34,8 @@ from pipelines.types import Batch, Pack
 class FSDPEngine:
     """Data parallelism by torch's FSDP2: one copy over all ranks, one in each group of ranks, or one on each (DDP).
 
-    On CPU with gloo, on GPU with NCCL, the same code.
+    On CPU with gloo, on GPU with NCCL, the same code. One rank that computes in float32 and offloads nothing has nobody to
+    share with and nothing to cast: it trains the plain module, in the same steps and with the same checkpoints.
 
     Gradients of a step's packs are summed, divided once by the step's global weight, clipped, applied: the result depends on
     the packs alone, not on how many ranks or accumulation steps they were spread over.
@@ -54,15 +55,17 @@ class FSDPEngine:
         matrices = {name for name, p in named(model).items() if p.ndim == 2 and _inside(p, model.units())}
         self.whole = model.state_dict() if self.world > 1 and dist.get_rank() == 0 else {}
         self.context = context_group(parallel, self.world)
-        self._shard(model, parallel)
+        shape = mesh_shape(parallel, self.world)
+        self.copies = self.world // shape[-1]
+        self._offloads = isinstance(parallel, FSDP) and parallel.offload and self.device.type != "cpu"
         self.module = Trained(model, stage.objective)
-        self.sharded: FSDPModule = fully_shard(
-            self.module,
-            mesh=self.mesh,
-            mp_policy=self.precision,
-            offload_policy=self.place,
-            reshard_after_forward=False,
-        )
+        _prepare(model, parallel)
+        alone = self.world == 1 and parallel.dtype == "float32" and not self._offloads
+        self.sharded = None if alone else self._shard(model, shape, parallel.dtype)
+        if self.sharded and isinstance(parallel, FSDP) and parallel.prefetch > 1:
+            _prefetch(model.units(), parallel.prefetch)
+        if alone and device.type != "cpu":
+            self.module.to(device)
         parameters = named(model)
         self.optimizers = build_optimizers(groups, parameters, matrices, stage.optimizer)
         self.averaged = [name for group in groups for name in group.names] if stage.ema else []
@@ -76,49 +79,46 @@ class FSDPEngine:
         for buffer in self.module.buffers():
             dist.broadcast(buffer, 0)
 
-    def _shard(self, model: VisionLanguageModel, parallel: FSDP | DDP) -> None:
-        shape = mesh_shape(parallel, self.world)
-        self.mesh = init_device_mesh(self.device.type, shape, mesh_dim_names=("copy", "shard")[-len(shape) :])
-        dtype = torch.bfloat16 if parallel.dtype == "bfloat16" else torch.float32
-        self.precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
-        self._offloads = isinstance(parallel, FSDP) and parallel.offload and self.device.type != "cpu"
-        self.place = CPUOffloadPolicy() if self._offloads else OffloadPolicy()
-        if isinstance(parallel, FSDP) and parallel.float8:
-            _to_float8(model)
-        if parallel.recompute != "none":
-            for unit in model.units():
-                recompute(model, unit, parallel.recompute)
+    def _shard(self, model: VisionLanguageModel, shape: tuple[int, ...], dtype: Dtype) -> FSDPModule:
+        computed = torch.bfloat16 if dtype == "bfloat16" else torch.float32
+        how: dict[str, Any] = {
+            "mesh": init_device_mesh(self.device.type, shape, mesh_dim_names=("copy", "shard")[-len(shape) :]),
+            "mp_policy": MixedPrecisionPolicy(computed, reduce_dtype=torch.float32, cast_forward_inputs=False),
+            "offload_policy": CPUOffloadPolicy() if self._offloads else OffloadPolicy(),
+        }
         for unit in model.units():
-            if parallel.compile:
-                unit.compile()
-            fully_shard(unit, mesh=self.mesh, mp_policy=self.precision, offload_policy=self.place)
+            fully_shard(unit, **how)
+        return fully_shard(self.module, **how, reshard_after_forward=False)
 
     def train_step(self, packs: Sequence[Pack], lr_factor: float, guard: Guard = finite) -> StepReport:
         """One optimiser step over `packs`, of which every rank brings equally many; empty ones count for nothing."""
         started = time.perf_counter()
         self._begin_averages()
-        sums = torch.zeros(self.sources, 3, dtype=torch.float64, device=self.device)
-        totals = torch.zeros(2, dtype=torch.float64, device=self.device)
+        sums = torch.zeros(3 + 3 * self.sources, dtype=torch.float64, device=self.device)
+        totals, square, by_source = sums[:2], sums[2], sums[3:].view(-1, 3)
         for batch, last in self._batches(packs):
-            self.sharded.set_requires_all_reduce(last)
+            if self.sharded:
+                self.sharded.set_requires_all_reduce(last)
             output: LossOutput = self.module(batch)
             output.sum.backward()
             totals += torch.stack([output.sum.detach(), output.weight]).double()
-            sums.index_add_(0, batch.sources, output.documents.double())
-        dist.all_reduce(totals)
-        dist.all_reduce(sums)
-        loss_sum, weight = totals.tolist()
-        scale = self.world / max(weight, 1.0)  # FSDP has averaged over ranks; the loss is a sum over them
+            by_source.index_add_(0, batch.sources, output.documents.double())
         steps = [group for optimizer in self.optimizers for group in optimizer.param_groups]
-        trained = [p for group in steps for p in group["params"] if p.grad is not None]
-        for parameter in trained:
-            parameter.grad.mul_(scale)
-        norm = nn.utils.clip_grad_norm_(trained, self.stage.optimizer.clip)
-        grad_norm = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+        gradients = [local(p.grad) for group in steps for p in group["params"] if p.grad is not None]
+        square += nn.utils.get_total_norm(gradients).to(sums).square() / self.copies  # shards' add up to the whole's
+        if self.world > 1:
+            dist.all_reduce(sums)
+        sums = sums.cpu()
+        loss_sum, weight, squared = sums[:3].tolist()
+        scale = self.world / max(weight, 1.0)  # FSDP has averaged over ranks; the loss is a sum over them
+        grad_norm = scale * math.sqrt(squared)
         loss = loss_sum / max(weight, 1.0)
         taken = guard(loss, grad_norm)
         for group in steps:
-            group["lr"] = group["peak"] * lr_factor
+            set_rate(group, group["peak"] * lr_factor)
+        if taken:
+            clip = min(1.0, self.stage.optimizer.clip / (grad_norm + 1e-6))
+            torch._foreach_mul_(gradients, scale * clip)  # pyright: ignore[reportPrivateImportUsage] -- as optimisers do
         for optimizer in self.optimizers:
             if taken:
                 optimizer.step()
@@ -131,7 +131,7 @@ class FSDPEngine:
             loss=loss,
             grad_norm=grad_norm,
             learned=int(weight),
-            sources=sums.cpu(),
+            sources=sums[3:].view(-1, 3),
             seconds=time.perf_counter() - started,
             taken=taken,
         )
@@ -139,17 +139,22 @@ class FSDPEngine:
     def _begin_averages(self) -> None:
         """Averages begin at the weights that are there before the first step, wherever they have come from."""
         if self.averaged and not self.averages:
-            self.sharded.reshard()
+            self._reshard()
             now = named(self.module.model)
             self.averages = {name: now[name].detach().clone() for name in self.averaged}
 
     @torch.no_grad()
     def finish(self) -> None:
         """Put the averages, if any are kept, in the weights' place."""
-        self.sharded.reshard()  # a forward pass without backward leaves some weights whole
+        self._reshard()
         now = named(self.module.model)
         for name, average in self.averages.items():
             local(now[name]).copy_(local(average))
+
+    def _reshard(self) -> None:
+        """Let weights be shards again: a forward pass without backward leaves some whole."""
+        if self.sharded:
+            self.sharded.reshard()
 
     def _batches(self, packs: Sequence[Pack]) -> Iterator[tuple[Batch, bool]]:
         """Batches to train on, and whether each is the last. Ranks that share packs take each other's in turn."""
@@ -235,6 +240,25 @@ def mesh_shape(parallel: FSDP | DDP, world: int) -> tuple[int, ...]:
 
 def _inside(parameter: nn.Parameter, units: Sequence[nn.Module]) -> bool:
     return any(parameter is other for unit in units for other in unit.parameters())
+
+
+def _prepare(model: VisionLanguageModel, parallel: FSDP | DDP) -> None:
+    """Layers as the stage wants them, on however many ranks: in eight bits, computed again, compiled."""
+    if isinstance(parallel, FSDP) and parallel.float8:
+        _to_float8(model)
+    for unit in model.units() if parallel.recompute != "none" else ():
+        recompute(model, unit, parallel.recompute)
+    for unit in model.units() if parallel.compile else ():
+        unit.compile()
+
+
+def _prefetch(units: Sequence[Any], ahead: int) -> None:
+    """Let each sharded unit, when it has been gathered, have those gathered that compute next; torch looks one ahead."""
+    begin = next((n for n, unit in enumerate(units) if any(p.requires_grad for p in unit.parameters())), len(units))
+    for number, unit in enumerate(units):
+        unit.set_modules_to_forward_prefetch(list(units[number + 1 : number + 1 + ahead]))
+        # Backward stops at the first unit that is trained: what was gathered below it would lie there unused.
+        unit.set_modules_to_backward_prefetch(list(units[max(begin, number - ahead) : max(begin, number)][::-1]))
 
 
 def _to_float8(model: VisionLanguageModel) -> None:

@@ -64,7 +64,7 @@ gathered ahead of them and still sent behind them; between them memory goes stra
 """
 
 RANKS = 8
-"""Ranks of the simulated world, from which all others follow but one rank alone, which gathers nothing."""
+"""Ranks of the simulated world where a copy is shared, from which other worlds follow but one rank, which gathers nothing."""
 
 CPU = torch.device("cpu")
 
@@ -136,7 +136,7 @@ def _memory(words: str, features: bool, worlds: tuple[int, ...]) -> dict[int, in
     for world in worlds:
         ranks = _ranks(stage.parallel, world)
         if ranks is not None:
-            found[world] = round(_peak(words, features, ranks))
+            found[world] = round(_peak(words, features, ranks, world == 1))
     return found
 
 
@@ -152,17 +152,28 @@ def _ranks(parallel: FSDP | DDP | ZeRO, world: int) -> int | None:
             return world
 
 
-def _peak(words: str, features: bool, ranks: int) -> float:
+def _simulated(parallel: FSDP | DDP | ZeRO, ranks: int, alone: bool) -> tuple[FSDP | DDP, int]:
+    """What the engine is asked for in place of `parallel`, and on how many ranks.
+
+    Where a rank has the whole copy it need not be alone, nor, if weights come from the host, train the plain module.
+    """
+    if ranks > 1:
+        ahead = parallel.prefetch if isinstance(parallel, FSDP) else 1
+        return FSDP(dtype=parallel.dtype, recompute=parallel.recompute, prefetch=ahead), RANKS
+    plain = alone and not isinstance(parallel, ZeRO) and not (isinstance(parallel, FSDP) and parallel.offload)
+    return DDP(dtype=parallel.dtype, recompute=parallel.recompute), 1 if plain else 2
+
+
+def _peak(words: str, features: bool, ranks: int, alone: bool) -> float:
     recipe = load(words)
     stage = recipe.stages[0]
-    parallel = stage.parallel
-    simulated = FSDP(dtype=parallel.dtype, recompute=parallel.recompute)
+    simulated, world = _simulated(stage.parallel, ranks, alone)
     built = dump(replace(recipe, stages=(replace(stage, parallel=simulated),)))
     full = _depths(recipe.model)
     small = _small(recipe.model, stage)
 
     def peaks(depths: _Depths) -> dict[str, float]:
-        course = _course(built, features, depths, 1 if ranks == 1 else RANKS)
+        course = _course(built, features, depths, world)
         return {label: float((whole + shared / ranks).max()) for label, (whole, shared) in course.items()}
 
     base = peaks(small)
@@ -256,7 +267,7 @@ def _course(words: str, features: bool, depths: _Depths, world: int) -> _Course:
     """Simulate the second step of a run on rank 0 of `world`."""
     recipe = load(words)
     stage = recipe.stages[0]
-    assert isinstance(stage.parallel, FSDP)
+    assert not isinstance(stage.parallel, ZeRO)
     held = Held()
     pack = fullest(recipe, stage, features)
     with _nobody(world), FakeTensorMode(allow_non_fake_inputs=True), held:
@@ -272,7 +283,7 @@ def _course(words: str, features: bool, depths: _Depths, world: int) -> _Course:
         _mark(engine, optimizer, held)
         held.moment("begin")
         engine.train_step([pack, pack], 1.0)  # the second meets the gradients of the first
-        return held.course(world)
+        return held.course(world // engine.copies)
 
 
 def fullest(recipe: Recipe, stage: Stage, features: bool = False) -> Pack:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from mllm.recipe import AdamW, Muon, Optimizer
 from mllm.tune import Group
@@ -47,3 +47,11 @@ def build_optimizers(
             if others:
                 found.append(torch.optim.AdamW(others, betas=how.betas, eps=how.eps, fused=True))
             return found
+
+
+def set_rate(group: dict[str, Any], rate: float) -> None:
+    """Let an optimiser's group step by `rate`. torchao keeps rates in tensors, and refuses a number in their place."""
+    if isinstance(group["lr"], Tensor):
+        group["lr"].fill_(rate)
+    else:
+        group["lr"] = rate

@@ -214,6 +214,7 @@ class FSDP:
     optimiser states in the host's memory. `compile` compiles each unit by itself (regional compilation). `float8` multiplies
     the language model's matrices in eight bits, each scaled by its greatest number (arXiv:2209.05433). `context` is how
     many neighbouring ranks share each pack's positions between them, for packs whose activations one rank cannot hold.
+    `prefetch` is how many units are gathered ahead of the one that computes: more hide slower networks and take more memory.
     """
 
     kind: Literal["fsdp"] = "fsdp"
@@ -225,6 +226,7 @@ class FSDP:
     float8: bool = False
     context: Positive = 1
     context_by: ContextBy = "ring"
+    prefetch: Positive = 1
 
 
 @spec

@@ -56,14 +56,14 @@ def _measured(recipe: Recipe, stage: Stage, packs: int) -> int:
 
 
 def deep() -> Recipe:
-    """The smoke model with more layers and longer packs, so that activations outweigh all else."""
+    """The smoke model with more layers, so that activations outweigh all else."""
     recipe = by_name("vila_smoke")
     encoder = replace(recipe.model.encoder, arch=replace(recipe.model.encoder.arch, layers=9))
     lm = replace(recipe.model.lm, arch=replace(recipe.model.lm.arch, layers=8))
     return replace(
         recipe,
         model=replace(recipe.model, encoder=encoder, lm=lm),
-        stages=tuple(replace(stage, context=1024, tokens_per_step=2048, parallel=KEPT) for stage in recipe.stages),
+        stages=tuple(replace(stage, context=512, tokens_per_step=1024, parallel=KEPT) for stage in recipe.stages),
     )
 
 
@@ -76,8 +76,8 @@ CASES = {
 @pytest.mark.parametrize("world", [1, 2])
 def test_what_is_foretold_is_what_a_run_takes(world: int) -> None:
     recipe = by_name("vila_smoke")
-    # so that activations outweigh what ranks have under way to each other
-    long = {"context": 1024, "tokens_per_step": 2048}
+    context = 512 * world  # so that activations outweigh what ranks have under way to each other
+    long = {"context": context, "tokens_per_step": 2 * context}
     stages = [replace(recipe.stage(name), parallel=parallel, **long) for name, parallel in CASES[world]]
     foretold = [memory(recipe, stage, (world,))[world] for stage in stages]
     assert foretold == [
@@ -105,6 +105,9 @@ def test_a_plan_s_worlds_hold_together() -> None:
     groups = of(replace(AGAIN, shard=4))
     assert set(groups) == {4, 8, 16}  # one rank is no group of four
     assert groups[16] > full[16]
+    ahead = of(replace(AGAIN, prefetch=3))
+    assert ahead[1] == full[1]  # which gathers nothing
+    assert all(ahead[world] > full[world] for world in (4, 8, 16))
     zero = {stage: of(ZeRO(stage=stage, dtype="float32")) for stage in (1, 2, 3)}
     assert all(zero[1][world] > zero[2][world] > zero[3][world] for world in (4, 8, 16))
     away = of(replace(AGAIN, offload=True))

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ops.losses import IGNORED, linear_cross_entropy
+from ops.losses import IGNORED, Fused, fused_by, linear_cross_entropy
 
 
 def full(hidden: Tensor, weight: Tensor, labels: Tensor, counts: Tensor, z: float) -> tuple[Tensor, Tensor]:
@@ -78,3 +78,22 @@ def test_without_gradients_none_are_made() -> None:
     hidden, weight = torch.randn(3, 4, requires_grad=True), torch.randn(5, 4, requires_grad=True)
     with torch.no_grad():
         assert not linear_cross_entropy(hidden, weight, torch.tensor([0, 1, 4])).sum.requires_grad
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "installed", "by", "why"),
+    [
+        ("cuda", torch.bfloat16, True, "liger", ""),
+        ("cuda", torch.float32, True, "liger", ""),
+        ("cuda", torch.float64, True, "torch", "the hidden states are float64"),
+        ("cuda", torch.bfloat16, False, "torch", "pip install 'mllm[liger]'"),
+        ("cpu", torch.bfloat16, True, "torch", "needs CUDA, and the tensors are on cpu"),
+    ],
+)
+def test_liger_takes_the_loss_where_it_is_installed_and_on_gpus_alone(
+    device: str, dtype: torch.dtype, installed: bool, by: Fused, why: str
+) -> None:
+    taken, reason = fused_by(device, dtype, installed)
+    assert taken == by
+    assert why in reason
+    assert (reason == "") == (by == "liger")
