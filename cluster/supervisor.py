@@ -48,7 +48,7 @@ def supervise(words: Sequence[str]) -> int:
 
     def forward(number: int, _: object) -> None:
         asked.append(number)
-        if driver is not None and number == signal.SIGTERM:  # a terminal's Ctrl-C has reached the driver as well
+        if driver is not None:
             driver.send_signal(number)
 
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -56,8 +56,10 @@ def supervise(words: Sequence[str]) -> int:
     hasty = waits = 0
     for start in range(sys.maxsize):
         began = time.monotonic()
-        driver = subprocess.Popen([sys.executable, "-m", "cluster.cli", *words], env={**os.environ, DRIVER: str(start)})
-        code = _wait(driver)
+        command = [sys.executable, "-m", "cluster.cli", *words]
+        # A group of its own: a terminal's Ctrl-C reaches the driver once, from here, and not twice.
+        driver = subprocess.Popen(command, env={**os.environ, DRIVER: str(start)}, process_group=0)
+        code = driver.wait()
         lived = time.monotonic() - began
         if code == NOWHERE and start == 0:
             return 2
@@ -80,14 +82,6 @@ def supervise(words: Sequence[str]) -> int:
         if asked:
             return 128 + asked[0]
     raise AssertionError("a driver ends by itself before that")
-
-
-def _wait(process: subprocess.Popen[bytes]) -> int:
-    while True:
-        try:
-            return process.wait()
-        except KeyboardInterrupt:
-            continue  # the driver has got it as well, and decides
 
 
 def _sleep(seconds: float, asked: Sequence[int]) -> None:

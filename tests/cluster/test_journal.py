@@ -2,7 +2,20 @@
 
 from pathlib import Path
 
-from cluster.journal import Event, Journal, RunFailed, RunFinished, RunStarted, RunState, StageFinished, StageStarted
+import pytest
+
+from cluster import journal as journal_room
+from cluster.journal import (
+    Event,
+    Journal,
+    OldRun,
+    RunFailed,
+    RunFinished,
+    RunStarted,
+    RunState,
+    StageFinished,
+    StageStarted,
+)
 
 STARTED = RunStarted(time=1.0, recipe="r", workers=(2, 2), versions={"torch": "2"})
 ALIGN = StageStarted(time=2.0, stage="align", fingerprint="a1", steps=4, parts=())
@@ -29,7 +42,29 @@ def test_events_are_read_back_in_the_order_written(tmp_path: Path) -> None:
     for event in events:
         journal.append(event)
     assert Journal(tmp_path).events() == events
-    assert [file.name for file in sorted((tmp_path / "journal").iterdir())][:2] == [
-        "000000-run_started.json",
-        "000001-stage_started.json",
-    ]
+    assert Journal(tmp_path).state() == RunState.replay(events)
+
+
+def test_a_long_journal_is_read_in_chapters_and_says_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(journal_room, "CHAPTER", 4)
+    events: list[Event] = [STARTED, ALIGN, ALIGNED] * 3 + [FAILED]
+    for event in events:
+        Journal(tmp_path).append(event)
+    assert Journal(tmp_path).events() == events
+    for number in range(8):
+        (tmp_path / "journal" / f"{number:06d}.json").unlink()
+    assert Journal(tmp_path).events() == events, "the chapter has what is in it"
+
+
+def test_a_stage_that_was_changed_is_not_finished_any_more() -> None:
+    changed = StageStarted(time=5.0, stage="align", fingerprint="a2", steps=4, parts=())
+    state = RunState.replay([STARTED, ALIGN, ALIGNED, STARTED, changed])
+    assert state.finished_stages == ()
+    assert state.stage == "align"
+
+
+def test_a_journal_of_an_older_format_is_refused_with_words(tmp_path: Path) -> None:
+    (tmp_path / "journal").mkdir()
+    (tmp_path / "journal" / "000000-run_started.json").write_text("{}")
+    with pytest.raises(OldRun, match=r"written by an older version.*--run"):
+        Journal(tmp_path).state()
