@@ -291,7 +291,10 @@ def read_state(folder: Place) -> TrainState:
 
 def _checked(folder: Place, name: str) -> bytes:
     """A small file, whose digest the manifest has."""
-    expected = read_manifest(folder).files[name]
+    try:
+        expected = read_manifest(folder).files[name]
+    except ValidationError:
+        raise CorruptCheckpoint(folder.uri, MANIFEST, None, "cannot be read") from None
     try:
         data = (folder / name).read_bytes()
     except FileNotFoundError:

@@ -304,6 +304,9 @@ def test_no_pickle_is_ever_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     (folder.path / "index.json").write_bytes(pickle.dumps(Evil()))
     with pytest.raises(CorruptCheckpoint, match=r"index\.json has other bytes than were written"):
         checkpoint.load(folder, loaded)
+    (folder.path / "manifest.json").write_bytes(pickle.dumps(Evil()))
+    with pytest.raises(CorruptCheckpoint, match=r"manifest\.json cannot be read"):
+        checkpoint.load(folder, loaded)
     assert not (tmp_path / "evil-was-here").exists()
 
 
