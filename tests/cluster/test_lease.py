@@ -112,7 +112,10 @@ def test_clocks_that_jump_change_nothing(
 
 def test_the_lease_of_a_process_that_is_gone_is_not_waited_for(tmp_path: Path) -> None:
     run = Place(tmp_path / "run")
-    take = f"from cluster.lease import Lease; from pipelines.place import Place; Lease(Place({str(run)!r}), 60); import os; os._exit(9)"
+    take = (
+        "import os; from cluster.lease import Lease; from pipelines.place import Place; "
+        f"Lease(Place({str(run)!r}), 60); os._exit(9)"
+    )
     subprocess.run([sys.executable, "-c", take], check=False)
     assert any(isinstance(event, LeaseTaken) for event in Journal(run).events())
     began = time.monotonic()
