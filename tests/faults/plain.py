@@ -14,15 +14,17 @@ from typing import Any
 
 
 def train(config: dict[str, Any]) -> None:
-    """Steps of the recipe's model on made-up batches, one line each: when, on which rank, which step."""
+    """Steps of the recipe's language model on made-up batches, one line each: when, which step."""
     import ray.train
     import torch
     from ray.train import Checkpoint
     from ray.train.torch import prepare_model
+    from transformers import AutoModelForCausalLM
 
     from mllm.recipes import by_name
 
-    model = by_name(config["recipe"]).model.build()
+    config_of_model = by_name(config["recipe"]).model.meta().lm.model.config
+    model = AutoModelForCausalLM.from_config(config_of_model, attn_implementation="sdpa")
     resumed = ray.train.get_checkpoint()
     first = 0
     if resumed:
@@ -30,12 +32,12 @@ def train(config: dict[str, Any]) -> None:
             saved = torch.load(Path(folder) / "state.pt", weights_only=True)
         model.load_state_dict(saved["model"])
         first = saved["step"]
-    layers = prepare_model(model.lm.model)
-    optimizer = torch.optim.AdamW(layers.parameters())
+    copies = prepare_model(model)
+    optimizer = torch.optim.AdamW(copies.parameters())
     rank = ray.train.get_context().get_world_rank()
     for step in range(first, 10_000):
         ids = torch.randint(0, 100, (4, 256))
-        layers(input_ids=ids, use_cache=False).last_hidden_state.float().square().mean().backward()
+        copies(input_ids=ids, labels=ids, use_cache=False).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
         if rank == 0:

@@ -117,7 +117,7 @@ def plain_restart(rig: Rig, rng: random.Random) -> float:
         rig.wait_for(lambda: done()[-1][1] > known + 1)
         return next(moment for moment, step in done() if step > known and moment > began + 1) - began
     finally:
-        os.killpg(rig.run.pid, signal.SIGKILL)
+        rig.run.kill()
         rig.run.wait()
 
 
