@@ -1,0 +1,154 @@
+"""The core of `make faults`: a stage on a cluster of two nodes and S3, through a hang, a killed driver, an outage and a bad batch.
+
+What must come out is the curve of a plain loop over the same order in one process, without Ray, without a fault.
+"""
+
+from __future__ import annotations
+
+import io
+import random
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from rich.console import Console
+
+from benchmarks.common import on_ranks
+from cluster.controller import RunError
+from cluster.engines import build_engine
+from cluster.journal import Decision, Fault, GroupStarted, Journal
+from cluster.policy import Watch
+from cluster.run import train
+from cluster.schedule import learning_rate_factor
+from cluster.site import Site
+from mllm.care import Guard
+from mllm.objectives import LossOutput, NextToken
+from mllm.recipe import Recipe, Steps, dump
+from mllm.vlm import VisionLanguageModel
+from pipelines import storage
+from pipelines.storage import Storage
+from pipelines.types import Batch, spec
+from pipelines.windows import PackWindows, Stream
+from tests.faults.catalogue import kill_driver, refuse, stop_worker
+from tests.faults.rig import Rig
+from tests.faults.suite import Fault as Injected
+from tests.faults.suite import go_through
+from tests.s3 import BUCKET, Proxy, Server
+
+STEPS = 40
+
+
+def undisturbed(recipe: Recipe, stream: Stream, steps: int) -> list[tuple[list[int], float]]:
+    """Digests and loss of each step of the recipe's only stage, trained in this process alone."""
+    stage = recipe.stages[0]
+    torch.manual_seed(recipe.seed)
+    engine = build_engine(recipe.model.build(), stage, len(stage.mixture), torch.device("cpu"))
+    assert dist.get_world_size() == 1
+    packs = (pack for k in range(10_000) for pack in PackWindows(stream).packs(k))
+    curve = []
+    for step in range(steps):
+        mine = [next(packs) for _ in range(stage.packs_per_step)]
+        report = engine.train_step(mine, learning_rate_factor(stage.schedule, (step + 0.5) / steps))
+        curve.append(([pack.digest for pack in mine], report.loss))
+    return curve
+
+
+@pytest.fixture
+def alone(recipe: Recipe) -> Recipe:
+    """The pretrain stage by itself, long enough for all that happens to it."""
+    stage = replace(recipe.stage("pretrain"), duration=Steps(count=STEPS), save_every=4)
+    return replace(recipe, name="alone", stages=(stage,), held_out=())
+
+
+@pytest.fixture
+def proxy(s3: Server) -> Iterator[Proxy]:
+    proxy = Proxy(s3.port)
+    storage.use(proxy.storage(patience=60))
+    yield proxy
+    proxy.close()
+    storage.use(Storage())
+
+
+@pytest.mark.timeout(600)
+def test_faults_leave_no_mark(alone: Recipe, site: Site, proxy: Proxy, tmp_path: Path) -> None:
+    (tmp_path / "alone.json").write_text(dump(alone))
+    curve = on_ranks(1, undisturbed, alone, site.stream(alone, alone.stages[0]), STEPS)[0]
+    there = replace(
+        site, runs=f"s3://{BUCKET}/faults", storage=proxy.storage(patience=60), watch=Watch(least=6.0), preprocessors=1
+    )
+    with Rig(tmp_path / "rig", there, str(tmp_path / "alone.json"), [], proxy) as rig:
+        for _ in range(2):
+            rig.add_node()
+        rig.words = ("--workers", "2", "--run", "alone")
+        rig.train(*rig.words)
+        faults = [
+            Injected("hang", stop_worker),
+            Injected("driver", kill_driver),
+            Injected("S3", refuse, restarts=False),
+        ]
+        overcome = go_through(rig, "pretrain", faults, random.Random(0))
+        rig.wait_for_end()
+        assert [one.redone < 8 for one in overcome] == [True] * 3
+        steps = rig.steps("pretrain")
+        assert [[pack.digest for pack in step.packs] for step in steps] == [digests for digests, _ in curve]
+        assert [step.loss for step in steps] == [pytest.approx(loss, rel=1e-4) for _, loss in curve]
+        events = Journal(rig.results.root).events()
+        hang = next(event for event in events if isinstance(event, Fault) and event.what == "hang")
+        assert "the process is stopped" in hang.detail
+        assert [event.world for event in events if isinstance(event, GroupStarted)] == [2, 2, 2]
+        assert "was ended by SIGKILL; another one goes on" in rig.log.read_text()
+
+
+MET: set[int] = set()
+"""Sums of packs that this process has met."""
+
+
+@spec
+class Poisoned(NextToken):
+    """Next tokens; the loss of the pack whose ids sum to `always` is no number, that of `once` only when it is met first."""
+
+    always: int = 0
+    once: int = 0
+
+    def __call__(self, model: VisionLanguageModel, batch: Batch) -> LossOutput:
+        output = NextToken.__call__(self, model, batch)
+        name = int(batch.input_ids.sum())
+        bad = name == self.always or (name == self.once and name not in MET)
+        MET.add(name)
+        return replace(output, sum=output.sum * float("nan")) if bad else output
+
+
+def poisoned(recipe: Recipe, stream: Stream, guard: Guard) -> Recipe:
+    """The recipe, whose third step has a bad pack and whose sixth one that is bad only at first."""
+    per_step = recipe.stages[0].packs_per_step
+    packs = [pack for k in range(4) for pack in PackWindows(stream).packs(k)]
+    always, once = (int(packs[step * per_step].input_ids.sum()) for step in (2, 5))
+    stage = replace(
+        recipe.stages[0], objective=Poisoned(always=always, once=once), guard=guard, duration=Steps(count=8)
+    )
+    return replace(recipe, name=f"poisoned-{guard.bad}", stages=(stage,))
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_bad_batch_is_left_out_and_a_bad_machine_forgiven(alone: Recipe, site: Site) -> None:
+    stream = site.stream(alone, alone.stages[0])
+    recipe = poisoned(alone, stream, Guard())
+    folder = train(recipe, site, None, Console(file=io.StringIO()))
+    steps = folder.steps("pretrain")
+    assert [step.taken for step in steps] == [step != 2 for step in range(8)]
+    events = Journal(folder.root).events()
+    assert [event.what for event in events if isinstance(event, Decision)] == ["replay", "skip", "replay", "take"]
+    first, second = (event for event in events if isinstance(event, Fault))
+    assert (first.what, first.step, second.step) == ("not_finite", 2, 5)
+    assert first.rows
+    assert all(name.split("/")[0] in ("example-pairs", "example-pages") for name in first.rows)
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_where_the_policy_says_so_a_bad_batch_stops_the_run(alone: Recipe, site: Site) -> None:
+    recipe = poisoned(alone, site.stream(alone, alone.stages[0]), Guard(bad="stop"))
+    with pytest.raises(RunError, match=r"stage 'pretrain': step 3 had loss nan"):
+        train(recipe, site, None, Console(file=io.StringIO()))
