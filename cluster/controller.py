@@ -13,7 +13,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from tempfile import gettempdir
@@ -49,6 +49,7 @@ from mllm.recipe import Recipe, dump, fingerprint, load
 from mllm.tune import apply_tuning, describe
 from pipelines import storage
 from pipelines.place import Place
+from pipelines.storage import StorageError
 from pipelines.types import Position
 from pipelines.windows import Pools
 
@@ -61,7 +62,7 @@ class RunError(RuntimeError):
 
 
 class ClusterLost(RuntimeError):
-    """The Ray cluster is gone, or this process's way to it: another process may find one again."""
+    """The Ray cluster or the storage is gone, or this process's way to it: another process may find it again."""
 
 
 class Stopped(RuntimeError):
@@ -154,8 +155,9 @@ class Controller:
         except (Stopped, KeyboardInterrupt) as error:
             self.journal.append(RunStopped(time=time.time(), stage=stage, why=str(error) or "interrupted"))
             raise
-        except ClusterLost as error:
-            self._fault("controller", stage or "", str(error))
+        except StorageError as error:
+            raise ClusterLost(str(error)) from error  # the run's own storage: another process may find it answering
+        except ClusterLost:
             raise
         except BaseException as error:
             words = str(error) if isinstance(error, RunError) else f"{type(error).__name__}: {error}"
@@ -163,7 +165,8 @@ class Controller:
             raise
         finally:
             if not self.lease.lost.is_set():
-                quarantine.write_table(self.folder)
+                with suppress(StorageError):
+                    quarantine.write_table(self.folder)
         return self.journal.state()
 
     def finish(self) -> None:
@@ -432,15 +435,21 @@ def _signals() -> Iterator[list[str]]:
 
 
 def _of_the_cluster(error: BaseException | None) -> bool:
-    """Whether the error tells of Ray's processes and not of what they were asked to do."""
+    """Whether the error tells of Ray's processes, or of storage, and not of what they were asked to do."""
     import ray.exceptions as of_ray
 
     kinds = (of_ray.ActorDiedError, of_ray.RaySystemError, of_ray.NodeDiedError, of_ray.LocalRayletDiedError)
-    more = (of_ray.WorkerCrashedError, of_ray.OwnerDiedError, of_ray.ActorUnavailableError, ConnectionError)
+    more = (
+        of_ray.WorkerCrashedError,
+        of_ray.OwnerDiedError,
+        of_ray.ActorUnavailableError,
+        ConnectionError,
+        StorageError,
+    )
     while error is not None:
-        if isinstance(error, (*kinds, *more)) or type(error).__name__ in ("RpcError", "ControllerError"):
+        if isinstance(error, (*kinds, *more)) or type(error).__name__ == "RpcError":
             return True
-        error = error.__cause__
+        error = getattr(error, "controller_failure", None) or error.__cause__  # Ray's word for what its controller met
     return False
 
 

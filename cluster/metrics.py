@@ -17,7 +17,7 @@ from pathlib import Path
 from tempfile import gettempdir
 from typing import Literal
 
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import TypeAdapter, ValidationError
 
 from cluster.lines import Lines, read_lines
 from mllm.evaluate import Answer, ProbeScore, SourceScore
@@ -78,8 +78,6 @@ class StepRecord:
     flops: float = 0.0
     hardware_flops: float = 0.0
     peak: float = 0.0
-
-    __pydantic_config__ = ConfigDict(ser_json_inf_nan="constants")  # a loss may be no number, and must be read again
 
     @property
     def mfu(self) -> float | None:

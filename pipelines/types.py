@@ -29,9 +29,9 @@ T = TypeVar("T")
 def spec(cls: type[T]) -> type[T]:
     """A frozen value with keyword fields: the one form of every configuration and every record here.
 
-    Read from JSON, it refuses fields that it does not have.
+    Read from JSON, it refuses fields that it does not have; a number that is none is written so, and read again.
     """
-    cls.__pydantic_config__ = {"extra": "forbid"}  # type: ignore[attr-defined]  # pydantic's own word for a dataclass
+    cls.__pydantic_config__ = {"extra": "forbid", "ser_json_inf_nan": "constants"}  # type: ignore[attr-defined]  # pydantic's own word for a dataclass
     made = dataclass(frozen=True, kw_only=True, slots=True)(cls)
     _pickled_fast(made)
     return made

@@ -11,7 +11,7 @@ import sysconfig
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -126,7 +126,7 @@ class Proxy:
 
     def _handle(self, client: socket.socket) -> None:
         """One request a connection, so that a fault meets the request that it is meant for."""
-        with client:
+        with client, suppress(OSError):  # who asked may be gone before he is answered
             request = _message(client)
             if not request:
                 return

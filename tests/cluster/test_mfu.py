@@ -1,5 +1,6 @@
 """What devices could compute, and what of it a step's record tells."""
 
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -57,6 +58,15 @@ def test_records_survive_their_file_and_old_ones_are_read(tmp_path: Path) -> Non
     old = line.split(b',"flops"')[0] + b"}"
     assert old != line
     assert parse_step(old) == step(1, 10)
+
+
+def test_a_step_of_no_number_is_told_as_such(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path)
+    broken = replace(known(1), loss=math.nan, grad_norm=math.inf, taken=False)
+    run.write_step("align", broken)
+    (read,) = run.steps("align")
+    assert math.isnan(read.loss)
+    assert (read.grad_norm, read.taken) == (math.inf, False)
 
 
 def test_views_show_it_where_it_is_known() -> None:

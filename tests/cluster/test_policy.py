@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from cluster.journal import GroupStarted
 from cluster.metrics import Evaluation
-from cluster.policy import Standing, Watch, after_start, allowed, gate_values, judge, overdue, percentile99
+from cluster.policy import Phase, Standing, Watch, after_start, allowed, gate_values, judge, overdue, percentile99
 from mllm.care import Gate, Guard
 from mllm.evaluate import SourceScore
 
@@ -69,12 +69,12 @@ def test_a_step_may_take_three_times_what_this_runs_slowest_take(history: list[f
     assert sum(seconds > percentile99(history) for seconds in history) <= 0.01 * len(history)
 
 
-def standing(rank: int, phase: str, step: int, seconds: float, silent: float = 0.5) -> Standing:
-    return Standing(rank=rank, phase=phase, step=step, seconds=seconds, silent=silent, node="n", pid=rank)  # type: ignore[arg-type]  # else the test fails
+def standing(rank: int, phase: Phase, step: int, seconds: float, silent: float = 0.5) -> Standing:
+    return Standing(rank=rank, phase=phase, step=step, seconds=seconds, silent=silent, node="n", pid=rank)
 
 
 def test_ranks_hang_that_are_silent_or_longer_at_a_step_than_history_explains() -> None:
-    history = {"step": [0.5] * 50}
+    history: dict[Phase, list[float]] = {"step": [0.5] * 50}
     assert overdue(WATCH, [standing(0, "step", 9, 1.9), standing(1, "data", 9, 300.0)], history) == []
     late = [standing(0, "step", 9, 5.0), standing(1, "data", 8, 4.0, silent=4.0)]
     assert [rank.rank for rank in overdue(WATCH, late, history)] == [1, 0], "the one that is behind comes first"

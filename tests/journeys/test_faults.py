@@ -1,4 +1,4 @@
-"""The core of `make faults`: a stage on a cluster of two nodes and S3, through a hang, a killed driver, an outage and a bad batch.
+"""The core of `make faults`: a stage on two nodes and S3, through a hang, a killed driver, an outage; and bad batches.
 
 What must come out is the curve of a plain loop over the same order in one process, without Ray, without a fault.
 """
@@ -25,14 +25,12 @@ from cluster.run import train
 from cluster.schedule import learning_rate_factor
 from cluster.site import Site
 from mllm.care import Guard
-from mllm.objectives import LossOutput, NextToken
 from mllm.recipe import Recipe, Steps, dump
-from mllm.vlm import VisionLanguageModel
 from pipelines import storage
 from pipelines.storage import Storage
-from pipelines.types import Batch, spec
 from pipelines.windows import PackWindows, Stream
 from tests.faults.catalogue import kill_driver, refuse, stop_worker
+from tests.faults.poison import Poisoned
 from tests.faults.rig import Rig
 from tests.faults.suite import Fault as Injected
 from tests.faults.suite import go_through
@@ -100,25 +98,6 @@ def test_faults_leave_no_mark(alone: Recipe, site: Site, proxy: Proxy, tmp_path:
         assert "the process is stopped" in hang.detail
         assert [event.world for event in events if isinstance(event, GroupStarted)] == [2, 2, 2]
         assert "was ended by SIGKILL; another one goes on" in rig.log.read_text()
-
-
-MET: set[int] = set()
-"""Sums of packs that this process has met."""
-
-
-@spec
-class Poisoned(NextToken):
-    """Next tokens; the loss of the pack whose ids sum to `always` is no number, that of `once` only when it is met first."""
-
-    always: int = 0
-    once: int = 0
-
-    def __call__(self, model: VisionLanguageModel, batch: Batch) -> LossOutput:
-        output = NextToken.__call__(self, model, batch)
-        name = int(batch.input_ids.sum())
-        bad = name == self.always or (name == self.once and name not in MET)
-        MET.add(name)
-        return replace(output, sum=output.sum * float("nan")) if bad else output
 
 
 def poisoned(recipe: Recipe, stream: Stream, guard: Guard) -> Recipe:
