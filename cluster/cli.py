@@ -439,7 +439,7 @@ def _site(path: str | None, workers: tuple[int, ...] | None = None) -> Site:
         return site
     words = " ".join(map(str, workers))
     if not 1 <= len(workers) <= 2 or min(workers) < 1 or workers[0] > workers[-1]:
-        raise ValueError(f"--workers {words}: expected how many train, at least one, or the fewest and the most")
+        raise ValueError(f"--workers {words}: at least one worker trains; give how many, or the fewest and the most")
     return replace(site, workers=workers[0] if len(workers) == 1 else (workers[0], workers[1]))
 
 

@@ -44,22 +44,30 @@ def is_driver() -> bool:
 def supervise(words: Sequence[str]) -> int:
     """Run `mllm WORDS` as a driver, again and again until it ends by itself, and return its exit code."""
     asked: list[int] = []
-    driver: subprocess.Popen[bytes] | None = None
+    drivers: list[subprocess.Popen[bytes]] = []
 
     def forward(number: int, _: object) -> None:
         asked.append(number)
-        if driver is not None:
-            driver.send_signal(number)
+        if drivers:
+            drivers[-1].send_signal(number)
 
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, forward)
+    before = {number: signal.signal(number, forward) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        return _drivers(words, asked, drivers)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _drivers(words: Sequence[str], asked: Sequence[int], drivers: list[subprocess.Popen[bytes]]) -> int:
+    """One driver after the other; the last of `drivers` is the one that runs."""
     hasty = waits = 0
     for start in range(sys.maxsize):
         began = time.monotonic()
         command = [sys.executable, "-m", "cluster.cli", *words]
         # A group of its own: a terminal's Ctrl-C reaches the driver once, from here, and not twice.
-        driver = subprocess.Popen(command, env={**os.environ, DRIVER: str(start)}, process_group=0)
-        code = driver.wait()
+        drivers[:] = [subprocess.Popen(command, env={**os.environ, DRIVER: str(start)}, process_group=0)]
+        code = drivers[0].wait()
         lived = time.monotonic() - began
         if code == NOWHERE and start == 0:
             return 2

@@ -11,11 +11,11 @@ from cluster.site import Site, SiteError, load_site
 from tests.conftest import CORPUS, ROOT
 
 
-def mistake(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+def mistake(argv: list[str], capfd: pytest.CaptureFixture[str]) -> str:
     with pytest.raises(SystemExit) as end:
         main(argv)
     assert end.value.code == 2
-    error = capsys.readouterr().err
+    error = capfd.readouterr().err  # also of the process that drives a run
     assert error.startswith("error: ")
     return error
 
@@ -50,9 +50,9 @@ def site_file(tmp_path: Path) -> str:
     ],
 )
 def test_a_mistake_is_told_in_one_line(
-    words: list[str], told: str, site_file: str, capsys: pytest.CaptureFixture[str]
+    words: list[str], told: str, site_file: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    assert told in mistake([*words, "--site", site_file], capsys)
+    assert told in mistake([*words, "--site", site_file], capfd)
 
 
 @pytest.mark.parametrize(
@@ -63,7 +63,7 @@ def test_a_mistake_is_told_in_one_line(
         (f"{CORPUS}/pairs", "s4://bucket", "has the scheme 's4', which no storage here speaks"),
         (f"{ROOT}/examples/tokenizer", "/nowhere", r"should be a folder with a tokenizer\.json and /nowhere is none"),
         (f"{CORPUS}/pairs", "gs://bucket", r"gs://bucket/00000\.tar cannot be read here: .*gcsfs"),
-        ('runs = "runs"', 'runs = "s3://bucket/runs"', "a folder that all nodes share"),
+        ('runs = "runs"', 'runs = "gs://bucket/runs"', "a disk that all nodes share, or on S3"),
         ("[weights]", "workers = 3\n[weights]", "corpora.workers"),
         ('cache = "cache"', "cache = ", "site.toml"),
         ('cache = "cache"', 'cash = "cache"', "cash"),

@@ -180,7 +180,6 @@ def fill_store(rig: Rig, _: random.Random, __: str) -> None:
     script = textwrap.dedent("""
         import sys, time
         import numpy as np, ray
-        ray.init(address=sys.argv[1], log_to_driver=False)
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy as On
         ray.init(address=sys.argv[1], log_to_driver=False)
 
