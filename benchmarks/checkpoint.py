@@ -6,8 +6,9 @@ many bytes written in 16 MiB pieces and fsynced; of a load that checks every byt
 same pieces and checking nothing. On S3, a server on loopback that shares the cores, beside `s3fs` by itself: one concurrent
 multipart upload, and concurrent reads of ranges.
 
-Fair because each pair takes turns, so that the disk's moods hit both; because all writes are timed until they are on the disk;
-and because files are dropped from the page cache before either reads them. A round that begins is left out.
+Fair because each pair takes turns, so that the disk's moods hit both; because all write new files, of bytes from all over the
+memory, while the last round's are still there, and are timed until they are on the disk; and because files are dropped from
+the page cache before either reads them. Rounds that begin are left out.
 """
 
 from __future__ import annotations
@@ -69,11 +70,10 @@ def timed(act: Callable[[], Any]) -> float:
     return time.perf_counter() - started
 
 
-def write_plain(file: Path, size: int) -> None:
-    data = os.urandom(PIECE)
-    with file.open("wb") as out:
-        for start in range(0, size, PIECE):
-            out.write(memoryview(data)[: min(PIECE, size - start)])
+def write_plain(file: Path, data: bytes) -> None:
+    with file.open("wb", buffering=0) as out:
+        for start in range(0, len(data), PIECE):
+            out.write(memoryview(data)[start : start + PIECE])
         out.flush()
         os.fsync(out.fileno())
 
@@ -107,17 +107,20 @@ def on_disk(large: bool, repetitions: int, place: str) -> tuple[int, Seconds]:
     with alone():
         state = state_of(large)
         saver = Saver(Place(folder / "ours"), keep=1)
-        size = 0
+        size, data = 0, b""
         for step in range(repetitions + 2):  # two rounds that begin: buffers, imports, plans
             now: dict[str, float] = {}
             saver.save(state, TrainState(step=step), MANIFEST)
             outcome = saver.wait()[-1]
             size = outcome.size
             now["stall"], now["save"] = outcome.stall, outcome.seconds
-            now["plain write"] = timed(lambda: write_plain(folder / "plain.bin", size))  # noqa: B023 -- called at once
-            shutil.rmtree(folder / "dcp", ignore_errors=True)
-            now["dcp.save"] = timed(lambda: dcp_save(state, checkpoint_id=str(folder / "dcp"), no_dist=False))
-            now["torch.save"] = timed(lambda: torch_save(state, folder / "torch.pt"))
+            data = data or os.urandom(size)
+            new, old = folder / f"theirs-{step}", folder / f"theirs-{step - 1}"
+            new.mkdir()
+            now["plain write"] = timed(lambda: write_plain(new / "plain.bin", data))  # noqa: B023 -- called at once
+            now["dcp.save"] = timed(lambda: dcp_save(state, checkpoint_id=str(new / "dcp"), no_dist=False))  # noqa: B023
+            now["torch.save"] = timed(lambda: torch_save(state, new / "torch.pt"))  # noqa: B023
+            shutil.rmtree(old, ignore_errors=True)
             files = sorted(outcome.folder.path.glob("*.bin"))
             forget(files)
             now["load"] = timed(lambda: checkpoint.load(outcome.folder, state))  # noqa: B023
