@@ -94,10 +94,9 @@ class Rig:
 
     def train(self, *words: str, again: bool = False) -> subprocess.Popen[bytes]:
         """Start `mllm train` on the rig's site; `again` where it was started before."""
-        command = [
-            sys.executable, "-m", "cluster.cli", "train", self.recipe, "--site", str(self.site_file()), *words, "-s",
-            *self.changes,
-        ]  # fmt: skip
+        changes = ["-s", *self.changes] if self.changes else []
+        site = ["--site", str(self.site_file())]
+        command = [sys.executable, "-m", "cluster.cli", "train", self.recipe, *site, *words, *changes]
         with self.log.open("ab" if again else "wb") as out:
             run = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, start_new_session=True)
         self.run = run
