@@ -55,13 +55,27 @@ def overcome(rig: Rig, stage: str, fault: Fault, rng: random.Random) -> Overcome
     if fault.restarts:
         rig.wait_for(lambda: rig.groups()[-1].time > began, 300)
         since = rig.groups()[-1].time
-    rig.wait_for(lambda: (new := rig.steps(stage)[-1]).step > before and new.time > since, 300)
-    written = [r for line in read_lines(rig.results.steps_file(stage)) if (r := parse_step(line))][lines:]
-    known = max([before, *(r.step for r in written if r.time <= began)])
-    further = next(r.time for r in written if r.time > since and r.step > known)
+    rig.wait_for(lambda: _further(rig, stage, lines, before, since) is not None, 300)
+    further = _further(rig, stage, lines, before, since)
+    assert further
+    known, new = further
+    written = _written(rig, stage)[lines:]
     redone = sum(r.step <= known for r in written if r.time > since) if fault.restarts else 0
     fault.after(rig)
-    return Overcome(fault.what, stage, known, further - began, redone)
+    return Overcome(fault.what, stage, known, new.time - began, redone)
+
+
+def _written(rig: Rig, stage: str) -> list[StepRecord]:
+    """Every line of the steps, those that were written twice too."""
+    return [record for line in read_lines(rig.results.steps_file(stage)) if (record := parse_step(line))]
+
+
+def _further(rig: Rig, stage: str, lines: int, before: int, since: float) -> tuple[int, StepRecord] | None:
+    """The last step until the moment `since`, and the first new one after it; what is on S3 came there some seconds late."""
+    written = _written(rig, stage)[lines:]
+    known = max([before, *(record.step for record in written if record.time <= since)])
+    new = next((record for record in written if record.time > since and record.step > known), None)
+    return (known, new) if new else None
 
 
 def resize(rig: Rig, name: str, rng: random.Random) -> list[Overcome]:
@@ -90,7 +104,7 @@ def _resized(rig: Rig, stage: str, what: str, world: int, act: Callable[[], obje
     before, lines, began = last(rig, stage), len(read_lines(rig.results.steps_file(stage))), time.time()
     act()
     rig.wait_for(lambda: rig.steps(stage)[-1].world == world and rig.steps(stage)[-1].step > before, 300)
-    written = [r for line in read_lines(rig.results.steps_file(stage)) if (r := parse_step(line))][lines:]
+    written = _written(rig, stage)[lines:]
     known = max([before, *(r.step for r in written if r.world != world)])
     further = next(r.time for r in written if r.world == world and r.step > known)
     redone = sum(r.step <= known for r in written if r.world == world)
