@@ -150,7 +150,7 @@ def trained_model(site: Site, recipe: Recipe, folder: RunFolder) -> VisionLangua
     if not last:
         raise RunError(f"run {folder.name!r} has finished no stage yet; train it further first")
     stage = recipe.stage(last[-1].stage)
-    return checkpoint.read_model(recipe, stage, Place(folder.root / last[-1].checkpoint), site.folder).eval()
+    return checkpoint.read_model(recipe, stage, folder.root / last[-1].checkpoint, site.folder).eval()
 
 
 def export_run(site: Site, name: str, out: Path | None) -> Place:

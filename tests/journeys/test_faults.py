@@ -36,7 +36,7 @@ from tests.faults.suite import Fault as Injected
 from tests.faults.suite import go_through
 from tests.s3 import BUCKET, Proxy, Server
 
-STEPS = 40
+STEPS = 32
 
 
 def undisturbed(recipe: Recipe, stream: Stream, steps: int) -> list[tuple[list[int], float]]:
