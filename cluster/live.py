@@ -12,7 +12,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -24,7 +24,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from cluster.journal import Journal, RunState, StageFinished, StageStarted
+from cluster.journal import Fault, Journal, RunState, StageFinished, StageStarted
 from cluster.lines import Follower
 from cluster.metrics import Evaluation, RunFolder, StepRecord, parse_step, utilisation
 from mllm.evaluate import ProbeScore, SourceScore
@@ -405,7 +405,33 @@ def summary(run: RunFolder, recipe: Recipe, state: RunState, now: float | None =
     if dropped:
         parts += [Text(""), Text(f"{dropped.total():,} rows dropped", style="dim")]
         parts += [Text(f"{count:>8,}  {reason}") for reason, count in dropped.most_common()]
-    return Group(*parts, Text(""))
+    return Group(*parts, *_faults(state), Text(""))
+
+
+TOLD = 8
+"""Faults and decisions of a run that its summary tells, the latest."""
+
+
+def _faults(state: RunState) -> Iterator[RenderableType]:
+    """What went wrong and what was done about it; nothing where nothing did."""
+    again = Counter(group.stage for group in state.groups)
+    restarts = sum(count - 1 for count in again.values())
+    if not state.faults and not restarts:
+        return
+    kinds = Counter(fault.what.replace("_", " ") for fault in state.faults)
+    words = ", ".join(f"{count} x {kind}" for kind, count in kinds.most_common())
+    yield Text("")
+    yield Text(
+        f"{restarts:,} restart{'' if restarts == 1 else 's'}" + (f"; faults: {words}" if words else ""), style="dim"
+    )
+    for event in sorted((*state.faults, *state.decisions), key=lambda event: event.time)[-TOLD:]:
+        moment = time.strftime("%m-%d %H:%M:%S", time.localtime(event.time))
+        what = event.what.replace("_", " ")
+        if isinstance(event, Fault):
+            step = f" after step {event.step}" if event.step >= 0 else ""
+            yield Text(f"  {moment}  {event.stage}{step}: {what}: {event.detail.splitlines()[0][:160]}")
+        else:
+            yield Text(f"  {moment}    -> {what}: {event.why[:160]}")
 
 
 def run_standing(state: RunState) -> Literal["finished", "stopped", "failed", "running", "not started"]:

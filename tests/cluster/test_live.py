@@ -12,6 +12,7 @@ import pytest
 from invented import NOON, evaluation, invented_run, stage_finished, stage_started, step
 from rich.console import Console
 
+from cluster.journal import Decision, Fault, GroupStarted, RunState
 from cluster.lines import Follower
 from cluster.live import Live, duration, quantity, sparkline, summary
 from cluster.metrics import RunFolder
@@ -172,3 +173,18 @@ def test_sparkline_falls_with_its_values() -> None:
     assert sparkline([]) == ""
     assert sparkline([8, 7, 6, 5, 4, 3, 2, 1]) == "█▇▆▅▄▃▂▁"
     assert len(sparkline([1.0] * 1000)) == 24
+
+
+def test_a_summary_tells_what_went_wrong_and_what_was_done(run: RunFolder, recipe: Recipe) -> None:
+    group = GroupStarted(time=NOON, stage="align", fingerprint="align", world=2, step=0)
+    hang = Fault(time=NOON + 5, what="hang", stage="align", step=7, rank=1, detail="rank 1 is stopped\nFile ...")
+    then = Decision(time=NOON + 6, what="restart", stage="align", why="rank 1 is ended")
+    screen = Screen(terminal=False)
+    screen.print(summary(run, recipe, RunState.replay([group, hang, then, group])))
+    assert "1 restart; faults: 1 x hang" in screen.text
+    assert "align after step 7: hang: rank 1 is stopped" in screen.text
+    assert "File ..." not in screen.text
+    assert "-> restart: rank 1 is ended" in screen.text
+    calm = Screen(terminal=False)
+    calm.print(summary(run, recipe, RunState.replay([group])))
+    assert "restarts" not in calm.text

@@ -34,7 +34,7 @@ from tests.faults.poison import Poisoned
 from tests.faults.rig import Rig
 from tests.faults.suite import Fault as Injected
 from tests.faults.suite import go_through
-from tests.s3 import BUCKET, Proxy, Server
+from tests.s3 import BUCKET, KEY, SECRET, Proxy, Server
 
 STEPS = 32
 
@@ -98,6 +98,20 @@ def test_faults_leave_no_mark(alone: Recipe, site: Site, proxy: Proxy, tmp_path:
         assert "the process is stopped" in hang.detail
         assert [event.world for event in events if isinstance(event, GroupStarted)] == [2, 2, 2]
         assert "was ended by SIGKILL; another one goes on" in rig.log.read_text()
+        _tells_no_secret(rig)
+
+
+def _tells_no_secret(rig: Rig) -> None:
+    """Neither on storage nor on this machine is a key to it to be found, in nothing that a run writes down."""
+    kept = [
+        storage.read(uri)
+        for uri in storage.glob(f"{rig.results.root}/**")
+        if not uri.endswith((".bin", ".safetensors"))
+    ]
+    logged = [file.read_bytes() for file in [rig.log, *rig.results.logs.rglob("*")] if file.is_file()]
+    assert len(kept) > 20
+    assert logged
+    assert not [text for text in kept + logged if SECRET.encode() in text or KEY.encode() in text]
 
 
 def poisoned(recipe: Recipe, stream: Stream, guard: Guard) -> Recipe:

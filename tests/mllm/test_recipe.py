@@ -70,7 +70,12 @@ def test_a_wrong_override_is_refused_with_what_was_expected(change: str, words: 
     assert words in str(error.value)
 
 
-PAGE = [line for line in (ROOT / "docs" / "training.md").read_text().splitlines() if line.startswith("    -s ")]
+PAGE = [
+    line
+    for page in ("training.md", "faults.md")
+    for line in (ROOT / "docs" / page).read_text().splitlines()
+    if line.startswith("    -s ")
+]
 
 
 @pytest.mark.parametrize("line", PAGE)
