@@ -3,6 +3,7 @@
 # make test-extras                tests of what torchao and Liger add, which get an environment of their own
 # make bench   the benchmarks     make real    the three stages with small real weights
 # make bench-data                 data loading beside other libraries, which get an environment of their own
+# make bench-control              checkpoints, the journal, control's part of a step, a simulated week of failures
 # make faults                     a run through every fault, in each of its stages: the better part of an hour
 # make bench-train                training steps and memory beside bare torch, accelerate and transformers' Trainer
 
@@ -14,7 +15,7 @@ COMPETITORS := benchmarks/.cache/venv-competitors
 EXTRAS := .cache/venv-extras
 PLACE := import sysconfig; print(sysconfig.get_path("purelib"))
 
-.PHONY: demo test test-extras check faults bench bench-data bench-train real format clean
+.PHONY: demo test test-extras check faults bench bench-data bench-train bench-control real format clean
 
 demo: $(VENV)/.installed
 	$(BIN)/mllm train vila_smoke --workers $(WORKERS)
@@ -40,6 +41,9 @@ bench: $(VENV)/.installed
 
 bench-data: $(VENV)/.installed-dev $(COMPETITORS)/.installed
 	$(BIN)/python -m benchmarks data $(if $(QUICK),--quick)
+
+bench-control: $(VENV)/.installed-dev
+	$(BIN)/python -m benchmarks checkpoint control $(if $(QUICK),--quick)
 
 bench-train: $(VENV)/.installed-dev
 	$(BIN)/python -m benchmarks train $(if $(QUICK),--quick)

@@ -194,6 +194,14 @@ def _chapters() -> TypeAdapter[list[Event]]:
     return TypeAdapter(list[Event])
 
 
+def dump_event(event: Event) -> bytes:
+    return _adapter().dump_json(event, indent=1)
+
+
+def dump_chapter(events: list[Event]) -> bytes:
+    return _chapters().dump_json(events)
+
+
 @spec
 class RunState:
     """What the events add up to. Of a stage that was changed and begun anew only what came after that counts."""
@@ -288,7 +296,7 @@ class Journal:
 
         Raises Fenced when another controller has taken the run over since this one's token.
         """
-        data = _adapter().dump_json(event, indent=1)
+        data = dump_event(event)
         while True:
             self.events()
             self.check()
@@ -298,7 +306,7 @@ class Journal:
         self.known.append(event)
         if len(self.known) % CHAPTER == 0:
             chapter = self.folder / f"chapter-{len(self.known):06d}.json"
-            chapter.write(_chapters().dump_json(self.known))
+            chapter.write(dump_chapter(self.known))
         return number
 
     def guard(self) -> None:

@@ -38,7 +38,7 @@ class Watch:
     restarts: Annotated[int, Field(ge=0)] = 8
     pause: Seconds = 60.0
     patience: Annotated[float, Field(gt=1)] = 3.0
-    least: Seconds = 10.0
+    least: Seconds = 30.0
     most: Seconds = 600.0
     notice: Seconds = 60.0
 

@@ -11,7 +11,7 @@
     endpoint = "http://storage.local:8333"
 
     [watch]                                 # when a rank counts as hung, and how often a run tries again
-    least = 30
+    least = 60
 
     [limits]                                # what one row may ask of a machine
     pixels = 50_000_000
