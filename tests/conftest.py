@@ -21,9 +21,12 @@ import pytest
 from cluster.site import Site, load_site
 from mllm.recipe import Recipe, Steps
 from mllm.recipes import by_name
+from pipelines import storage
+from pipelines.place import Place
+from pipelines.storage import Storage
 from pipelines.types import Budget, VisionLayout
 from pipelines.windows import PackWindows, Stream
-from tests.s3 import Server, running
+from tests.s3 import BUCKET, Server, running
 
 ROOT = Path(__file__).resolve().parent.parent
 CORPUS = ROOT / "examples" / "corpus"
@@ -97,3 +100,15 @@ def ray_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
     with ray_running(None, 6, tmp_path_factory.mktemp("logs")):
         yield
+
+
+@pytest.fixture(params=["disk", "s3"])
+def anywhere(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Place]:
+    """A folder of the test's own, on each kind of storage."""
+    if request.param == "disk":
+        yield Place(tmp_path / "anywhere")
+        return
+    server: Server = request.getfixturevalue("s3")
+    storage.use(server.storage)
+    yield Place(f"s3://{BUCKET}/{tmp_path.name}")
+    storage.use(Storage())

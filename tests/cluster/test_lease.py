@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -14,24 +14,15 @@ import pytest
 from cluster import lease as leases
 from cluster.journal import Fenced, Journal, LeaseTaken, RunFinished
 from cluster.lease import Held, Lease, holder_of
-from pipelines import storage
 from pipelines.place import Place
-from pipelines.storage import Storage
-from tests.s3 import BUCKET, Server
 
 SILENCE = 1.0
 
 
-@pytest.fixture(params=["disk", "s3"])
-def run(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Place]:
+@pytest.fixture
+def run(anywhere: Place) -> Place:
     """The folder of a run."""
-    if request.param == "disk":
-        yield Place(tmp_path) / "run"
-        return
-    server: Server = request.getfixturevalue("s3")
-    storage.use(server.storage)
-    yield Place(f"s3://{BUCKET}/{tmp_path.name}") / "run"
-    storage.use(Storage())
+    return anywhere / "run"
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,16 +14,10 @@ from pipelines.storage import Storage, StorageError
 from tests.s3 import BUCKET, Proxy, Server
 
 
-@pytest.fixture(params=["disk", "s3"])
-def place(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Place]:
+@pytest.fixture
+def place(anywhere: Place, monkeypatch: pytest.MonkeyPatch) -> Place:
     monkeypatch.setattr(lines, "EVERY", 0.01)
-    if request.param == "disk":
-        yield Place(tmp_path) / "steps.jsonl"
-        return
-    server: Server = request.getfixturevalue("s3")
-    storage.use(server.storage)
-    yield Place(f"s3://{BUCKET}/{tmp_path.name}") / "steps.jsonl"
-    storage.use(Storage())
+    return anywhere / "steps.jsonl"
 
 
 def test_a_reader_follows_two_writers_one_after_the_other(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
