@@ -24,7 +24,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from cluster.journal import Fault, Journal, RunState, StageFinished, StageStarted
+from cluster.journal import Decision, Fault, GroupStarted, Journal, RunState, StageFinished, StageStarted
 from cluster.lines import Follower
 from cluster.metrics import Evaluation, RunFolder, StepRecord, parse_step, utilisation
 from mllm.evaluate import ProbeScore, SourceScore
@@ -46,6 +46,9 @@ RECENT = 10
 
 PLAIN_SECONDS, PLAIN_SHARE = 5.0, 0.1
 """A plain line is due after so many seconds, or so great a share of the stage."""
+
+NEWS = 2.0
+"""Seconds between two looks into the journal, which on S3 is a request each."""
 
 QUIET_SECONDS = 20.0
 """Silence after which the display says how long it has waited."""
@@ -207,6 +210,8 @@ class Live:
         self.tail: Follower | None = None
         self.heard = self.told = clock()
         self.told_progress = 0.0
+        self.journal = Journal(run.root)
+        self.listened = time.monotonic()
         self.fault: Exception | None = None
         self.lock = threading.RLock()
         self.over = threading.Event()
@@ -216,7 +221,7 @@ class Live:
         )
 
     def __enter__(self) -> Self:
-        done = {event.stage for event in Journal(self.run.root).state().finished_stages}
+        done = {event.stage for event in self.journal.state().finished_stages}  # what is in it already is no news
         for view in self.views:
             view.standing = "done" if view.name in done else "waiting"
         if self.console.is_terminal:
@@ -293,11 +298,26 @@ class Live:
             try:
                 with self.lock:
                     fresh = self._read()
+                self._hear()
                 if fresh and not self.console.is_terminal:
                     self._tell()
             except Exception as error:
                 self.fault = error
                 return
+
+    def _hear(self) -> None:
+        """Tell faults, and what is done about them, as the journal does."""
+        if time.monotonic() - self.listened < NEWS:
+            return
+        self.listened = time.monotonic()
+        known = len(self.journal.known)
+        for event in self.journal.events()[known:]:
+            if isinstance(event, Fault):
+                self._line("fault", f"{event.what.replace('_', ' ')}: {event.detail.splitlines()[0][:200]}", "yellow")
+            elif isinstance(event, Decision):
+                self._line("decided", f"{event.what.replace('_', ' ')}: {event.why[:200]}", "yellow")
+            elif isinstance(event, GroupStarted) and event.step:
+                self._line("workers", f"{event.world:,} begin after step {event.step:,}", "dim")
 
     def _read(self) -> bool:
         """Take in the steps written since the last look; whether there were any."""

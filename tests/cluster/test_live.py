@@ -12,7 +12,8 @@ import pytest
 from invented import NOON, evaluation, invented_run, stage_finished, stage_started, step
 from rich.console import Console
 
-from cluster.journal import Decision, Fault, GroupStarted, RunState
+from cluster import live as live_room
+from cluster.journal import Decision, Fault, GroupStarted, Journal, RunState
 from cluster.lines import Follower
 from cluster.live import Live, duration, quantity, sparkline, summary
 from cluster.metrics import RunFolder
@@ -188,3 +189,21 @@ def test_a_summary_tells_what_went_wrong_and_what_was_done(run: RunFolder, recip
     calm = Screen(terminal=False)
     calm.print(summary(run, recipe, RunState.replay([group])))
     assert "restarts" not in calm.text
+
+
+def test_faults_are_told_as_they_happen(
+    run: RunFolder, recipe: Recipe, plain: Screen, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(live_room, "NEWS", 0.0)
+    journal = Journal(run.root)
+    journal.append(Fault(time=NOON, what="workers", stage="align", step=3, detail="before this view began"))
+    with Live(run, recipe, plain, poll=0.01) as live:
+        live.stage_started(stage_started("align", 20))
+        journal.append(Fault(time=NOON, what="hang", stage="align", step=7, detail="rank 1 is stopped\nFile x.py"))
+        journal.append(Decision(time=NOON, what="restart", stage="align", why="rank 1 is ended"))
+        journal.append(GroupStarted(time=NOON, stage="align", fingerprint="align", world=2, step=5))
+        plain.wait_for("2 begin after step 5")
+    assert "hang: rank 1 is stopped" in plain.text
+    assert "restart: rank 1 is ended" in plain.text
+    assert "x.py" not in plain.text
+    assert "before this view" not in plain.text
