@@ -458,15 +458,17 @@ def run_standing(state: RunState) -> Literal["finished", "stopped", "failed", "r
     """The run in a word. `stopped` is by a person's hand; one that was killed still says `running`."""
     if state.finished:
         return "finished"
+    if state.stopped:
+        return "stopped"
     if state.failure:
-        return "stopped" if state.failure.startswith("KeyboardInterrupt") else "failed"
+        return "failed"
     return "running" if state.starts else "not started"
 
 
 def _heading(run: RunFolder, state: RunState, silence: float | None) -> Text:
     word = run_standing(state)
     style = {"finished": "bold green", "failed": "bold red", "stopped": "bold yellow"}.get(word, "bold cyan")
-    more = f": {state.failure}" if word == "failed" else ""
+    more = f": {state.failure}" if word == "failed" else f" by {state.stopped}" if word == "stopped" else ""
     if word == "running" and silence is not None:
         more = f", last step {duration(silence)} ago"
     return Text.assemble((run.name, "bold"), "  ", (word, style), more)

@@ -100,13 +100,14 @@ def runs(site: Site) -> list[str]:
 
 def show_status(site: Site, name: str | None, console: Console) -> None:
     """Print one run's summary, or one line for each run."""
-    from cluster.live import summary
+    from cluster.live import run_standing, summary
 
     if name is None:
         for run in runs(site):
             state = open_run(site, run)[2]
+            word = run_standing(state)
             words = (
-                "finished" if state.finished else f"failed: {state.failure}" if state.failure else f"in {state.stage}"
+                f"failed: {state.failure}" if word == "failed" else f"{word} in {state.stage}" if state.stage else word
             )
             console.print(f"{run:<24} {words}", soft_wrap=True)
         return
