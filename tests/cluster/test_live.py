@@ -147,7 +147,7 @@ def test_summary_tells_stages_losses_and_drops(tmp_path: Path, recipe: Recipe, p
 
 def test_run_stopped_by_hand_is_not_called_failed(tmp_path: Path, recipe: Recipe, plain: Screen) -> None:
     run, state = invented_run(tmp_path / "night-shift", recipe, "running")
-    plain.print(summary(run, recipe, replace(state, failure="KeyboardInterrupt: ")))
+    plain.print(summary(run, recipe, replace(state, failure=None, stopped="Ctrl-C")))
     assert "night-shift  stopped" in plain.text
     assert re.search(r"pretrain +■ stopped", plain.text)
 
