@@ -501,7 +501,7 @@ def fingerprint(recipe: Recipe, stage: Stage, before: str) -> str:
     mine = next(s for s in words["stages"] if s["name"] == stage.name)
     for how in ("save_every", "save_minutes", "attention", "entry", "after"):  # they change nothing of what is learned
         del mine[how]
-    mine["parallel"] = {name: mine["parallel"].get(name) for name in ("dtype", "float8")}
+    mine["parallel"] = [mine["parallel"]["dtype"], mine["parallel"].get("float8", False)]
     for annotator in mine["annotators"]:
         annotator.pop("cache", None)  # nor does where features are kept
     text = json.dumps([words["model"], words["tiling"], words["seed"], mine, before], sort_keys=True)
