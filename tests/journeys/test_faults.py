@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import io
 import random
-from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -16,10 +15,11 @@ import torch
 import torch.distributed as dist
 from rich.console import Console
 
-from benchmarks.common import on_ranks
+from benchmarks.common import in_child, on_ranks
 from cluster.controller import RunError
 from cluster.engines import build_engine
-from cluster.journal import Decision, Fault, GroupStarted, Journal
+from cluster.journal import Decision, Event, Fault, GroupStarted, Journal
+from cluster.metrics import StepRecord
 from cluster.policy import Watch
 from cluster.run import train
 from cluster.schedule import learning_rate_factor
@@ -27,13 +27,12 @@ from cluster.site import Site
 from mllm.care import Guard
 from mllm.recipe import Recipe, Steps, dump
 from pipelines import storage
-from pipelines.storage import Storage
 from pipelines.windows import PackWindows, Stream
 from tests.faults.catalogue import kill_driver, refuse, stop_worker
 from tests.faults.poison import Poisoned
 from tests.faults.rig import Rig
 from tests.faults.suite import Fault as Injected
-from tests.faults.suite import go_through
+from tests.faults.suite import Overcome, go_through
 from tests.s3 import BUCKET, KEY, SECRET, Proxy, Server
 
 STEPS = 32
@@ -61,23 +60,25 @@ def alone(recipe: Recipe) -> Recipe:
     return replace(recipe, name="alone", stages=(stage,), held_out=())
 
 
-@pytest.fixture
-def proxy(s3: Server) -> Iterator[Proxy]:
-    proxy = Proxy(s3.port)
-    storage.use(proxy.storage(patience=60))
-    yield proxy
-    proxy.close()
-    storage.use(Storage())
+@dataclass(frozen=True)
+class Outcome:
+    """What a run that went through faults has left: its steps and events, and what a person saw."""
+
+    overcome: list[Overcome]
+    steps: list[StepRecord]
+    events: list[Event]
+    log: str
 
 
-@pytest.mark.timeout(600)
-def test_faults_leave_no_mark(alone: Recipe, site: Site, proxy: Proxy, tmp_path: Path) -> None:
-    (tmp_path / "alone.json").write_text(dump(alone))
-    curve = on_ranks(1, undisturbed, alone, site.stream(alone, alone.stages[0]), STEPS)[0]
+def through_faults(folder: Path, recipe: Path, site: Site, server: Server) -> Outcome:
+    """Train the recipe on two nodes and let three faults happen. In a process of its own: Ray ends one whose cluster is gone."""
+    proxy = Proxy(server.port)
+    settings = proxy.storage(patience=60)
+    storage.use(settings)
     there = replace(
-        site, runs=f"s3://{BUCKET}/faults", storage=proxy.storage(patience=60), watch=Watch(least=6.0), preprocessors=1
+        site, runs=f"s3://{BUCKET}/faults", storage=settings, watch=Watch(least=6.0), preprocessors=1, cache=str(folder)
     )
-    with Rig(tmp_path / "rig", there, str(tmp_path / "alone.json"), [], proxy) as rig:
+    with Rig(folder, there, str(recipe), [], proxy) as rig:
         for _ in range(2):
             rig.add_node()
         rig.words = ("--workers", "2", "--run", "alone")
@@ -89,16 +90,22 @@ def test_faults_leave_no_mark(alone: Recipe, site: Site, proxy: Proxy, tmp_path:
         ]
         overcome = go_through(rig, "pretrain", faults, random.Random(0))
         rig.wait_for_end()
-        assert [one.redone < 8 for one in overcome] == [True] * 3
-        steps = rig.steps("pretrain")
-        assert [[pack.digest for pack in step.packs] for step in steps] == [digests for digests, _ in curve]
-        assert [step.loss for step in steps] == [pytest.approx(loss, rel=1e-4) for _, loss in curve]
-        events = Journal(rig.results.root).events()
-        hang = next(event for event in events if isinstance(event, Fault) and event.what == "hang")
-        assert "the process is stopped" in hang.detail
-        assert [event.world for event in events if isinstance(event, GroupStarted)] == [2, 2, 2]
-        assert "was ended by SIGKILL; another one goes on" in rig.log.read_text()
         _tells_no_secret(rig)
+        return Outcome(overcome, rig.steps("pretrain"), Journal(rig.results.root).events(), rig.log.read_text())
+
+
+@pytest.mark.timeout(600)
+def test_faults_leave_no_mark(alone: Recipe, site: Site, s3: Server, tmp_path: Path) -> None:
+    (tmp_path / "alone.json").write_text(dump(alone))
+    curve = on_ranks(1, undisturbed, alone, site.stream(alone, alone.stages[0]), STEPS)[0]
+    left = in_child(through_faults, tmp_path / "rig", tmp_path / "alone.json", site, s3)
+    assert [one.redone < 8 for one in left.overcome] == [True] * 3
+    assert [[pack.digest for pack in step.packs] for step in left.steps] == [digests for digests, _ in curve]
+    assert [step.loss for step in left.steps] == [pytest.approx(loss, rel=1e-4) for _, loss in curve]
+    hang = next(event for event in left.events if isinstance(event, Fault) and event.what == "hang")
+    assert "the process is stopped" in hang.detail
+    assert [event.world for event in left.events if isinstance(event, GroupStarted)] == [2, 2, 2]
+    assert "was ended by SIGKILL; another one goes on" in left.log
 
 
 def _tells_no_secret(rig: Rig) -> None:
