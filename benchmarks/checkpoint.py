@@ -64,9 +64,10 @@ def state_of(large: bool) -> dict[str, Any]:
     return engine.state()
 
 
-def timed(act: Callable[[], Any]) -> float:
+def timed(act: Callable[..., Any], *arguments: Any, **options: Any) -> float:
+    """Seconds that one call takes."""
     started = time.perf_counter()
-    act()
+    act(*arguments, **options)
     return time.perf_counter() - started
 
 
@@ -117,17 +118,17 @@ def on_disk(large: bool, repetitions: int, place: str) -> tuple[int, Seconds]:
             data = data or os.urandom(size)
             new, old = folder / f"theirs-{step}", folder / f"theirs-{step - 1}"
             new.mkdir()
-            now["plain write"] = timed(lambda: write_plain(new / "plain.bin", data))  # noqa: B023 -- called at once
-            now["dcp.save"] = timed(lambda: dcp_save(state, checkpoint_id=str(new / "dcp"), no_dist=False))  # noqa: B023
-            now["torch.save"] = timed(lambda: torch_save(state, new / "torch.pt"))  # noqa: B023
+            now["plain write"] = timed(write_plain, new / "plain.bin", data)
+            now["dcp.save"] = timed(dcp_save, state, checkpoint_id=str(new / "dcp"), no_dist=False)
+            now["torch.save"] = timed(torch_save, state, new / "torch.pt")
             shutil.rmtree(old, ignore_errors=True)
             files = sorted(outcome.folder.path.glob("*.bin"))
             forget(files)
-            now["load"] = timed(lambda: checkpoint.load(outcome.folder, state))  # noqa: B023
+            now["load"] = timed(checkpoint.load, outcome.folder, state)
             forget(files)
-            now["plain read"] = timed(lambda: read_plain(files))  # noqa: B023
-            now["cached load"] = timed(lambda: checkpoint.load(outcome.folder, state))  # noqa: B023
-            now["cached read"] = timed(lambda: read_plain(files))  # noqa: B023
+            now["plain read"] = timed(read_plain, files)
+            now["cached load"] = timed(checkpoint.load, outcome.folder, state)
+            now["cached read"] = timed(read_plain, files)
             for name, seconds in now.items() if step > 1 else ():
                 found.setdefault(name, []).append(seconds)
     return size, found
@@ -152,12 +153,12 @@ def on_s3(large: bool, repetitions: int, settings: Storage) -> tuple[int, Second
             data = os.urandom(PIECE) * -(-size // PIECE)
             data = data[:size]
             now["save"] = outcome.seconds
-            now["plain write"] = timed(lambda: bare.pipe_file("corpus/plain.bin", data, chunksize=PIECE))  # noqa: B023
+            now["plain write"] = timed(bare.pipe_file, "corpus/plain.bin", data, chunksize=PIECE)
             starts = range(0, size, 2 * PIECE)
             stops = [min(start + 2 * PIECE, size) for start in starts]
-            now["load"] = timed(lambda: checkpoint.load(outcome.folder, state))  # noqa: B023
+            now["load"] = timed(checkpoint.load, outcome.folder, state)
             paths = ["corpus/plain.bin"] * len(stops)
-            now["plain read"] = timed(lambda: bare.cat_ranges(paths, list(starts), stops, max_gap=None))  # noqa: B023
+            now["plain read"] = timed(bare.cat_ranges, paths, list(starts), stops, max_gap=None)
             for name, seconds in now.items() if step else ():
                 found.setdefault(name, []).append(seconds)
     return size, found

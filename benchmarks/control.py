@@ -24,7 +24,6 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
@@ -189,12 +188,13 @@ HOURLY = Way(interval=360, stall=60.0, recovery=900.0, elastic=False)
 NODES, REPAIR, STEP = 128, 2 * 3600.0, 10.0
 
 
-def week(way: Way, hours: float, seed: int, committed: Callable[[int, int], None]) -> float:
-    """Goodput of one week; `committed(first, last)` hears of steps whose weights a checkpoint holds, in order."""
+def week(way: Way, hours: float, seed: int) -> tuple[float, list[tuple[int, int]]]:
+    """Goodput of one week, and the steps [first, last) that each checkpoint added to the weights, in order."""
     rng = random.Random(seed)
     moment, done, saved = 0.0, 0, 0
     fails = rng.expovariate(1 / (hours * 3600))
     back: list[float] = []
+    committed: list[tuple[int, int]] = []
     while moment < WEEK:
         back = [when for when in back if when > moment]
         speed = (NODES - len(back)) / NODES if way.elastic else 1.0
@@ -207,9 +207,9 @@ def week(way: Way, hours: float, seed: int, committed: Callable[[int, int], None
             continue
         moment, done = ends, done + 1
         if done % way.interval == 0:
-            committed(saved, done)
+            committed.append((saved, done))
             saved = done
-    return saved * STEP / WEEK
+    return saved * STEP / WEEK, committed
 
 
 def simulate(section: Section, hours: float, source: str, weeks: int) -> None:
@@ -221,8 +221,8 @@ def simulate(section: Section, hours: float, source: str, weeks: int) -> None:
     goodput: dict[str, list[float]] = {"here": [], "hourly": []}
     for seed in range(weeks):
         for name, way in (("here", HERE), ("hourly", HOURLY)):
-            spans: list[tuple[int, int]] = []
-            goodput[name].append(week(way, hours, seed, lambda first, last: spans.append((first, last))))  # noqa: B023 -- called at once
+            share, spans = week(way, hours, seed)
+            goodput[name].append(share)
             assert spans[0][0] == 0
             assert all(before[1] == after[0] for before, after in pairwise(spans)), "a step lost or repeated"
             for first, _ in spans[:: max(1, len(spans) // 4)]:  # where a run would have gone on

@@ -148,7 +148,10 @@ def _table(
         mean = sum(one.seconds for one in mine) / len(mine)
         redone = ", ".join(str(one.redone) for one in mine)
         lines.append(f"| {what} | {' | '.join(seconds)} | {mean / plain:.2f} | {redone} |")
-    lines += ["", f"{len(overcome) + len(resized)} faults overcome, none needed a person."]
+    lines += [
+        "",
+        f"{len(overcome) + len(resized)} faults overcome. Where one ends the command (SIGTERM), it was given again.",
+    ]
     lines += ["Beside the undisturbed run: " + ("no row lost or repeated, same losses." if not marks else "")]
     lines += [f"- {mark}" for mark in marks[:40]]
     return "\n".join(lines) + "\n"
