@@ -20,7 +20,8 @@ from tempfile import gettempdir
 from typing import Any, Protocol
 
 from cluster import checkpoint, quarantine
-from cluster.fsdp import context_of
+from cluster.dealer import dumped, start_dealer
+from cluster.enter import DATASET, asking, dealing, train_worker
 from cluster.journal import (
     Decision,
     Fault,
@@ -44,14 +45,12 @@ from cluster.pulse import Watcher as PulseWatcher
 from cluster.pulse import start_pulse
 from cluster.schedule import planned_steps
 from cluster.site import Site
-from cluster.worker import DATASET, StageJob, failure_file, train_worker
+from cluster.worker import StageJob, failure_file
 from mllm.recipe import Recipe, dump, fingerprint, load
 from mllm.tune import apply_tuning, describe
 from pipelines import storage
 from pipelines.place import Place
 from pipelines.storage import StorageError
-from pipelines.types import Position
-from pipelines.windows import Pools
 
 LOST = 4
 """Times that Ray's own controller may be lost at one checkpoint before the run gives up."""
@@ -100,6 +99,7 @@ class Controller:
         self.watcher = watcher or Silent()
         self.versions = versions()
         self.lease: Lease | None = None
+        self.dealer: Any = None
         self.fingerprints: dict[str, str] = {}
         for stage in recipe.stages:
             before = recipe.before(stage)
@@ -340,13 +340,14 @@ class Controller:
 
         gpu = torch.cuda.is_available()
         pulse = start_pulse()
+        self.dealer = self.dealer or start_dealer()
         fewest, most = self.site.world
         trainer = TorchTrainer(
             train_worker,
             train_loop_config={"job": job, "pulse": pulse},
             torch_config=TorchConfig(backend="nccl" if gpu else "gloo"),
             datasets={DATASET: placeholder},
-            dataset_config=dealing(job, self.site.pools),
+            dataset_config=dealing(self.dealer, dumped(job, self.site.pools)),
             scaling_config=ray.train.ScalingConfig(
                 num_workers=most if fewest == most else (fewest, most),
                 use_gpu=gpu,
@@ -357,7 +358,7 @@ class Controller:
                 # Ray's own notes of the run: nothing here reads them, so they need not outlive the cluster.
                 storage_path=str(Path(gettempdir()) / "mllm" / "ray"),
                 failure_config=ray.train.FailureConfig(max_failures=-1),  # `after_start` says when it is enough
-                callbacks=[failures(job)],
+                callbacks=[failures(job, pulse), asking()],
             ),
         )
         divert_ray_logging()
@@ -464,12 +465,13 @@ def _cluster_answers() -> bool:
     return bool(answered and answered[0])
 
 
-def failures(job: StageJob) -> Any:
+def failures(job: StageJob, pulse: Any) -> Any:
     """What Ray Train calls, in its controller's process, when workers have failed: it goes into the journal."""
     from ray.train import UserCallback
 
     class Failures(UserCallback):
         def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:  # noqa: ARG002 -- Ray's
+            pulse.disband.remote()
             storage.use(job.stream.storage)
             state = job.journal.state()
             step = state.groups[-1].step if state.groups else 0
@@ -488,29 +490,6 @@ def failures(job: StageJob) -> Any:
                 )
 
     return Failures()
-
-
-def dealing(job: StageJob, pools: Pools) -> Any:
-    """Ray Train's data configuration, changed to deal the stage's packs from its last checkpoint on.
-
-    Ray Train asks it anew at every start of a worker group, with the group's size. Its own split is `equal=True`, which
-    drops rows, and knows no position.
-    """
-    from ray.train import DataConfig
-
-    class Dealing(DataConfig):
-        def configure(self, datasets: Any, world_size: int, *_: Any, **__: Any) -> list[dict[str, Any]]:  # noqa: ARG002 -- Ray's
-            from cluster.local import divert_ray_logging
-            from pipelines.stream import dataset
-
-            divert_ray_logging()
-            storage.use(job.stream.storage)
-            resumed = job.resume_from()
-            start = checkpoint.read_state(resumed).position if resumed else Position()
-            hands = dataset(job.stream, start, job.stream.windows, pools, world_size, context_of(job.stage.parallel))
-            return [{DATASET: split} for split in hands.streaming_split(world_size, equal=False)]
-
-    return Dealing()
 
 
 def placeholder() -> Any:

@@ -17,12 +17,11 @@ from pydantic import Field
 
 from cluster.journal import GroupStarted
 from cluster.metrics import Evaluation
+from cluster.standing import Phase, Standing
 from mllm.care import Gate, Guard
 from pipelines.types import spec
 
 Seconds = Annotated[float, Field(gt=0)]
-Phase = Literal["start", "data", "step", "save", "evaluate"]
-"""What a rank is at."""
 
 
 @spec
@@ -94,19 +93,6 @@ def allowed(watch: Watch, phase: Phase, history: Sequence[float]) -> float:
     if phase == "step":
         return max(watch.least, watch.patience * percentile99(history)) if len(history) >= KNOWN else watch.most
     return max(watch.most, watch.patience * percentile99(history)) if history else watch.most
-
-
-@spec
-class Standing:
-    """What a rank is at and for how many seconds, as it last said; `silent` are the seconds since its last sign of life."""
-
-    rank: int
-    phase: Phase
-    step: int
-    seconds: float
-    silent: float
-    node: str
-    pid: int
 
 
 def overdue(watch: Watch, ranks: Sequence[Standing], history: Mapping[Phase, Sequence[float]]) -> list[Standing]:

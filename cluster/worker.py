@@ -7,11 +7,12 @@ import io
 import os
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
+import pyarrow as pa
 import torch
 import torch.distributed as dist
 
@@ -37,9 +38,6 @@ from pipelines.annotate import OfPacks
 from pipelines.place import Place
 from pipelines.types import Measured, Pack, Picture, Rejected, Text, spec
 from pipelines.windows import PackWindows, Stream
-
-DATASET = "packs"
-"""The dataset's name in Ray Train's views."""
 
 QUESTIONS = 24
 """Pictures of the few-shot probe."""
@@ -112,18 +110,17 @@ class Leave(RuntimeError):
     """The group ends so that Ray starts another from the checkpoint: trying again is the mend."""
 
 
-def train_worker(config: dict[str, Any]) -> None:
-    """Train one stage, from its last checkpoint or its beginning, to its end or until the run is asked to stop.
+def train(job: StageJob, pulse: Any, tables: Iterable[pa.Table]) -> None:
+    """Train one stage on this rank's `tables` of packs, telling the `Pulse` what it is at.
 
-    `config` holds one `StageJob` under "job" and the run's `Pulse` under "pulse". A `StopRun` or any ValueError is written
-    down for the controller and not raised, since Ray would only start the group again and meet it again.
+    A `StopRun` or any ValueError is written down for the controller and not raised, since Ray would only start the group again
+    and meet it again.
     """
-    job: StageJob = config["job"]
     storage.use(job.stream.storage)
-    beats = Beats(config["pulse"], dist.get_rank())
+    beats = Beats(pulse, dist.get_rank())
     beats("start", 0)
     try:
-        _train(job, beats)
+        _train(job, beats, tables)
     except (StopRun, ValueError) as error:
         if dist.get_rank() == 0:
             failure_file(job.folder).write(str(error).encode())
@@ -137,9 +134,7 @@ def failure_file(run: RunFolder) -> Place:
     return run.root / "failure.txt"
 
 
-def _train(job: StageJob, beats: Beats) -> None:
-    import ray.train
-
+def _train(job: StageJob, beats: Beats, tables: Iterable[pa.Table]) -> None:
     from pipelines.stream import hands_of
 
     rank, world = dist.get_rank(), dist.get_world_size()
@@ -148,10 +143,8 @@ def _train(job: StageJob, beats: Beats) -> None:
     if begun is None:
         return
     resumed, state = begun
-    shard = ray.train.get_dataset_shard(DATASET)
-    assert shard is not None  # Ray Train's type allows for runs without data
     deal = Deal(
-        hands_of(shard),
+        hands_of(tables),
         state.position,
         job.stage.packs_per_step,
         rank,

@@ -24,7 +24,6 @@ from __future__ import annotations
 import pickle
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
-from itertools import count
 from math import prod
 from typing import TYPE_CHECKING
 
@@ -32,11 +31,12 @@ import numpy as np
 import pyarrow as pa
 import ray.data
 from numpy.typing import NDArray
-from ray.data import ActorPoolStrategy, DataContext, Datasource, ExecutionOptions, ExecutionResources, ReadTask
-from ray.data.block import BlockMetadata
+from ray.data import ActorPoolStrategy, DataContext, ExecutionOptions, ExecutionResources
 
 from ops import images
+from pipelines import pace
 from pipelines.annotate import OfDocuments, OfPacks
+from pipelines.late import Annotator, Planner, Preprocessor, Windows, late
 from pipelines.types import Hand, Position, spec
 from pipelines.windows import PackWindows, Plan, Pools, Stream
 
@@ -179,27 +179,6 @@ def hands(windows: PackWindows, portion: Portion) -> Iterator[pa.Table]:
         yield to_table(hand, tiles[:at])
 
 
-class _Windows(Datasource):
-    """Window numbers from `first` on, up to `stop` or without end: one task that yields them as they are asked for."""
-
-    def __init__(self, first: int, stop: int | None) -> None:
-        super().__init__()
-        self.first = first
-        self.stop = stop
-
-    def estimate_inmemory_data_size(self) -> int | None:
-        return None
-
-    def get_read_tasks(self, parallelism: int, *_: object, **__: object) -> list[ReadTask]:  # noqa: ARG002 -- order needs one
-        first, stop = self.first, self.stop
-
-        def numbers() -> Iterable[pa.Table]:
-            for k in count(first) if stop is None else range(first, stop):
-                yield pa.table({"window": [k]})
-
-        return [ReadTask(numbers, BlockMetadata(num_rows=None, size_bytes=None, input_files=None, exec_stats=None))]
-
-
 def execution_options(pools: Pools) -> ExecutionOptions:
     """How Ray Data must run a stream for its order, and for what waits in the object store to stay within `pools.buffer`."""
     return ExecutionOptions(
@@ -219,6 +198,7 @@ def dataset(stream: Stream, start: Position, stop: int | None, pools: Pools, wor
     whole = pools.preprocessors[1] <= FEW and not of_documents
     data._max_num_blocks_in_streaming_gen_buffer = WINDOW_AHEAD if whole else AHEAD
     data.memory_usage_poll_interval_s = None  # else each actor walks its whole memory map every second
+    pace.settle(data)
     data.enable_progress_bars = False
     data.print_on_execution_start = False
     cutters = pools.preprocessors
@@ -226,17 +206,16 @@ def dataset(stream: Stream, start: Position, stop: int | None, pools: Pools, wor
     planners = {"compute": _pool(((cutters[0] + 1) // 2, (cutters[1] + 1) // 2)), "num_cpus": 0}
     annotators = {"compute": _pool(pools.annotators), "num_gpus": pools.gpus or None}
     each = {"batch_size": 1, "batch_format": "pyarrow"}
-    planning, cutting = (stream, start, world, context), (stream,)
-    rows = ray.data.read_datasource(_Windows(start.window, stop), override_num_blocks=1, num_cpus=0)
+    rows = ray.data.read_datasource(Windows(start.window, stop), override_num_blocks=1, num_cpus=0)
     if whole:  # the next window lies with the actor, and no more: those after it are for whoever is first
-        rows = rows.map_batches(_Both, fn_constructor_args=planning, compute=_pool(cutters, 2), **each)
+        made = late(_Both, stream, start, world, context)
+        rows = rows.map_batches(Preprocessor, fn_constructor_args=made, compute=_pool(cutters, 2), **each)
     else:
-        rows = rows.map_batches(
-            _Planner, fn_constructor_args=planning, **each, **(annotators if of_documents else planners)
-        )
-        rows = rows.map_batches(_Cutter, fn_constructor_args=cutting, compute=_pool(cutters), **each)
+        made = late(_Planner, stream, start, world, context)
+        rows = rows.map_batches(Planner, fn_constructor_args=made, **each, **(annotators if of_documents else planners))
+        rows = rows.map_batches(Preprocessor, fn_constructor_args=late(_Cutter, stream), compute=_pool(cutters), **each)
     if any(isinstance(annotator, OfPacks) for annotator in stream.annotators):
-        rows = rows.map_batches(_Annotator, fn_constructor_args=cutting, **each, **annotators)
+        rows = rows.map_batches(Annotator, fn_constructor_args=late(_Annotator, stream), **each, **annotators)
     return rows
 
 
@@ -246,9 +225,14 @@ def _pool(actors: tuple[int, int], tasks: int = 4) -> ActorPoolStrategy:
     return ActorPoolStrategy(min_size=fewest, max_size=most, initial_size=fewest, max_tasks_in_flight_per_actor=tasks)
 
 
-def hands_of(rows: DataIterator) -> Iterator[Hand]:
-    """One rank's hands. The packs' tiles lie in the object store and cannot be written to."""
-    for table in rows.iter_batches(batch_size=1, batch_format="pyarrow", prefetch_batches=0):
+def tables_of(rows: DataIterator) -> Iterable[pa.Table]:
+    """One rank's hands as Ray Data has them."""
+    return rows.iter_batches(batch_size=1, batch_format="pyarrow", prefetch_batches=0)
+
+
+def hands_of(tables: Iterable[pa.Table]) -> Iterator[Hand]:
+    """Hands from what `tables_of` gave. The packs' tiles lie in the object store and cannot be written to."""
+    for table in tables:
         for row in range(len(table)):
             yield from_table(table, row)
 

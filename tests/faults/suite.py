@@ -19,6 +19,10 @@ SOON, LATE = 2, 5
 """A fault comes so many steps after the last one was overcome."""
 
 
+SELDOM = 1.0
+"""Seconds between two looks at what the run has written: to look costs a core that recovering wants too."""
+
+
 @dataclass(frozen=True)
 class Overcome:
     """One fault in one stage, after `step`: `seconds` from its beginning to the end of the next new step; `redone` steps were
@@ -53,9 +57,9 @@ def overcome(rig: Rig, stage: str, fault: Fault, rng: random.Random) -> Overcome
         rig.train(*rig.words, again=True)
     since = began
     if fault.restarts:
-        rig.wait_for(lambda: rig.groups()[-1].time > began, 300)
+        rig.wait_for(lambda: rig.groups()[-1].time > began, 300, SELDOM)
         since = rig.groups()[-1].time
-    rig.wait_for(lambda: _further(rig, stage, lines, before, since) is not None, 300)
+    rig.wait_for(lambda: _further(rig, stage, lines, before, since) is not None, 300, SELDOM)
     further = _further(rig, stage, lines, before, since)
     assert further
     known, new = further
@@ -103,7 +107,7 @@ def _resized(rig: Rig, stage: str, what: str, world: int, act: Callable[[], obje
     rig.wait_for_step(stage, rng.randint(8, 12), 300)
     before, lines, began = last(rig, stage), len(read_lines(rig.results.steps_file(stage))), time.time()
     act()
-    rig.wait_for(lambda: rig.steps(stage)[-1].world == world and rig.steps(stage)[-1].step > before, 300)
+    rig.wait_for(lambda: rig.steps(stage)[-1].world == world and rig.steps(stage)[-1].step > before, 300, SELDOM)
     written = _written(rig, stage)[lines:]
     known = max([before, *(r.step for r in written if r.world != world)])
     further = next(r.time for r in written if r.world == world and r.step > known)

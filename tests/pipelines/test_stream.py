@@ -18,7 +18,7 @@ from mllm.recipe import Epochs, Recipe
 from pipelines import storage
 from pipelines.annotate import Annotator
 from pipelines.storage import Storage, StorageError
-from pipelines.stream import dataset, from_table, hands_of, portions
+from pipelines.stream import dataset, from_table, hands_of, portions, tables_of
 from pipelines.stream import hands as made_of
 from pipelines.types import Hand, Position, Reason
 from pipelines.windows import PackWindows, Pools, Stream
@@ -39,7 +39,7 @@ def dealt(stream: Stream, start: Position, world: int, pools: Pools = TWO) -> li
     ranks: list[list[Hand]] = [[] for _ in range(world)]
 
     def read(rank: int) -> None:
-        ranks[rank] += hands_of(splits[rank])
+        ranks[rank] += hands_of(tables_of(splits[rank]))
 
     threads = [threading.Thread(target=read, args=(rank,)) for rank in range(world)]
     for thread in threads:

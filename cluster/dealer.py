@@ -1,0 +1,49 @@
+"""An actor that makes a stage's stream of packs for each group of workers that begins.
+
+Ray Train asks for the data of every group in a new process. This one is there from the run's beginning: it has imported all that
+a stream is made of before a group has failed.
+"""
+
+from __future__ import annotations
+
+import pickle
+from typing import Any
+
+from cluster import checkpoint
+from cluster.fsdp import context_of
+from cluster.local import divert_ray_logging
+from cluster.worker import StageJob
+from pipelines import storage
+from pipelines.types import Position
+from pipelines.windows import Pools
+
+
+class Dealer:
+    """The actor."""
+
+    def splits(self, what: bytes, world: int) -> list[Any]:
+        """Ray Data's iterators for `world` ranks, from the stage's last checkpoint on; `what` is as `dumped` gives it."""
+        from pipelines.stream import dataset
+
+        job, pools = pickle.loads(what)
+        divert_ray_logging()
+        storage.use(job.stream.storage)
+        resumed = job.resume_from()
+        start = checkpoint.read_state(resumed).position if resumed else Position()
+        hands = dataset(job.stream, start, job.stream.windows, pools, world, context_of(job.stage.parallel))
+        return hands.streaming_split(world, equal=False)
+
+
+def dumped(job: StageJob, pools: Pools) -> bytes:
+    """A stage, for who hands it on to a dealer and need not import what it is made of."""
+    return pickle.dumps((job, pools))
+
+
+def start_dealer() -> Any:
+    """The actor, on this node, beside the run's driver."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+    options: Any = {"num_cpus": 0, "max_restarts": -1, "max_task_retries": -1, "scheduling_strategy": here}
+    return ray.remote(Dealer).options(**options).remote()

@@ -1,0 +1,87 @@
+"""What Ray Train's own processes are given to unpickle: it imports nothing that takes long.
+
+Workers ask for data before anything else. Who makes packs is started when somebody waits for them, and needs as long to start as
+a worker needs to import torch, to meet the other ranks and to read a checkpoint; so both happen at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+DATASET = "packs"
+"""The dataset's name in Ray Train's views."""
+
+
+_ASKED: list[Iterator[Any]] = []
+"""What this process has asked for and not yet begun to train on."""
+
+
+def asking() -> Any:
+    """What Ray Train calls in each worker's process as soon as the group is complete, before torch's processes meet."""
+    from ray.train.v2._internal.execution.callback import WorkerCallback  # a developers' interface of Ray's
+
+    class Asking(WorkerCallback):
+        def after_init_train_context(self) -> None:
+            from cluster.enter import ask
+
+            ask()
+
+    return Asking()
+
+
+def dealing(dealer: Any, what: bytes) -> Any:
+    """Ray Train's data configuration, changed to have `dealer` deal the stage's packs from its last checkpoint on.
+
+    Ray Train asks it anew at every start of a worker group, with the group's size. Its own split is `equal=True`, which
+    drops rows, and knows no position.
+    """
+    from ray.train import DataConfig
+
+    class Dealing(DataConfig):
+        def configure(self, datasets: Any, world_size: int, *_: Any, **__: Any) -> list[dict[str, Any]]:  # noqa: ARG002 -- Ray's
+            import ray
+
+            return [{DATASET: split} for split in ray.get(dealer.splits.remote(what, world_size))]
+
+    return Dealing()
+
+
+def ask() -> None:
+    """Ask for this worker's packs. The first is waited for by a thread."""
+    import ray.train
+
+    def tables() -> Iterator[Any]:
+        shard = ray.train.get_dataset_shard(DATASET)
+        assert shard is not None  # Ray Train's type allows for runs without data
+        yield from shard.iter_batches(batch_size=1, batch_format="pyarrow", prefetch_batches=0)
+
+    _ASKED[:] = [begun(tables())]
+
+
+def train_worker(config: dict[str, Any]) -> None:
+    """Train one stage, from its last checkpoint or its beginning, to its end or until the run is asked to stop.
+
+    `config` holds the run's `Pulse` under "pulse" and a `StageJob` under "job".
+    """
+    from cluster.worker import train
+
+    train(config["job"], config["pulse"], _ASKED.pop())
+
+
+def begun(items: Iterable[T]) -> Iterator[T]:
+    """The same items; the first is waited for in another thread, from now on."""
+    rest = iter(items)
+    none: list[T] = []
+    pool = ThreadPoolExecutor(1, thread_name_prefix="begun")
+    first = pool.submit(lambda: next(([item] for item in rest), none))
+    pool.shutdown(wait=False)
+
+    def all_of_them() -> Iterator[T]:
+        yield from first.result()
+        yield from rest
+
+    return all_of_them()
