@@ -1,21 +1,17 @@
 """An actor that makes a stage's stream of packs for each group of workers that begins.
 
 Ray Train asks for the data of every group in a new process. This one is there from the run's beginning: it has imported all that
-a stream is made of before a group has failed.
+a stream is made of before a group has failed. Who calls it imports this file, which therefore imports little.
 """
 
 from __future__ import annotations
 
 import pickle
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from cluster import checkpoint
-from cluster.fsdp import context_of
-from cluster.local import divert_ray_logging
-from cluster.worker import StageJob
-from pipelines import storage
-from pipelines.types import Position
-from pipelines.windows import Pools
+if TYPE_CHECKING:
+    from cluster.worker import StageJob
+    from pipelines.windows import Pools
 
 
 class Dealer:
@@ -23,7 +19,12 @@ class Dealer:
 
     def splits(self, what: bytes, world: int) -> list[Any]:
         """Ray Data's iterators for `world` ranks, from the stage's last checkpoint on; `what` is as `dumped` gives it."""
+        from cluster import checkpoint
+        from cluster.fsdp import context_of
+        from cluster.local import divert_ray_logging
+        from pipelines import storage
         from pipelines.stream import dataset
+        from pipelines.types import Position
 
         job, pools = pickle.loads(what)
         divert_ray_logging()
