@@ -30,7 +30,15 @@ from pipelines import storage
 from tests.conftest import ROOT
 from tests.faults.catalogue import LONG_RUN
 from tests.faults.rig import Rig
-from tests.faults.suite import Overcome, differences, go_through, plain_restart, resize, rows_lost_and_repeated
+from tests.faults.suite import (
+    RESTARTS,
+    Overcome,
+    differences,
+    go_through,
+    plain_restart,
+    resize,
+    rows_lost_and_repeated,
+)
 from tests.s3 import BUCKET, Proxy, running
 
 RECIPE = "vila_smoke"
@@ -136,8 +144,9 @@ def _table(
         f"`make faults`, seed {seed}, {datetime.now(UTC):%Y-%m-%d}, {os.cpu_count()} cores, Python {platform.python_version()}, "
         f"torch {torch.__version__}. One run of three stages of {steps} steps on two workers, a head and three nodes on one "
         "machine, everything on S3 (SeaweedFS); then one of 1 to 3 workers. Seconds are from the beginning of the fault to the "
-        "end of the next step that was new, so they contain the fault's own duration where it has one. A plain Ray Train restart "
-        f"of two workers with the same model, one killed, on the same cluster took {plain:.1f} s.",
+        "end of the next optimiser step of workers that begin again, so they contain the fault's own duration where it has one; "
+        "of faults after which nobody need begin again, the longest time between two steps. A plain Ray Train restart of two "
+        f"workers with the same model, one killed, on the same cluster took {plain:.1f} s (median of {RESTARTS}).",
         "",
         "| fault | " + " | ".join(f"{stage}, s" for stage in STAGES) + " | by a plain restart | steps redone |",
         "|---|" + "---:|" * (len(STAGES) + 2),
