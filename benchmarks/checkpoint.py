@@ -1,6 +1,7 @@
 """Checkpoints of `cluster.saver.Saver` and `cluster.checkpoint.load`, beside torch's own and beside bare storage.
 
-Stall: seconds for which training stands still. Beside it, of the same state, `torch.distributed.checkpoint.save` and `torch.save`
+Stall: seconds for which training stands still, in the call and at the end of the step after it, where weights must not change
+before they are copied; the step is a real one. Beside it, of the same state, `torch.distributed.checkpoint.save` and `torch.save`
 followed by fsync, which hold it up until all is written. Bandwidth: of a save until its manifest is there, beside one file of as
 many bytes written in 16 MiB pieces and fsynced; of a load that checks every byte, beside reading the same files' bytes in the
 same pieces and checking nothing. On S3, a server on loopback that shares the cores, beside `s3fs` by itself: one concurrent
@@ -27,13 +28,16 @@ from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 from benchmarks.common import Section, alone, cores, in_child, ratios, scratch
 from cluster import checkpoint
 from cluster.checkpoint import Manifest, TrainState
-from cluster.engines import build_engine
+from cluster.engines import Engine, build_engine, finite
 from cluster.saver import Saver
+from cluster.site import EXAMPLE, load_site
 from mllm.recipe import Recipe
 from mllm.recipes import by_name
 from pipelines import storage
 from pipelines.place import Place
 from pipelines.storage import Storage
+from pipelines.types import Pack
+from pipelines.windows import PackWindows
 
 PIECE = 16 * 2**20
 
@@ -55,13 +59,15 @@ def larger(recipe: Recipe) -> Recipe:
     return replace(recipe, model=replace(recipe.model, lm=replace(lm, arch=arch)))
 
 
-def state_of(large: bool) -> dict[str, Any]:
-    """Weights, and the moments of what pretrain trains, float32."""
+def engine_of(large: bool) -> tuple[Engine, list[Pack]]:
+    """An engine that has the weights, and the moments of what pretrain trains, float32; and a step's packs."""
     torch.set_num_threads(cores())
     recipe = larger(by_name("vila_smoke")) if large else by_name("vila_smoke")
     stage = recipe.stage("pretrain")
-    engine = build_engine(recipe.model.build(), stage, len(stage.mixture), torch.device("cpu"))
-    return engine.state()
+    with scratch() as cache:
+        windows = PackWindows(replace(load_site(str(EXAMPLE)), cache=str(cache)).stream(recipe, stage))
+        packs = list(windows.packs(0))[: stage.packs_per_step]
+    return build_engine(recipe.model.build(), stage, len(stage.mixture), torch.device("cpu")), packs
 
 
 def timed(act: Callable[..., Any], *arguments: Any, **options: Any) -> float:
@@ -106,15 +112,28 @@ def on_disk(large: bool, repetitions: int, place: str) -> tuple[int, Seconds]:
     """Bytes of a checkpoint, and seconds of each way by its name."""
     folder, found = Path(place), {}
     with alone():
-        state = state_of(large)
+        engine, packs = engine_of(large)
         saver = Saver(Place(folder / "ours"), keep=1)
         size, data = 0, b""
+
+        def settled(loss: float, grad_norm: float) -> bool:
+            saver.settle()
+            return finite(loss, grad_norm)
+
         for step in range(repetitions + 2):  # two rounds that begin: buffers, imports, plans
             now: dict[str, float] = {}
+            now["step"] = timed(engine.train_step, packs, 1.0)
+            began = time.perf_counter()
+            state = engine.state()
+            now["state"] = time.perf_counter() - began
             saver.save(state, TrainState(step=step), MANIFEST)
+            now["step beside"] = timed(engine.train_step, packs, 1.0, settled)
             outcome = saver.wait()[-1]
-            size = outcome.size
-            now["stall"], now["save"] = outcome.stall, outcome.seconds
+            now["stall"] = now["state"] + outcome.stall
+            outcome = saver.save(engine.state(), TrainState(step=step), MANIFEST, wait=True)[
+                -1
+            ]  # with the cores to itself
+            size, now["save"] = outcome.size, outcome.seconds
             data = data or os.urandom(size)
             new, old = folder / f"theirs-{step}", folder / f"theirs-{step - 1}"
             new.mkdir()
@@ -142,7 +161,7 @@ def on_s3(large: bool, repetitions: int, settings: Storage) -> tuple[int, Second
     storage.use(settings)
     bare = fsspec.filesystem("s3", **settings.s3(), skip_instance_cache=True)
     with alone():
-        state = state_of(large)
+        state = engine_of(large)[0].state()
         saver = Saver(Place("s3://corpus/ours"), keep=1)
         size = 0
         for step in range(repetitions + 1):
@@ -174,18 +193,20 @@ def measure(section: Section, quick: bool) -> None:
     def speed(seconds: list[float]) -> list[float]:
         return [size / 1e6 / each for each in seconds]
 
-    section.add(f"{name}: stall of a save", "s", disk["stall"], "a copy in memory")
+    section.add(f"{name}: stall of a save", "s", disk["stall"], "it is copied while the next step computes")
+    slower = ratios(disk["step beside"], disk["step"])
+    section.add(f"{name}: step during a save / step", "ratio", slower, "two cores copy, write and train at once")
     for other in ("dcp.save", "torch.save"):
         section.add(f"{name}: blocking {other}", "s", disk[other])
         section.add(f"{name}: stall / {other}", "ratio", ratios(disk["stall"], disk[other]), at_most=STALL)
-    section.add(f"{name}: save beside training", "MB/s", speed(disk["save"]), "until the manifest is there")
+    section.add(f"{name}: save", "MB/s", speed(disk["save"]), "until the manifest is there")
     section.add(f"{name}: write and fsync", "MB/s", speed(disk["plain write"]), "the limit")
     section.add(f"{name}: save / write", "ratio", ratios(disk["plain write"], disk["save"]), at_least=SPEED)
     section.add(f"{name}: load, every byte checked", "MB/s", speed(disk["load"]), "from the disk")
     section.add(f"{name}: read", "MB/s", speed(disk["plain read"]), "the limit")
     section.add(f"{name}: load / read", "ratio", ratios(disk["plain read"], disk["load"]), at_least=SPEED)
     cached = ratios(disk["cached read"], disk["cached load"])
-    section.add(f"{name}: load / read, page cache", "ratio", cached, "SHA-256 beside copying in memory")
+    section.add(f"{name}: load / read, page cache", "ratio", cached, "digests beside copying in memory")
 
     from tests.s3 import running
 

@@ -143,7 +143,7 @@ def stall_and_interval(repetitions: int) -> tuple[list[float], list[float]]:
     """Seconds that a save stops training, and that the 200 steps between two saves take, of the smoke recipe's pretrain."""
     from cluster.checkpoint import Manifest as CheckpointManifest
     from cluster.checkpoint import TrainState
-    from cluster.engines import build_engine
+    from cluster.engines import build_engine, finite
     from cluster.saver import Saver
     from cluster.site import EXAMPLE, load_site
     from mllm.recipes import by_name
@@ -154,18 +154,24 @@ def stall_and_interval(repetitions: int) -> tuple[list[float], list[float]]:
     manifest = CheckpointManifest(
         run="bench", stage="pretrain", fingerprint="f", order="o", step=0, world=1, final=False, versions={}
     )
-    stall, between = [], []
+    stall: list[float] = []
+    between: list[float] = []
     with scratch() as folder, alone():
         site = replace(load_site(str(EXAMPLE)), cache=str(folder / "cache"))
         packs = list(PackWindows(site.stream(recipe, stage)).packs(0))[: stage.packs_per_step]
         engine = build_engine(recipe.model.build(), stage, len(stage.mixture), torch.device("cpu"))
         with Saver(Place(folder / "checkpoints")) as saver:
+
+            def settled(loss: float, grad_norm: float) -> bool:
+                saver.settle()
+                return finite(loss, grad_norm)
+
             for step in range(repetitions + 1):
-                report = engine.train_step(packs, 1.0)
                 saver.save(engine.state(), TrainState(step=step), replace(manifest, step=step))
-                saver.wait()
+                report = engine.train_step(packs, 1.0, settled)
+                outcome = saver.wait()[-1]
                 if step:  # the first one plans
-                    stall.append(saver.stall)
+                    stall.append(outcome.stall)
                     between.append(200 * report.seconds)
     return stall, between
 

@@ -37,7 +37,7 @@ from torch import Tensor, nn
 
 from benchmarks.common import CACHE, HERE, Row, Section, alone, number, peak_bytes, ratios, scratch, table
 from cluster.checkpoint import Manifest, TrainState
-from cluster.engines import build_engine
+from cluster.engines import build_engine, finite
 from cluster.memory import fullest, memory
 from cluster.mfu import peak_flops
 from cluster.recompute import recompute
@@ -683,8 +683,14 @@ def checkpoint_stall(sizes: Sizes, decoder: str) -> list[Found]:
         if 2 * size > 0.9 * room:
             return [([], f"two of {size / 1e9:.0f} GB, and the disk has room for {room / 1e9:.0f}")] * 3
         saver = Saver(Place(folder), keep=1)
+
+        def settled(loss: float, grad_norm: float) -> bool:
+            saver.settle()
+            return finite(loss, grad_norm)
+
         for step in range(2):  # the first finds its buffers
             saver.save(state, TrainState(step=step), manifest)
+            engine.train_step([pack_of(recipe)], 1.0, settled)
             done = saver.wait()[-1]
     return [([done.stall], ""), ([done.size / 1e9], ""), ([done.size / 1e9 / done.seconds], "")]
 

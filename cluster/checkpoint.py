@@ -17,6 +17,7 @@ import re
 import time
 import warnings
 from collections.abc import Callable, Collection, Iterable
+from contextlib import suppress
 from dataclasses import field, replace
 from functools import cache
 from typing import Any
@@ -27,7 +28,7 @@ from pydantic import TypeAdapter, ValidationError
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 
-from cluster.shards import INDEX, CorruptCheckpoint, Index, LoadPlanner, ShardReader, parse_index, sha256
+from cluster.shards import INDEX, CorruptCheckpoint, Index, LoadPlanner, ShardReader, digest, parse_index
 from mllm.encoders import Folder
 from mllm.recipe import Recipe, Stage
 from mllm.tune import add_adapters, merge_adapters
@@ -36,6 +37,10 @@ from pipelines.place import Place
 from pipelines.types import Position, spec
 
 MANIFEST, STATE, REJECTED = "manifest.json", "state.json", "rejected.json"
+
+
+FORMAT = 2
+"""Of a checkpoint's files. 1 had pickles, or SHA-256."""
 
 
 @spec
@@ -71,7 +76,7 @@ class FileMark:
     """Bytes of a file, and its digest where the index has none of its pieces."""
 
     size: int
-    sha256: str | None = None
+    digest: str | None = None
 
 
 @spec
@@ -82,6 +87,7 @@ class Manifest:
     filled in by who writes it.
     """
 
+    format: int = FORMAT
     run: str
     stage: str
     fingerprint: str
@@ -117,7 +123,7 @@ class PassedOver:
 
 
 class OldCheckpoint(ValueError):
-    """A checkpoint of a version whose files are not read any more."""
+    """A checkpoint of a version whose files are not read, any more or yet."""
 
 
 @cache
@@ -271,17 +277,23 @@ def discard(folder: Place) -> None:
 
 def read_manifest(folder: Place) -> Manifest:
     """Raises pydantic's ValidationError, a ValueError, for one that is none; OldCheckpoint; FileNotFoundError."""
-    manifest = _manifests().validate_json((folder / MANIFEST).read_bytes())
-    if not manifest.files:
-        wrote = ", ".join(
-            f"{name} {manifest.versions[name]}" for name in ("mllm", "torch") if name in manifest.versions
-        )
-        raise OldCheckpoint(
-            f"{folder} was written by an earlier version ({wrote or 'it does not say which'}) as pickles, which are not read any "
-            "more, since reading one runs whatever it says; train the stage again (remove the folder, or take another --run), "
-            "or go on with the version that wrote it"
-        )
-    return manifest
+    data = (folder / MANIFEST).read_bytes()
+    told: Any = None
+    with suppress(ValueError):  # of what is no JSON the last line tells
+        told = json.loads(data)
+    if isinstance(told, dict) and "fingerprint" in told and told.get("format", 1) != FORMAT:
+        raise _of_another_format(folder, told)
+    return _manifests().validate_json(data)
+
+
+def _of_another_format(folder: Place, told: dict[str, Any]) -> OldCheckpoint:
+    versions = told.get("versions", {})
+    wrote = ", ".join(f"{name} {versions[name]}" for name in ("mllm", "torch") if name in versions)
+    return OldCheckpoint(
+        f"{folder} was written in format {told.get('format', 1)} by another version ({wrote or 'it does not say which'}), and "
+        f"this one reads format {FORMAT}; go on with the version that wrote it, or train the stage again (remove the folder, "
+        "or take another --run)"
+    )
 
 
 def read_state(folder: Place) -> TrainState:
@@ -299,7 +311,7 @@ def _checked(folder: Place, name: str) -> bytes:
         data = (folder / name).read_bytes()
     except FileNotFoundError:
         raise CorruptCheckpoint(folder.uri, name, None, "is not there") from None
-    if sha256(data) != expected.sha256:
+    if digest(data) != expected.digest:
         raise CorruptCheckpoint(folder.uri, name, None, "has other bytes than were written")
     return data
 

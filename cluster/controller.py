@@ -20,6 +20,7 @@ from tempfile import gettempdir
 from typing import Any, Protocol
 
 from cluster import checkpoint, quarantine
+from cluster.callbacks import failures, resizing, root_of
 from cluster.dealer import dumped, start_dealer
 from cluster.enter import DATASET, asking, dealing, train_worker
 from cluster.journal import (
@@ -48,7 +49,6 @@ from cluster.site import Site
 from cluster.worker import StageJob, failure_file
 from mllm.recipe import Recipe, dump, fingerprint, load
 from mllm.tune import apply_tuning, describe
-from pipelines import storage
 from pipelines.place import Place
 from pipelines.storage import StorageError
 
@@ -311,7 +311,7 @@ class Controller:
             except (Stopped, KeyboardInterrupt, Fenced):
                 raise
             except Exception as error:
-                words = _root(error)
+                words = root_of(error)
                 if not _of_the_cluster(error):
                     raise RunError(f"stage {job.stage.name!r} failed: {words}; see {self.folder.logs}") from error
                 self._fault("controller", job.stage.name, words)
@@ -358,7 +358,7 @@ class Controller:
                 # Ray's own notes of the run: nothing here reads them, so they need not outlive the cluster.
                 storage_path=str(Path(gettempdir()) / "mllm" / "ray"),
                 failure_config=ray.train.FailureConfig(max_failures=-1),  # `after_start` says when it is enough
-                callbacks=[failures(job, pulse), asking()],
+                callbacks=[failures(job, pulse), resizing(job, pulse), asking()],
             ),
         )
         divert_ray_logging()
@@ -465,33 +465,6 @@ def _cluster_answers() -> bool:
     return bool(answered and answered[0])
 
 
-def failures(job: StageJob, pulse: Any) -> Any:
-    """What Ray Train calls, in its controller's process, when workers have failed: it goes into the journal."""
-    from ray.train import UserCallback
-
-    class Failures(UserCallback):
-        def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:  # noqa: ARG002 -- Ray's
-            pulse.disband.remote()
-            storage.use(job.stream.storage)
-            state = job.journal.state()
-            step = state.groups[-1].step if state.groups else 0
-            for rank, error in sorted(worker_exceptions.items())[
-                :4
-            ]:  # one is the cause, the others lost their neighbour
-                job.journal.append(
-                    Fault(
-                        time=time.time(),
-                        what="workers",
-                        stage=job.stage.name,
-                        step=step,
-                        rank=rank,
-                        detail=_root(error),
-                    )
-                )
-
-    return Failures()
-
-
 def placeholder() -> Any:
     """What Ray Train must be given as a dataset: `dealing` puts the true one in its place once the group's size is known."""
     import ray.data
@@ -517,16 +490,3 @@ def _science(recipe: Recipe) -> str:
     """The recipe without what changes nothing of the result."""
     free = {"save_every": 1, "save_minutes": None, "entry": None}
     return dump(replace(recipe, stages=tuple(replace(stage, **free) for stage in recipe.stages)))
-
-
-def _root(error: BaseException) -> str:
-    """The words of the innermost cause: Ray wraps a worker's exception several times over."""
-    failures = getattr(error, "worker_failures", None)
-    if failures:
-        rank, cause = next(iter(failures.items()))
-        return f"rank {rank}: {_root(cause)}"
-    inner = error.__cause__ or getattr(error, "cause", None)
-    if isinstance(inner, BaseException) and inner is not error:
-        return _root(inner)
-    lines = [line for line in str(error).strip().splitlines() if line.strip()]
-    return lines[-1].partition(" Some common causes")[0] if lines else type(error).__name__

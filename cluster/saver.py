@@ -1,10 +1,12 @@
-"""Writes checkpoints beside training: a copy in the host's memory is all that training waits for.
+"""Writes checkpoints beside training, which waits for next to nothing of it.
 
     saver = Saver(folder)
     outcomes = saver.save(engine.state(), at, manifest)      # on every rank; the step after it may begin
+    saver.settle()                                           # before that step changes a weight
     outcomes = saver.wait()                                  # ends the one under way, and raises what failed
 
-A thread on each rank writes its shards and then meets the other ranks' threads in a process group of their own. Rank 0 writes
+Weights and moments change at the end of a step and not before, so they are copied while the next one computes. A thread on each
+rank copies, writes its shards and then meets the other ranks' threads in a process group of their own. Rank 0 writes
 the manifest when all have written, and then takes old checkpoints away. A process that ends before leaves no manifest.
 """
 
@@ -15,9 +17,9 @@ import io
 import shutil
 import threading
 import time
-from collections.abc import Collection, Sequence
-from contextlib import suppress
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, replace
 from types import TracebackType
 from typing import Any
 
@@ -42,7 +44,7 @@ from cluster.checkpoint import (
     retain,
     step_and_token,
 )
-from cluster.shards import INDEX, SavePlanner, ShardWriter, plain, sha256
+from cluster.shards import INDEX, SavePlanner, ShardWriter, digest, plain
 from pipelines.place import Place
 from pipelines.storage import StorageError
 from pipelines.types import spec
@@ -56,7 +58,8 @@ class SaveFailed(RuntimeError):
 
 @spec
 class Outcome:
-    """How a save ended: `stall` seconds for which training stood still, `seconds` until the manifest was there.
+    """How a save ended: `stall` seconds for which training stood still, in `save` and in `settle`; `seconds` until the manifest
+    was there.
 
     `size` is the bytes of all ranks' tensors, which only rank 0 knows; the others have 0. `trouble` says what went wrong; a
     checkpoint may be `whole` in spite of it, when only older ones could not be taken away.
@@ -76,20 +79,23 @@ class _Job:
     """One save under way."""
 
     folder: Place
-    items: Sequence[Item]
+    items: list[Item]
+    copied: bool
     metadata: Metadata | None
     at: TrainState
     manifest: Manifest
     began: float
+    ready: Any = None
     stall: float = 0.0
     seconds: float = 0.0
+    settled: threading.Event = field(default_factory=threading.Event)
 
 
 class Saver:
     """Writes a stage's checkpoints to `folder` and keeps the `keep` newest whole ones, and those that `protected` names.
 
     Made by all ranks together. Copies take as much of the host's memory as a rank writes of a checkpoint, and are used again.
-    `stall` is the last save's; `since` are seconds since the last one was begun, by this rank's monotonic clock.
+    `since` are seconds since the last one was begun, by this rank's monotonic clock.
     """
 
     def __init__(self, folder: Place, keep: int = 2, protected: Collection[str] = frozenset()) -> None:
@@ -109,27 +115,44 @@ class Saver:
         self.plan: SavePlan | None = None
         self.metadata: Metadata | None = None
         self.begun = time.monotonic()
-        self.stall = 0.0
+        self.job: _Job | None = None
+        self.broken: Exception | None = None
 
     @property
     def since(self) -> float:
         return time.monotonic() - self.begun
 
     def save(self, state: dict[str, Any], at: TrainState, manifest: Manifest, wait: bool = False) -> list[Outcome]:
-        """Begin to write `state`, all ranks together; weights may change as soon as this returns.
+        """Begin to write `state`, all ranks together; none of it may change before `settle` has returned.
 
         Waits for a save that is still under way. Returns how earlier ones ended; with `wait` this one too, and raises SaveFailed
         when it failed. Raises TypeError, on the rank that has it, for a value that a checkpoint cannot keep.
         """
         self.begun = time.monotonic()
         self._join()
-        items = self._staged(state, copied=not wait)
+        items = self._planned_items(state)
         folder = self.folder / folder_name(at.step, manifest.token)
-        job = _Job(folder, items, self.metadata, at, manifest, self.begun)
-        job.stall = self.stall = self.since
+        job = self.job = _Job(folder, items, not wait, self.metadata, at, manifest, self.begun)
+        if torch.cuda.is_available():
+            job.ready = torch.cuda.Event()
+            job.ready.record()
+        job.stall = self.since
         self.thread = threading.Thread(target=self._run, args=(job,), daemon=True, name="checkpoint")
         self.thread.start()
         return self.wait() if wait else self.poll()
+
+    def settle(self) -> None:
+        """Wait until the last save has a copy of all that it writes, so that the state may change.
+
+        Raises RuntimeError where the ranks could not agree on a save: whoever of them goes on waits for ever.
+        """
+        if self.broken is not None:
+            raise RuntimeError(f"the ranks lost one another over a checkpoint: {_words(self.broken)}") from self.broken
+        if self.job is not None:
+            began = time.monotonic()
+            self.job.settled.wait()
+            self.job.stall += time.monotonic() - began
+            self.job = None
 
     def poll(self) -> list[Outcome]:
         """How saves ended since this was last asked, not waiting for any. Ranks may learn it at different times."""
@@ -157,25 +180,22 @@ class Saver:
             self.thread.join()
             self.thread = None
 
-    def _staged(self, state: dict[str, Any], copied: bool) -> list[Item]:
-        """What this rank is to write of `state`, `copied` to the host's memory so that training may change the state."""
+    def _planned_items(self, state: dict[str, Any]) -> list[Item]:
+        """What this rank is to write of `state`, where it lies."""
         planner = SavePlanner()
         planner.set_up_planner(state, is_coordinator=self.rank == 0)
         plan = self._planned(planner)
-        items: list[Item] = []
+        return [(item, planner.resolve_data(item)) for item in plan.items]
+
+    def _copy(self, job: _Job) -> None:
+        """Put copies in the host's memory in the place of the state's own tensors."""
         held: dict[MetadataIndex, Tensor] = {}
-        for item in plan.items:
-            value = planner.resolve_data(item)
-            if isinstance(value, Tensor):
-                value = plain(value)
-                if copied:
-                    value = held[item.index] = self._copied(item.index, value)
-            items.append((item, value))
-        if copied:
-            self.buffers = held
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        return items
+        with _beside(job.ready):
+            for number, (item, value) in enumerate(job.items):
+                if isinstance(value, Tensor):
+                    held[item.index] = self._copied(item.index, plain(value))
+                    job.items[number] = item, held[item.index]
+        self.buffers = held
 
     def _planned(self, planner: SavePlanner) -> SavePlan:
         """Who writes what. Planning takes longer than a copy, and is done again only where a rank's state has another form."""
@@ -200,10 +220,17 @@ class Saver:
 
     def _run(self, job: _Job) -> None:
         """The thread's work: whatever happens becomes words, the same on every rank."""
+        failure: Exception | None = None
         try:
-            whole, trouble = self._written(job)
-        except Exception as error:  # the group itself failed: a rank is gone
-            whole, trouble = False, _words(error)
+            if job.copied:
+                self._copy(job)
+        except Exception as error:
+            failure = error
+        job.settled.set()
+        try:
+            whole, trouble = self._written(job, failure)
+        except Exception as error:  # the group itself failed: the others wait for this rank, or this one for them
+            whole, trouble, self.broken = False, _words(error), error
         if trouble is not None:
             trouble = f"checkpoint {job.folder.name}: {trouble}"
         size = self._size(job.metadata)
@@ -220,16 +247,15 @@ class Saver:
             )
         )
 
-    def _written(self, job: _Job) -> tuple[bool, str | None]:
-        """Write it, all ranks together; whether it is whole, and what went wrong."""
+    def _written(self, job: _Job, failure: Exception | None) -> tuple[bool, str | None]:
+        """Write it, all ranks together, unless something failed before; whether it is whole, and what went wrong."""
         refused = self._told(self._cleared(job) if self.rank == 0 else None)
         if refused:
             return False, refused
         writer = ShardWriter(job.folder, self.rank)
         results: list[WriteResult] = []
-        failure: BaseException | None = None
         try:
-            results = writer.write(job.items)
+            results = [] if failure else writer.write(job.items)
         except Exception as error:
             failure = error
         everyone = self._gathered((results, None if failure is None else (_words(failure), _kind(failure))))
@@ -274,8 +300,8 @@ class Saver:
         state = dump_state(job.at)
         (job.folder / STATE).write(state)
         files = {name: FileMark(size=size) for name, size in writer.files.items()}
-        files[INDEX] = replace(files[INDEX], sha256=writer.index_sha256)
-        files[STATE] = FileMark(size=len(state), sha256=sha256(state))
+        files[INDEX] = replace(files[INDEX], digest=writer.index_digest)
+        files[STATE] = FileMark(size=len(state), digest=digest(state))
         manifest = replace(
             job.manifest,
             step=job.at.step,
@@ -331,6 +357,19 @@ class Saver:
         said = [words]
         dist.broadcast_object_list(said, group=self.group)
         return said[0]
+
+
+@contextmanager
+def _beside(ready: Any) -> Iterator[None]:
+    """On GPUs: copy on a stream of its own what was computed until `ready`, and be through at the end."""
+    if ready is None:
+        yield
+        return
+    stream = torch.cuda.Stream()
+    stream.wait_event(ready)
+    with torch.cuda.stream(stream):
+        yield
+    stream.synchronize()
 
 
 def save(folder: Place, state: dict[str, Any], at: TrainState, manifest: Manifest, keep: int = 2) -> Place:

@@ -18,7 +18,7 @@ from typing import Literal
 Phase = Literal["start", "data", "step", "save", "evaluate"]
 """What a rank is at."""
 
-Wish = Literal["", "save", "save_and_stop"]
+Wish = Literal["", "save", "save_and_stop", "save_and_leave"]
 
 HISTORY = 1024
 """Phases of each kind that are remembered."""

@@ -244,6 +244,7 @@ class Training:
             done = self.state.progress >= 1
             wish = "" if done else self._agreed(step)
             if done:
+                self.saver.settle()
                 self.engine.finish()
             if done or wish or due(self.job.stage, self.state.step):
                 self.beats("save", self.state.step)
@@ -253,7 +254,7 @@ class Training:
             if wish == "save_and_stop":
                 return False
             if wish == LEAVING:
-                raise Leave("a node that this group runs on is about to be taken away; what was learned is saved")
+                raise Leave("this group makes room for another; what was learned is saved")
             self.beats("data", self.state.step)
             self.deal.note = self._note()
         raise StopRun(
@@ -272,7 +273,7 @@ class Training:
 
     def _agreed(self, step: Step) -> str:
         """What all ranks do after this step besides going on; all say the same, since all have the same notes."""
-        for wish in ("save_and_stop", "save"):
+        for wish in ("save_and_stop", LEAVING, "save"):
             if wish in step.notes:
                 return wish
         if DRAINING not in step.notes:
@@ -341,6 +342,7 @@ class Training:
         verdicts: list[Verdict] = []
 
         def fine(loss: float, grad_norm: float) -> bool:
+            self.saver.settle()  # the last moment at which weights are what they were before this step
             verdicts.append(judge(guard, recent, loss, grad_norm))
             return verdicts[-1] == "fine"
 

@@ -36,6 +36,7 @@ from uuid import uuid4
 import fsspec
 from fsspec import AbstractFileSystem
 from fsspec.asyn import AsyncFileSystem, sync
+from fsspec.implementations.local import LocalFileSystem
 
 from pipelines.types import spec
 
@@ -152,6 +153,24 @@ def read(uri: str, start: int | None = None, stop: int | None = None) -> bytes:
     else:
         data = _tried(uri, lambda: filesystem.cat_file(path, start=start, end=stop))
     return bytes(data)
+
+
+def read_into(uri: str, start: int, buffer: memoryview) -> int:
+    """Bytes of a file from `start` on, into a writable `buffer`; returns how many there were. Raises as `read` does."""
+    filesystem, path = _place(uri)
+    if not isinstance(filesystem, LocalFileSystem):
+        data = read(uri, start, start + len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
+
+    def from_disk() -> int:
+        with open(path, "rb", buffering=0) as source:
+            done = 0
+            while done < len(buffer) and (got := os.preadv(source.fileno(), [buffer[done:]], start + done)):
+                done += got
+            return done
+
+    return _tried(uri, from_disk)
 
 
 async def _range(filesystem: AsyncFileSystem, path: str, start: int | None, stop: int | None) -> Any:

@@ -1,6 +1,8 @@
 """What a restart costs without any of this: Ray Train alone, the same model, the same workers, a checkpoint by torch.save.
 
-python -m tests.faults.plain ADDRESS RECIPE STEPS_FILE
+python -m tests.faults.plain ADDRESS RECIPE STEPS_FILE [data]
+
+Batches are made up where they are used, or with `data` by an actor of Ray Data that has imported what decodes and tokenises.
 """
 
 from __future__ import annotations
@@ -9,6 +11,7 @@ import os
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +22,10 @@ def train(config: dict[str, Any]) -> None:
     import torch
     from ray.train import Checkpoint
     from ray.train.torch import prepare_model
-    from transformers import AutoModelForCausalLM
 
     from mllm.recipes import by_name
 
-    config_of_model = by_name(config["recipe"]).model.meta().lm.model.config
-    model = AutoModelForCausalLM.from_config(config_of_model, attn_implementation="sdpa")
+    model = by_name(config["recipe"]).model.build().lm.model
     resumed = ray.train.get_checkpoint()
     first = 0
     if resumed:
@@ -35,8 +36,7 @@ def train(config: dict[str, Any]) -> None:
     copies = prepare_model(model)
     optimizer = torch.optim.AdamW(copies.parameters())
     rank = ray.train.get_context().get_world_rank()
-    for step in range(first, 10_000):
-        ids = torch.randint(0, 100, (4, 256))
+    for step, ids in zip(range(first, 10_000), batches(config["data"]), strict=False):
         copies(input_ids=ids, labels=ids, use_cache=False).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -49,19 +49,50 @@ def train(config: dict[str, Any]) -> None:
                 ray.train.report({"step": step}, checkpoint=Checkpoint.from_directory(folder) if rank == 0 else None)
 
 
-def main(address: str, recipe: str, steps: str) -> None:
+def batches(data: bool) -> Iterator[Any]:
+    """Token ids int64 (4, 256), without end."""
+    import ray.train
+    import torch
+
+    if not data:
+        while True:
+            yield torch.randint(0, 100, (4, 256))
+    shard = ray.train.get_dataset_shard("train")
+    assert shard
+    for batch in shard.iter_torch_batches(batch_size=4):
+        yield batch["ids"]
+
+
+class Tokenise:
+    """Imports what a preprocessor of pictures and words imports, and makes rows up."""
+
+    def __init__(self) -> None:
+        import simplejpeg  # noqa: F401 -- to have it imported is what this is for
+        import tokenizers  # noqa: F401
+        import torch  # noqa: F401
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+        import numpy as np
+
+        return {"ids": np.random.default_rng(0).integers(0, 100, (len(batch["id"]), 256))}
+
+
+def main(address: str, recipe: str, steps: str, data: str = "") -> None:
     """Train on the cluster at `address` until this process is ended."""
     from cluster.local import QUIET
 
     os.environ.update(QUIET)  # the same intervals at which Ray looks after its workers
     import ray
+    import ray.data
     import ray.train
     from ray.train.torch import TorchConfig, TorchTrainer
 
     ray.init(address=address, log_to_driver=False)
+    rows = ray.data.range(100_000).map_batches(Tokenise, concurrency=1, batch_size=64) if data else None
     TorchTrainer(
         train,
-        train_loop_config={"recipe": recipe, "steps": steps},
+        train_loop_config={"recipe": recipe, "steps": steps, "data": bool(data)},
+        datasets={"train": rows} if rows else None,
         torch_config=TorchConfig(backend="gloo"),
         scaling_config=ray.train.ScalingConfig(num_workers=2),
         run_config=ray.train.RunConfig(

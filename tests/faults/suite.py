@@ -126,10 +126,11 @@ RESTARTS = 3
 """Plain restarts whose median is taken: the first finds processes that Ray has kept, and is quicker."""
 
 
-def plain_restart(rig: Rig, rng: random.Random) -> float:
-    """Seconds from the death of a worker to the next step, of Ray Train by itself on the rig's cluster."""
-    steps = rig.folder / "plain.txt"
-    command = [sys.executable, "-m", "tests.faults.plain", rig.cluster.address, rig.recipe, str(steps)]
+def plain_restart(rig: Rig, rng: random.Random, data: bool) -> float:
+    """Seconds from the death of a worker to the next step, of Ray Train by itself on the rig's cluster, reading `data` or none."""
+    steps = rig.folder / f"plain-{data}.txt"
+    words = [rig.cluster.address, rig.recipe, str(steps), *(["data"] if data else [])]
+    command = [sys.executable, "-m", "tests.faults.plain", *words]
     with rig.log.open("wb") as out:
         rig.run = subprocess.Popen(command, stdout=out, stderr=out, start_new_session=True)
 
