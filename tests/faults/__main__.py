@@ -152,8 +152,9 @@ def _table(
         "machine, everything on S3 (SeaweedFS); then one of 1 to 3 workers. Seconds are from the beginning of the fault to the "
         "end of the next optimiser step of workers that begin again, so they contain the fault's own duration where it has one; "
         "of faults after which nobody need begin again, the longest time between two steps. A plain Ray Train restart of two "
-        f"workers with the same model, one killed, on the same cluster took {plain:.1f} s where it reads its batches from an actor of "
-        f"Ray Data as this run does, and {bare:.1f} s where it makes them up itself (medians of {RESTARTS}).",
+        f"workers with the same model, one killed, on the same cluster took {plain:.1f} s where it reads its "
+        f"batches from an actor of Ray Data as this run does, and {bare:.1f} s where it makes them up itself "
+        f"(medians of {RESTARTS}).",
         "",
         "| fault | " + " | ".join(f"{stage}, s" for stage in STAGES) + " | by a plain restart | steps redone |",
         "|---|" + "---:|" * (len(STAGES) + 2),

@@ -127,7 +127,7 @@ RESTARTS = 3
 
 
 def plain_restart(rig: Rig, rng: random.Random, data: bool) -> float:
-    """Seconds from the death of a worker to the next step, of Ray Train by itself on the rig's cluster, reading `data` or none."""
+    """Seconds from the death of a worker to the next step, of Ray Train by itself on the rig's cluster."""
     steps = rig.folder / f"plain-{data}.txt"
     words = [rig.cluster.address, rig.recipe, str(steps), *(["data"] if data else [])]
     command = [sys.executable, "-m", "tests.faults.plain", *words]
