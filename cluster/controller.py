@@ -20,6 +20,7 @@ from tempfile import gettempdir
 from typing import Any, Protocol
 
 from cluster import checkpoint, quarantine
+from cluster.beside import Beside
 from cluster.callbacks import failures, resizing, root_of
 from cluster.dealer import dumped, start_dealer
 from cluster.enter import DATASET, asking, dealing, train_worker
@@ -100,6 +101,7 @@ class Controller:
         self.versions = versions()
         self.lease: Lease | None = None
         self.dealer: Any = None
+        self.beside = Beside(self.watcher.say)
         self.fingerprints: dict[str, str] = {}
         for stage in recipe.stages:
             before = recipe.before(stage)
@@ -148,8 +150,11 @@ class Controller:
         try:
             for job in self.jobs.values():
                 stage = job.stage.name
-                if state.finished_stage(job.fingerprint) is None:
-                    self._train(self._follow(job))
+                done = state.finished_stage(job.fingerprint)
+                if done is None:
+                    done = self._train(self._follow(job))
+                self.beside.finished(job, self.folder.root / done.checkpoint)
+            self.beside.wait()
         except Fenced:
             raise
         except (Stopped, KeyboardInterrupt) as error:
@@ -242,7 +247,7 @@ class Controller:
                     f"{before!r} longer or better, or change stages.{stage.name}.entry"
                 )
 
-    def _train(self, job: StageJob) -> None:
+    def _train(self, job: StageJob) -> StageFinished:
         model = meta_model(self.recipe.model)
         apply_tuning(model, job.stage.tune)
         started = StageStarted(
@@ -272,6 +277,7 @@ class Controller:
         self.watcher.stage_finished(
             finished, self.folder.evaluation(name, "before"), self.folder.evaluation(name, "after")
         )
+        return finished
 
     def _same_shards(self, job: StageJob) -> None:
         """Note what the stage reads when it begins; when it goes on, name the shards that are not what they were."""
@@ -369,7 +375,7 @@ class Controller:
                 why = f"rank {rank.rank} is ended, and the group begins again from the last checkpoint"
                 self.journal.append(Decision(time=time.time(), what="restart", stage=job.stage.name, why=why))
 
-        with PulseWatcher(pulse, self.site.watch, hung):
+        with PulseWatcher(pulse, self.site.watch, hung), self.beside.watching(job):
             self._obediently(trainer.fit, job, pulse)
 
     def _obediently(self, fit: Callable[[], object], job: StageJob, pulse: Any) -> None:
@@ -488,5 +494,5 @@ def first_difference(before: str, after: str) -> str:
 
 def _science(recipe: Recipe) -> str:
     """The recipe without what changes nothing of the result."""
-    free = {"save_every": 1, "save_minutes": None, "entry": None}
+    free = {"save_every": 1, "save_minutes": None, "evaluate_every": None, "entry": None}
     return dump(replace(recipe, stages=tuple(replace(stage, **free) for stage in recipe.stages)))

@@ -6,11 +6,14 @@ Two there are: `cluster/fsdp.py` on torch's own sharding, `cluster/zero.py` on D
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from tempfile import TemporaryDirectory
 from typing import Any, Protocol
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
@@ -105,3 +108,14 @@ def build_engine(model: VisionLanguageModel, stage: Stage, sources: int, device:
             from cluster.zero import ZeroEngine  # DeepSpeed is an extra
 
             return ZeroEngine(model, stage, parallel, sources, device)
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """A process group of this process only, so that the sharded engine runs here as it does on a cluster."""
+    with TemporaryDirectory() as folder:
+        dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=0, world_size=1)
+        try:
+            yield
+        finally:
+            dist.destroy_process_group()

@@ -87,7 +87,9 @@ class GroupStarted:
     passed_over: tuple[str, ...] = ()
 
 
-FaultKind = Literal["workers", "hang", "preemption", "not_finite", "spike", "checkpoint", "controller", "slow"]
+FaultKind = Literal[
+    "workers", "hang", "preemption", "not_finite", "spike", "checkpoint", "controller", "slow", "beside"
+]
 
 
 @spec

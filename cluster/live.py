@@ -65,6 +65,7 @@ class StageView:
     steps: list[StepRecord] = field(default_factory=list)
     before: Evaluation | None = None
     after: Evaluation | None = None
+    during: list[Evaluation] = field(default_factory=list)
 
     @property
     def last(self) -> StepRecord | None:
@@ -154,16 +155,20 @@ def stage_views(run: RunFolder, recipe: Recipe, state: RunState) -> list[StageVi
                 steps=run.steps(name),
                 before=run.evaluation(name, "before"),
                 after=run.evaluation(name, "after"),
+                during=run.evaluations(name),
             )
         )
     return views
 
 
 def borders(views: Sequence[StageView]) -> list[tuple[str, Evaluation]]:
-    """The evaluations through the curriculum: before it, and after each stage. One stage's after is the next one's before."""
+    """The evaluations through the curriculum: before it, during each stage and after it, which is before the next one."""
     first = next((view.before for view in views if view.before), None)
-    opening = [("before training", first)] if first else []
-    return opening + [(f"after {view.name}", view.after) for view in views if view.after]
+    found = [("before training", first)] if first else []
+    for view in views:
+        found += [(f"{view.name}, step {each.step:,}", each) for each in view.during if each.step is not None]
+        found += [(f"after {view.name}", view.after)] if view.after else []
+    return found
 
 
 def paired_scores(

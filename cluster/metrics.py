@@ -1,7 +1,8 @@
 """What a run writes down as it goes: a line for every step, a file for every evaluation.
 
     runs/NAME/steps/align-1f3a09c2.jsonl              StepRecord
-    runs/NAME/evaluations/align-1f3a09c2-before.json  Evaluation
+    runs/NAME/evaluations/align-1f3a09c2-before.json  Evaluation; -after, and -000200 during the stage
+    runs/NAME/parts/align-1f3a09c2/                   the stage's weights as safetensors, a part of the model each
 
 After a kill the steps since the last checkpoint are trained again and their lines written again; readers keep the last.
 """
@@ -9,6 +10,7 @@ After a kill the steps since the last checkpoint are trained again and their lin
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable
 from dataclasses import field
 from functools import cache
@@ -93,16 +95,17 @@ def utilisation(steps: Iterable[StepRecord]) -> float | None:
     return sum(step.flops for step in known) / sum(step.seconds * step.world * step.peak for step in known)
 
 
-When = Literal["before", "after"]
-"""On which side of a stage something was measured."""
+When = Literal["before", "after", "during"]
+"""When in a stage something was measured."""
 
 
 @spec
 class Evaluation:
-    """Held-out results at one border of the curriculum. `probe` and `answers` may be empty."""
+    """Held-out results at one border of the curriculum, or `during` a stage after `step`. `probe` and `answers` may be empty."""
 
     stage: str
     when: When
+    step: int | None = None
     scores: tuple[SourceScore, ...]
     probe: tuple[ProbeScore, ...] = ()
     answers: tuple[Answer, ...] = ()
@@ -173,6 +176,10 @@ class RunFolder:
     def checkpoints(self, stage: str) -> Place:
         return self.root / "checkpoints" / self.key(stage)
 
+    def parts(self, stage: str) -> Place:
+        """The stage's weights as safetensors."""
+        return self.root / "parts" / self.key(stage)
+
     def steps_file(self, stage: str) -> Place:
         return self.root / "steps" / f"{self.key(stage)}.jsonl"
 
@@ -197,7 +204,8 @@ class RunFolder:
         return [records[step] for step in sorted(records)]
 
     def write_evaluation(self, evaluation: Evaluation) -> None:
-        self._evaluation(evaluation.stage, evaluation.when).write(_evaluation_adapter().dump_json(evaluation, indent=1))
+        when = evaluation.when if evaluation.step is None else f"{evaluation.step:06d}"
+        self._evaluation(evaluation.stage, when).write(_evaluation_adapter().dump_json(evaluation, indent=1))
 
     def evaluation(self, stage: str, when: When) -> Evaluation | None:
         try:
@@ -205,5 +213,11 @@ class RunFolder:
         except FileNotFoundError:
             return None
 
-    def _evaluation(self, stage: str, when: When) -> Place:
+    def evaluations(self, stage: str) -> list[Evaluation]:
+        """Those during a stage, by step."""
+        folder, key = self.root / "evaluations", self.key(stage)
+        names = sorted(name for name in folder.names() if re.fullmatch(re.escape(key) + r"-\d{6,}\.json", name))
+        return [_evaluation_adapter().validate_json((folder / name).read_bytes()) for name in names]
+
+    def _evaluation(self, stage: str, when: str) -> Place:
         return self.root / "evaluations" / f"{self.key(stage)}-{when}.json"

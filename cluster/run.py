@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -117,6 +115,7 @@ def show_status(site: Site, name: str | None, console: Console) -> None:
 
 def evaluate_run(site: Site, name: str, console: Console) -> None:
     """Evaluate the last checkpoint in this process and print the scores."""
+    from cluster.engines import alone, build_engine
     from cluster.worker import evaluation_of
 
     folder, recipe, _ = open_run(site, name)
@@ -124,10 +123,8 @@ def evaluate_run(site: Site, name: str, console: Console) -> None:
     held_out = site.held_out(recipe, recipe.stages[-1])
     if held_out is None:
         raise RunError(f"recipe {recipe.name!r} holds no corpus out, so there is nothing to evaluate on")
-    with _alone():
+    with alone():
         import torch
-
-        from cluster.engines import build_engine
 
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         alone = replace(recipe.stages[-1], parallel=FSDP(dtype=recipe.stages[-1].parallel.dtype))
@@ -172,16 +169,3 @@ def _export(site: Site, recipe: Recipe, folder: RunFolder, out: Place) -> Place:
             for file in sorted(path for path in made.rglob("*") if path.is_file()):
                 (out / str(file.relative_to(made))).write(file.read_bytes())
     return out
-
-
-@contextmanager
-def _alone() -> Iterator[None]:
-    """A process group of this process only, so that the sharded engine runs here as it does on a cluster."""
-    import torch.distributed as dist
-
-    with TemporaryDirectory() as folder:
-        dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=0, world_size=1)
-        try:
-            yield
-        finally:
-            dist.destroy_process_group()

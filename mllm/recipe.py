@@ -287,7 +287,8 @@ class Stage:
     goes by weight where sources have one, else by size; `grouping` says which samples may share a pack; `annotators` are
     models that run in the pipeline. With `ema` the stage's result is the moving average of its weights, each step's entering by
     1 - `ema`. `attention` asks for a backend, where the best that a machine has is not meant. A checkpoint is written every
-    `save_every` steps, and where `save_minutes` have gone by without one.
+    `save_every` steps, and where `save_minutes` have gone by without one; the newest is evaluated beside training where
+    `evaluate_every` steps have gone by since the last that was.
 
     The stage goes on from the weights of the stage `after`, by default the one that stands before it, and with
     `carry_optimizer` from its moments too; it begins when its `entry` is open. `guard` judges its steps.
@@ -312,6 +313,7 @@ class Stage:
     chunk: Positive = 32
     save_every: Positive = 200
     save_minutes: Annotated[float, Field(gt=0)] | None = None
+    evaluate_every: Positive | None = None
     attention: Backend | None = None
     after: str | None = None
     entry: Gate | None = None
@@ -499,7 +501,8 @@ def fingerprint(recipe: Recipe, stage: Stage, before: str) -> str:
     """Names a stage by all that decides its result: itself, the model, the data's shape, and the stage before it."""
     words = json.loads(dump(recipe))
     mine = next(s for s in words["stages"] if s["name"] == stage.name)
-    for how in ("save_every", "save_minutes", "attention", "entry", "after"):  # they change nothing of what is learned
+    # These change nothing of what is learned.
+    for how in ("save_every", "save_minutes", "evaluate_every", "attention", "entry", "after"):
         del mine[how]
     mine["parallel"] = [mine["parallel"]["dtype"], mine["parallel"].get("float8", False)]
     for annotator in mine["annotators"]:

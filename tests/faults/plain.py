@@ -22,10 +22,12 @@ def train(config: dict[str, Any]) -> None:
     import torch
     from ray.train import Checkpoint
     from ray.train.torch import prepare_model
+    from transformers import AutoModelForCausalLM
 
     from mllm.recipes import by_name
 
-    model = by_name(config["recipe"]).model.build().lm.model
+    built = by_name(config["recipe"]).model.build()
+    model = AutoModelForCausalLM.from_config(built.lm.model.config, attn_implementation="sdpa")
     resumed = ray.train.get_checkpoint()
     first = 0
     if resumed:

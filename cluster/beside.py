@@ -1,0 +1,151 @@
+"""Work on committed checkpoints beside training: evaluations while a stage goes on, and a stage's weights as files of parts.
+
+An actor does it where the cluster has a CPU to spare, and waits where it has none; training waits for it at no time, but for the
+end of the run. Who reads a checkpoint changes nothing of what is learned, so it may fail: that is told, and nothing else happens.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from cluster import checkpoint
+from cluster.journal import Fault, GateJudged
+from cluster.parts import INDEX, write_parts
+from cluster.policy import gate_values
+from pipelines import storage
+from pipelines.place import Place
+
+if TYPE_CHECKING:
+    from cluster.metrics import Evaluation
+    from cluster.worker import StageJob
+
+LOOK = 5.0
+"""Seconds between two looks for a checkpoint to evaluate."""
+
+
+class Reader:
+    """The actor: reads one checkpoint at a time, whole."""
+
+    def evaluate(self, job: StageJob, folder: Place, step: int) -> Evaluation:
+        """Score the checkpoint on what the stage holds out, and keep the result under its step."""
+        from dataclasses import replace
+
+        import torch
+
+        from cluster.engines import alone, build_engine
+        from cluster.worker import evaluation_of
+        from mllm.recipe import FSDP
+
+        assert job.held_out
+        storage.use(job.stream.storage)
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        how = replace(job.stage, parallel=FSDP(dtype=job.stage.parallel.dtype), optimizer=job.stage.optimizer, ema=None)
+        with alone():
+            model = checkpoint.read_model(job.recipe, job.stage, folder, job.place)
+            engine = build_engine(model, how, len(job.stage.mixture), device)
+            found = evaluation_of(engine, job.held_out, job.recipe, job.stage.name, "during")
+        found = replace(found, step=step)
+        job.folder.write_evaluation(found)
+        return found
+
+    def parts(self, job: StageJob, folder: Place, out: Place) -> None:
+        """Write the stage's weights, adapters merged, as safetensors."""
+        storage.use(job.stream.storage)
+        write_parts(out, checkpoint.read_model(job.recipe, job.stage, folder, job.place).state_dict())
+
+
+class Beside:
+    """The controller's side of a `Reader`, which is started when there is something to read. `say` hears what came of it."""
+
+    def __init__(self, say: Callable[[str], object]) -> None:
+        self.say = say
+        self.reader: Any = None
+        self.writing: dict[Any, StageJob] = {}
+
+    def finished(self, job: StageJob, last: Place) -> None:
+        """Have the weights of a finished stage written as parts, if they are not there."""
+        out = job.folder.parts(job.stage.name)
+        if not (out / INDEX).is_file():
+            self.writing[self._actor().parts.remote(job, last, out)] = job
+
+    def wait(self) -> None:
+        """Wait until all parts are written; those that could not be are told."""
+        import ray
+
+        for task, job in self.writing.items():
+            try:
+                ray.get(task)
+            except Exception as error:
+                _failed(job, f"the weights of {job.stage.name!r} were not written as parts", error)
+        self.writing = {}
+
+    def watching(self, job: StageJob) -> Evaluations:
+        """Evaluates the stage's checkpoints as long as it is entered."""
+        return Evaluations(self, job)
+
+    def _actor(self) -> Any:
+        if self.reader is None:
+            import ray
+
+            self.reader = ray.remote(Reader).options(num_cpus=1, max_restarts=2, max_task_retries=2).remote()
+        return self.reader
+
+
+class Evaluations:
+    """Has the newest checkpoint evaluated whenever `evaluate_every` steps have gone by since the last that was.
+
+    What comes of it is judged by the entries of the stages that follow, so that one knows long before whether they will open.
+    """
+
+    def __init__(self, beside: Beside, job: StageJob) -> None:
+        self.beside = beside
+        self.job = job
+        self.over = threading.Event()
+        self.thread = threading.Thread(target=self._look, daemon=True, name="evaluations")
+
+    def __enter__(self) -> Evaluations:
+        if self.job.stage.evaluate_every and self.job.held_out:
+            self.thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.over.set()
+
+    def _look(self) -> None:
+        every = self.job.stage.evaluate_every
+        assert every
+        done = max((each.step or 0 for each in self.job.folder.evaluations(self.job.stage.name)), default=0)
+        while not self.over.wait(LOOK):
+            try:
+                there = checkpoint.checkpoints(self.job.checkpoints)
+                manifest = checkpoint.read_manifest(there[-1]) if there else None
+                if manifest is None or manifest.final or manifest.step < done + every:
+                    continue  # the last one is evaluated by the workers, together
+                done = manifest.step
+                self._evaluate(there[-1], manifest.step, manifest.tokens)
+            except Exception as error:
+                if not self.over.is_set():
+                    _failed(self.job, "a checkpoint was not evaluated", error)
+
+    def _evaluate(self, folder: Place, step: int, tokens: int) -> None:
+        import ray
+
+        found: Evaluation = ray.get(self.beside._actor().evaluate.remote(self.job, folder, step))
+        weight = sum(score.tokens for score in found.scores)
+        loss = sum(score.loss * score.tokens for score in found.scores) / max(1, weight)
+        self.beside.say(f"{self.job.stage.name}: held-out loss {loss:.4f} after step {step:,}")
+        for stage in self.job.recipe.stages:
+            before = self.job.recipe.before(stage)
+            if stage.entry and before and before.name == self.job.stage.name:
+                for gate, value, is_open in gate_values(stage.entry, found, tokens):
+                    words = f"{gate}, after step {step:,}"
+                    event = GateJudged(time=time.time(), stage=stage.name, gate=words, value=value, open=is_open)
+                    self.job.journal.append(event)
+
+
+def _failed(job: StageJob, what: str, error: Exception) -> None:
+    words = f"{what}: {type(error).__name__}: {str(error).strip().splitlines()[-1:] or ''}"
+    job.journal.append(Fault(time=time.time(), what="beside", stage=job.stage.name, step=-1, detail=words))
