@@ -87,7 +87,9 @@ class GroupStarted:
     passed_over: tuple[str, ...] = ()
 
 
-FaultKind = Literal["workers", "hang", "preemption", "not_finite", "spike", "checkpoint", "controller", "slow"]
+FaultKind = Literal[
+    "workers", "hang", "preemption", "not_finite", "spike", "checkpoint", "controller", "slow", "straggler"
+]
 
 
 @spec
@@ -111,7 +113,16 @@ class Decision:
     kind: Literal["decision"] = "decision"
     time: float
     what: Literal[
-        "restart", "give_up", "replay", "take", "skip", "roll_back", "stop", "save_and_stop", "save_and_leave"
+        "restart",
+        "give_up",
+        "replay",
+        "take",
+        "skip",
+        "roll_back",
+        "stop",
+        "save_and_stop",
+        "save_and_leave",
+        "go_on",
     ]
     stage: str
     why: str
