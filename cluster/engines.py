@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from cluster.phases import Phases
 from mllm.objectives import LossOutput, Objective
 from mllm.recipe import DDP, FSDP, Stage, ZeRO
 from mllm.tune import PartReport
@@ -28,7 +29,7 @@ from pipelines.types import Batch, Pack
 class StepReport:
     """Result of a step over all ranks. `sources` float64 (sources, 3): loss sum, learned tokens, right tokens.
 
-    `taken` is False where a guard left the weights as they were.
+    `taken` is False where a guard left the weights as they were. `phases` are this rank's, without the wait for data.
     """
 
     loss: float
@@ -36,6 +37,7 @@ class StepReport:
     learned: int
     sources: Tensor
     seconds: float
+    phases: Phases
     taken: bool = True
 
 

@@ -22,6 +22,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 
 from cluster.engines import Guard, StepReport, Trained, finite, local
 from cluster.optimizers import build_optimizers, set_rate
+from cluster.phases import PhaseClock
 from cluster.recompute import named, recompute
 from mllm.objectives import LossOutput
 from mllm.recipe import DDP, FSDP, Dtype, Parallel, Stage
@@ -59,11 +60,16 @@ class FSDPEngine:
         self.copies = self.world // shape[-1]
         self._offloads = isinstance(parallel, FSDP) and parallel.offload and self.device.type != "cpu"
         self.module = Trained(model, stage.objective)
+        self.clock = PhaseClock(device)
+        self.clock.follow(model)
         _prepare(model, parallel)
         alone = self.world == 1 and parallel.dtype == "float32" and not self._offloads
         self.sharded = None if alone else self._shard(model, shape, parallel.dtype)
         if self.sharded and isinstance(parallel, FSDP) and parallel.prefetch > 1:
             _prefetch(model.units(), parallel.prefetch)
+        if self.sharded and not parallel.compile:  # a compiled unit has its hooks compiled with it
+            for unit in (*model.units(), self.module):
+                self.clock.follow_collectives(unit)
         if alone and device.type != "cpu":
             self.module.to(device)
         parameters = named(model)
@@ -93,6 +99,7 @@ class FSDPEngine:
     def train_step(self, packs: Sequence[Pack], lr_factor: float, guard: Guard = finite) -> StepReport:
         """One optimiser step over `packs`, of which every rank brings equally many; empty ones count for nothing."""
         started = time.perf_counter()
+        self.clock.start()
         self._begin_averages()
         sums = torch.zeros(3 + 3 * self.sources, dtype=torch.float64, device=self.device)
         totals, square, by_source = sums[:2], sums[2], sums[3:].view(-1, 3)
@@ -101,14 +108,17 @@ class FSDPEngine:
                 self.sharded.set_requires_all_reduce(last)
             output: LossOutput = self.module(batch)
             output.sum.backward()
+            self.clock.backward_done()
             totals += torch.stack([output.sum.detach(), output.weight]).double()
             by_source.index_add_(0, batch.sources, output.documents.double())
         steps = [group for optimizer in self.optimizers for group in optimizer.param_groups]
         gradients = [local(p.grad) for group in steps for p in group["params"] if p.grad is not None]
         square += nn.utils.get_total_norm(gradients).to(sums).square() / self.copies  # shards' add up to the whole's
         if self.world > 1:
-            dist.all_reduce(sums)
+            with self.clock.waiting():
+                dist.all_reduce(sums)
         sums = sums.cpu()
+        self.clock.settle()
         loss_sum, weight, squared = sums[:3].tolist()
         scale = self.world / max(weight, 1.0)  # FSDP has averaged over ranks; the loss is a sum over them
         grad_norm = scale * math.sqrt(squared)
@@ -133,6 +143,7 @@ class FSDPEngine:
             learned=int(weight),
             sources=sums[3:].view(-1, 3),
             seconds=time.perf_counter() - started,
+            phases=self.clock.stop(),
             taken=taken,
         )
 
@@ -163,11 +174,13 @@ class FSDPEngine:
                 yield Batch.of(pack, self.device), number == len(packs) - 1
             return
         all_packs: list[list[Pack]] = [[] for _ in range(self.context.size)]
-        dist.all_gather_object(all_packs, list(packs), group=self.context.group)
+        with self.clock.waiting():
+            dist.all_gather_object(all_packs, list(packs), group=self.context.group)
         turns = [group[number] for number in range(len(packs)) for group in all_packs]
         # Where packs are fewer than ranks most turns are empty, on all ranks alike: no rank need go through those.
         filled = torch.tensor([len(pack.input_ids) > 0 for pack in turns], dtype=torch.int32, device=self.device)
-        dist.all_reduce(filled, op=dist.ReduceOp.MAX)
+        with self.clock.waiting():
+            dist.all_reduce(filled, op=dist.ReduceOp.MAX)
         taken = filled.nonzero().squeeze(1).tolist() or [0]
         for number in taken:
             yield Batch.of(turns[number], self.device).shared(self.context), number == taken[-1]

@@ -88,7 +88,7 @@ class GroupStarted:
 
 
 FaultKind = Literal[
-    "workers", "hang", "preemption", "not_finite", "spike", "checkpoint", "controller", "slow", "beside"
+    "workers", "hang", "preemption", "not_finite", "spike", "checkpoint", "controller", "slow", "straggler", "beside"
 ]
 
 
@@ -113,7 +113,16 @@ class Decision:
     kind: Literal["decision"] = "decision"
     time: float
     what: Literal[
-        "restart", "give_up", "replay", "take", "skip", "roll_back", "stop", "save_and_stop", "save_and_leave"
+        "restart",
+        "give_up",
+        "replay",
+        "take",
+        "skip",
+        "roll_back",
+        "stop",
+        "save_and_stop",
+        "save_and_leave",
+        "go_on",
     ]
     stage: str
     why: str

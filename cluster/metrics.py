@@ -22,6 +22,7 @@ from typing import Literal
 from pydantic import TypeAdapter, ValidationError
 
 from cluster.lines import Lines, read_lines
+from cluster.phases import Phases
 from mllm.evaluate import Answer, ProbeScore, SourceScore
 from pipelines.place import Place
 from pipelines.types import spec
@@ -55,6 +56,7 @@ class StepRecord:
     where loss or gradient were no numbers and the weights stayed as they were.
     `flops` are those that the mathematics of the packs needs and `hardware_flops` those that were computed; `peak` is the
     FLOP/s that one rank's device could reach. All three are 0 where nobody knew.
+    `usual` is the median over ranks of each phase; `slowest` is the rank that computed longest, and its phases.
     """
 
     step: int
@@ -80,6 +82,8 @@ class StepRecord:
     flops: float = 0.0
     hardware_flops: float = 0.0
     peak: float = 0.0
+    usual: Phases = Phases()
+    slowest: tuple[int, Phases] | None = None
 
     @property
     def mfu(self) -> float | None:

@@ -2,6 +2,7 @@
 
 after_start     a group of workers begins again: at once, after a pause, or no more
 judge           a step's loss and gradient norm: fine, no number, or a leap
+stragglers      ranks that compute for longer than the others, step after step
 overdue         ranks that have been at one thing for longer than this run's own history explains
 gate_values     what a stage's entry looks at, and whether it is open
 """
@@ -10,13 +11,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from statistics import median
+from statistics import median, median_low
 from typing import Annotated, Literal
 
 from pydantic import Field
 
 from cluster.journal import GroupStarted
 from cluster.metrics import Evaluation
+from cluster.phases import Pace, PhaseName
 from cluster.standing import Phase, Standing
 from mllm.care import Gate, Guard
 from pipelines.types import spec
@@ -32,6 +34,7 @@ class Watch:
     A rank hangs when its process has given no sign of life for `least` seconds, or when it has been at a step for longer than
     `patience` times the 99th percentile of this run's steps, and than `least` seconds. Other phases may take `most` seconds, or
     as many times their own percentile, whichever is longer. `notice` is what a run is given to save and end when asked to.
+    A rank is a straggler whose steps take more than `straggler` times what is usual among ranks.
     """
 
     restarts: Annotated[int, Field(ge=0)] = 8
@@ -40,6 +43,7 @@ class Watch:
     least: Seconds = 30.0
     most: Seconds = 600.0
     notice: Seconds = 60.0
+    straggler: Annotated[float, Field(gt=1)] = 1.5
 
 
 def after_start(watch: Watch, groups: Sequence[GroupStarted], step: int) -> float | str:
@@ -99,6 +103,63 @@ def overdue(watch: Watch, ranks: Sequence[Standing], history: Mapping[Phase, Seq
     """Ranks that hang, those of the earliest step first; among those of one step nobody can tell who waits for whom."""
     late = [r for r in ranks if r.silent > watch.least or r.seconds > allowed(watch, r.phase, history.get(r.phase, ()))]
     return sorted(late, key=lambda r: (r.step, -r.silent, -r.seconds))
+
+
+@spec
+class Straggler:
+    """A rank that others wait for, the phase in which it loses most, and its seconds a step there beside the usual ones.
+
+    `times` is how many times the usual time it takes to compute, or, where it waits for data, to compute and to wait.
+    """
+
+    rank: int
+    phase: PhaseName
+    seconds: float
+    usual: float
+    times: float
+
+    def words(self, node: str, steps: int) -> str:
+        """`rank 3 on host7 took 2.1 times the usual time over the last 64 steps, most of it in lm: 2.10 s a step, ...`"""
+        return (
+            f"rank {self.rank} on {node} took {self.times:.1f} times the usual time over the last {steps} steps, lost in "
+            f"{self.phase}: {self.seconds:.3g} s a step, where {self.usual:.3g} s is usual"
+        )
+
+
+def stragglers(watch: Watch, ranks: Sequence[Pace]) -> list[Straggler]:
+    """Ranks that take more than `watch.straggler` times the usual time, given what all of them, in order, took for each step.
+
+    Usual is the median, of two in the middle the lower one: of two ranks the faster one is right. Who has more to do than
+    others is no straggler, so a rank must be slow by the token as well as by the step.
+    """
+    busy = [pace for pace in ranks if pace.tokens > 0]
+    if len(busy) < 2:
+        return []
+    own = median_low(pace.phases.own for pace in busy)
+    by_token = median_low(pace.phases.own / pace.tokens for pace in busy)
+    usual = {name: median_low(getattr(pace.phases, name) for pace in busy) for name in ("data", "vision", "lm")}
+    found: list[Straggler] = []
+    for rank, pace in enumerate(ranks):
+        lost = {name: getattr(pace.phases, name) - usual[name] for name in usual}
+        computes = pace.tokens > 0 and min(
+            _times(pace.phases.own, own), _times(pace.phases.own / pace.tokens, by_token)
+        )
+        waits = _times(own + lost["data"], own)  # milliseconds more are no matter, however many times the usual ones
+        names: list[PhaseName] = []
+        if computes > watch.straggler:
+            names.extend(("vision", "lm"))
+        if waits > watch.straggler:
+            names.append("data")
+        if names:
+            phase = max(names, key=lambda name: lost[name])
+            times = waits if phase == "data" else computes
+            seconds = getattr(pace.phases, phase)
+            found.append(Straggler(rank=rank, phase=phase, seconds=seconds, usual=usual[phase], times=times))
+    return found
+
+
+def _times(value: float, usual: float) -> float:
+    return value / usual if usual > 0 else 1.0
 
 
 def gate_values(gate: Gate, before: Evaluation | None, tokens: int) -> Iterator[tuple[str, float, bool]]:

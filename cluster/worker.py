@@ -5,11 +5,13 @@ from __future__ import annotations
 import base64
 import io
 import os
+import socket
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from statistics import median
 from typing import Any
 
 import pyarrow as pa
@@ -23,7 +25,8 @@ from cluster.engines import Engine, StepReport, build_engine, local
 from cluster.journal import Decision, Fault, FaultKind, Fenced, GroupStarted, Journal
 from cluster.metrics import Evaluation, PackRecord, RunFolder, SourceLoss, StepRecord
 from cluster.mfu import peak_flops
-from cluster.policy import Verdict, Watch, after_start, judge
+from cluster.phases import PHASES, Paces, Phases
+from cluster.policy import Verdict, Watch, after_start, judge, stragglers
 from cluster.pulse import Beats
 from cluster.saver import SaveFailed, Saver
 from cluster.schedule import due, learning_rate_factor, progress, stale
@@ -234,6 +237,10 @@ class Training:
         self.folder = job.folder
         self.skipped = 0
         self.asked = time.monotonic()
+        self.paces = Paces(dist.get_world_size())
+        self.slow: set[int] = set()
+        self.nodes: list[Any] = [None] * dist.get_world_size()
+        dist.gather_object(socket.gethostname(), self.nodes if self.first else None)
 
     def run(self) -> bool:
         """Train to the stage's end; False where the run was asked to stop before. Raises StopRun when the data ends first."""
@@ -332,9 +339,26 @@ class Training:
         tokens = sum(held.tokens for held in step.all)
         tally = _tally(job, state.shards, step.all)
         self.state = replace(state.advanced(tokens, following, step.following, tally), recent=recent)
-        _record(job, self.state, step, report, factor, self.meter, self.folder)
+        self._compare(_record(job, self.state, step, report, factor, self.meter, self.folder))
         if verdict != "fine" and job.stage.guard.bad == "stop" and not report.taken:
             raise StopRun(_no_number(job, state, step, report))
+
+    def _compare(self, ranks: list[tuple[Phases, int]]) -> None:
+        """Rank 0, which has all ranks' phases and tokens, tells of those that the others wait for: once, until they catch up."""
+        paces = self.paces.add(ranks) if self.first else []
+        if not paces:
+            return
+        found = stragglers(self.job.watch, paces)
+        for one in found:
+            if one.rank not in self.slow:
+                node = self.nodes[one.rank]
+                self._fault("straggler", one.words(node, self.paces.steps), rank=one.rank)
+                self._decide(
+                    "go_on",
+                    f"all ranks wait for it at every step; look at {node} (a device that is throttled or shared, a slow disk), "
+                    "or drain the node: the run saves and goes on without it",
+                )
+        self.slow = {one.rank for one in found}
 
     def _judged(self, step: Step, factor: float) -> tuple[StepReport, Verdict]:
         """The step, done again on the same packs and weights if it came out badly; and what was thought of it last."""
@@ -373,9 +397,10 @@ class Training:
         self._fault(what, f"loss {report.loss:g}, gradient norm {report.grad_norm:g}", rows)
         self._decide(then, why)
 
-    def _fault(self, what: FaultKind, detail: str, rows: tuple[str, ...] = ()) -> None:
+    def _fault(self, what: FaultKind, detail: str, rows: tuple[str, ...] = (), rank: int | None = None) -> None:
         stage, step = self.job.stage.name, self.state.step
-        self.job.journal.append(Fault(time=time.time(), what=what, stage=stage, step=step, detail=detail, rows=rows))
+        fault = Fault(time=time.time(), what=what, stage=stage, step=step, detail=detail, rank=rank, rows=rows)
+        self.job.journal.append(fault)
 
     def _decide(self, what: Any, why: str) -> None:
         if self.first:
@@ -531,15 +556,18 @@ def _record(
     factor: float,
     meter: Meter | None,
     folder: RunFolder,
-) -> None:
-    """Rank 0, which has the `meter`, writes the step's line."""
+) -> list[tuple[Phases, int]]:
+    """Rank 0, which has the `meter`, writes the step's line, and gets the phases and tokens of all ranks."""
     timings: list[Any] = [None] * dist.get_world_size()
     tokens = sum(len(pack.input_ids) for pack in step.mine)
     work = sum((work_of(pack) for pack in step.mine), Work())
-    dist.gather_object((step.waited, report.seconds, tokens, work), timings if dist.get_rank() == 0 else None)
+    phases = replace(report.phases, data=step.waited)
+    dist.gather_object((phases, report.seconds, tokens, work), timings if dist.get_rank() == 0 else None)
     if meter is None:
-        return
-    waits, seconds, loads, works = zip(*timings, strict=True)
+        return []
+    ranks, seconds, loads, works = zip(*timings, strict=True)
+    waits = [each.data for each in ranks]
+    slowest = max(range(len(ranks)), key=lambda rank: ranks[rank].own)
     work = sum(works, Work())
     total = sum(held.tokens for held in step.all)
     dropped = [rejected for held in step.all for rejected in held.dropped]
@@ -574,8 +602,11 @@ def _record(
         flops=meter.cost.model_flops(work) if meter.cost else 0.0,
         hardware_flops=meter.cost.hardware_flops(work) if meter.cost else 0.0,
         peak=meter.peak,
+        usual=Phases(**{name: median(getattr(each, name) for each in ranks) for name in PHASES}),
+        slowest=(slowest, ranks[slowest]),
     )
     folder.write_step(job.stage.name, record)
+    return list(zip(ranks, loads, strict=True))
 
 
 def _evaluate(job: StageJob, engine: Engine, when: str) -> None:

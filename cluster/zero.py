@@ -21,6 +21,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
 from cluster.engines import Guard, StepReport, Trained, finite
+from cluster.phases import PhaseClock
 from cluster.recompute import WRAPPED, recompute
 from mllm.objectives import LossOutput
 from mllm.recipe import Stage, ZeRO
@@ -89,6 +90,8 @@ class ZeroEngine:
         adam.step = self._step  # DeepSpeed knows the gradient's norm only on its way there, and takes no subclass
         self.options = [{k: v for k, v in group.items() if k != "params"} for group in adam.param_groups]
         self.module = Untangled(model, stage.objective)
+        self.clock = PhaseClock(device)  # DeepSpeed's own collectives count as the part that they fall into
+        self.clock.follow(model)
         self.engine: Any = self.deepspeed.initialize(
             args=SimpleNamespace(device_rank=device.index or 0),
             model=self.module,
@@ -134,6 +137,7 @@ class ZeroEngine:
     def train_step(self, packs: Sequence[Pack], lr_factor: float, guard: Guard = finite) -> StepReport:
         """One optimiser step over `packs`, of which every rank brings equally many; empty ones count for nothing."""
         started = time.perf_counter()
+        self.clock.start()
         sums = torch.zeros(self.sources, 3, dtype=torch.float64, device=self.device)
         totals = torch.zeros(2, dtype=torch.float64, device=self.device)
         for number, pack in enumerate(packs):
@@ -141,11 +145,14 @@ class ZeroEngine:
             batch = Batch.of(pack, self.device)
             output = self._loss(batch)
             self._backward(output.sum)
+            self.clock.backward_done()
             totals += torch.stack([output.sum.detach(), output.weight]).double()
             sums.index_add_(0, batch.sources, output.documents.double())
-        dist.all_reduce(totals)
-        dist.all_reduce(sums)
+        with self.clock.waiting():
+            dist.all_reduce(totals)
+            dist.all_reduce(sums)
         loss_sum, weight = totals.tolist()
+        self.clock.settle()
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak"] * lr_factor
         loss = loss_sum / max(weight, 1.0)
@@ -161,6 +168,7 @@ class ZeroEngine:
             learned=int(weight),
             sources=sums.cpu(),
             seconds=time.perf_counter() - started,
+            phases=self.clock.stop(),
             taken=answers == [True],  # DeepSpeed itself leaves a step out whose norm is no number, and asks nobody
         )
 

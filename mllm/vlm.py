@@ -67,9 +67,10 @@ class VisionLanguageModel(nn.Module):
         self.lm = spec.lm.build(folder)
         self.connector = spec.connector.build(spec.encoder.arch.width, self.lm.width)
         self.fusion = spec.fusion
+        self.border = nn.Flatten(0, 1)  # a module, so that whoever measures can hook on where vision ends
 
     def forward(self, batch: Batch) -> Float[Tensor, "T D"]:
-        visual = self.connector(self._features(batch)).flatten(0, 1)
+        visual = self.border(self.connector(self._features(batch)))
         if batch.share is not None:  # each rank has seen some of the tiles, and has positions for others
             visual = batch.share.context.gather(visual)[batch.share.visual]
         text = self.lm.embed(batch.input_ids)

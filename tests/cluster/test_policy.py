@@ -10,7 +10,19 @@ from hypothesis import strategies as st
 
 from cluster.journal import GroupStarted
 from cluster.metrics import Evaluation
-from cluster.policy import Phase, Standing, Watch, after_start, allowed, gate_values, judge, overdue, percentile99
+from cluster.phases import Pace, Phases
+from cluster.policy import (
+    Phase,
+    Standing,
+    Watch,
+    after_start,
+    allowed,
+    gate_values,
+    judge,
+    overdue,
+    percentile99,
+    stragglers,
+)
 from mllm.care import Gate, Guard
 from mllm.evaluate import SourceScore
 
@@ -99,3 +111,47 @@ def test_a_gate_looks_at_what_it_names() -> None:
     assert right[1] == pytest.approx(0.35)
     assert right[2]
     assert not next(gate_values(Gate(loss=9.0), None, 0))[2], "what was not evaluated opens no gate"
+
+
+def pace(vision: float, lm: float, data: float = 0.01, tokens: float = 1000.0) -> Pace:
+    return Pace(phases=Phases(data=data, vision=vision, lm=lm, communication=1.0), tokens=tokens)
+
+
+TIMES = st.floats(1e-3, 1e3)
+
+
+@given(TIMES, TIMES, st.integers(1, 512))
+def test_of_equal_ranks_none_is_a_straggler(vision: float, lm: float, world: int) -> None:
+    assert stragglers(WATCH, [pace(vision, lm)] * world) == []
+
+
+@given(TIMES, TIMES, st.integers(2, 64), st.data(), st.floats(1.6, 50.0), st.booleans())
+def test_a_rank_that_is_so_many_times_slower_is_the_one_that_is_named(
+    vision: float, lm: float, world: int, data: st.DataObject, times: float, in_vision: bool
+) -> None:
+    slow = data.draw(st.integers(0, world - 1))
+    more = (times - 1) * (vision + lm)
+    paces = [pace(vision, lm)] * world
+    paces[slow] = pace(vision + more, lm) if in_vision else pace(vision, lm + more)
+    (found,) = stragglers(WATCH, paces)
+    assert (found.rank, found.phase) == (slow, "vision" if in_vision else "lm")
+    assert found.times == pytest.approx(times)
+
+
+def test_a_rank_that_waits_for_data_is_named_for_that_and_milliseconds_are_no_matter() -> None:
+    (found,) = stragglers(WATCH, [pace(0.5, 0.5), pace(0.5, 0.5, data=1.01), pace(0.5, 0.5)])
+    assert (found.rank, found.phase, found.seconds, found.usual) == (1, "data", 1.01, 0.01)
+    assert "rank 1 on host7 took 2.0 times" in found.words("host7", 64)
+    assert stragglers(WATCH, [pace(0.5, 0.5), pace(0.5, 0.5, data=0.1), pace(0.5, 0.5)]) == []
+
+
+def test_who_has_more_to_do_is_no_straggler() -> None:
+    assert stragglers(WATCH, [pace(0.5, 0.5), pace(1.0, 1.0, tokens=2000.0), pace(0.5, 0.5)]) == []
+    assert stragglers(WATCH, [pace(0.5, 0.5), pace(0.4, 0.4, tokens=400.0), pace(0.5, 0.5)]) == []
+    assert stragglers(WATCH, [pace(0.5, 0.5), pace(0.1, 0.1, tokens=0.0)]) == [], "one that has nothing is not compared"
+
+
+def test_of_two_ranks_the_faster_is_right_and_patience_is_the_sites() -> None:
+    ranks = [pace(0.5, 1.5), pace(0.5, 0.5)]
+    assert [(one.rank, one.phase) for one in stragglers(WATCH, ranks)] == [(0, "lm")]
+    assert stragglers(Watch(straggler=2.5), ranks) == []
