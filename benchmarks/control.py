@@ -1,7 +1,7 @@
 """The control plane: what it costs a step, how fast a journal is read again, and a simulated week of failures.
 
 **Journal.** 10,000 events as a run leaves them, read by a process that knows nothing and folded into the run's state, on a
-disk and on S3; most come in chapters of 512.
+disk and on S3; most come in chapters of 512, and of those after the last chapter most in a page.
 
 **A step.** What control adds to each step on rank 0: saying twice what the rank is at, by a real Ray actor, judging loss and
 gradient norm against the 64 steps before, and agreeing on what else to do (which travels with a message that is sent anyway).
@@ -31,7 +31,6 @@ import torch
 
 from benchmarks.common import Section, alone, in_child, ratios, scratch
 from cluster.journal import (
-    CHAPTER,
     Decision,
     Event,
     Fault,
@@ -39,8 +38,8 @@ from cluster.journal import (
     Journal,
     LeaseTaken,
     RunState,
-    dump_chapter,
     dump_event,
+    gather,
 )
 from cluster.policy import judge
 from mllm.care import Guard
@@ -90,9 +89,9 @@ def write_journal(run: Place, count: int) -> None:
     folder = run / "journal"
     for number, event in enumerate(events[:count]):
         (folder / f"{number:06d}.json").write(dump_event(event))
-        if (number + 1) % CHAPTER == 0:
-            whole = dump_chapter(events[: number + 1])
-            (folder / f"chapter-{number + 1:06d}.json").write(whole)
+        if gathered := gather(events[: number + 1]):
+            name, piece = gathered
+            (folder / name).write(piece)
 
 
 def replayed(run: Place, count: int) -> float:

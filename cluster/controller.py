@@ -42,7 +42,7 @@ from cluster.lease import Held, Lease
 from cluster.metrics import Evaluation, RunFolder
 from cluster.plan import meta_model
 from cluster.policy import Standing, gate_values
-from cluster.preflight import refusals, this_machine
+from cluster.preflight import refusals, this_machine, untrusted
 from cluster.pulse import Watcher as PulseWatcher
 from cluster.pulse import start_pulse
 from cluster.schedule import planned_steps
@@ -117,6 +117,7 @@ class Controller:
         machine = this_machine()
         worlds = range(fewest, most + 1)
         refused = dict.fromkeys(why for world in worlds for why in refusals(self.recipe, world, machine))
+        refused |= dict.fromkeys(untrusted(self.recipe, self.site))
         if refused:
             raise RunError(f"recipe {self.recipe.name!r} cannot be trained here: {'; '.join(refused)}")
         state = self.journal.state()

@@ -89,7 +89,7 @@ def _scans(site: Site, corpus: Corpus, uris: Sequence[str], home: str, logs: Pat
     if len(uris) == 1 or _bytes(corpus, uris) <= SMALL:
         yield from (scan(corpus, uri, home) for uri in uris)
         return
-    with ray_running(site.ray_address, site.pools.preprocessors[1] + 1, logs):
+    with ray_running(site.ray_address, site.pools.preprocessors[1] + 1, logs, site.ray_token_file):
         yield from _remote(site, corpus, uris, home)
 
 

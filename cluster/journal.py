@@ -2,6 +2,7 @@
 
     runs/NAME/journal/000003.json           one event, written once and never changed
     runs/NAME/journal/chapter-000512.json   the first 512 events in one piece, for who comes later
+    runs/NAME/journal/page-000544.json      the events since that chapter in one piece, for the same reason
 
 `RunState.replay(events)` is all that `train`, `status` and `report` know of a run, so they agree.
 
@@ -12,6 +13,7 @@ number is its *token*; who appends under an older token than the newest in the j
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from functools import cache
 from os import PathLike
@@ -26,6 +28,9 @@ from pipelines.types import spec
 
 CHAPTER = 512
 """Events after which they are also written down in one piece."""
+
+PAGE = 32
+"""Events after which those since the last chapter are: who comes later then reads few events one by one."""
 
 
 class Fenced(RuntimeError):
@@ -213,6 +218,36 @@ def dump_chapter(events: list[Event]) -> bytes:
     return _chapters().dump_json(events)
 
 
+_NAME = re.compile(r"(chapter-|page-)?\d{6,}\.json")
+
+
+def _event(number: int) -> str:
+    return f"{number:06d}.json"
+
+
+def _number(name: str) -> int:
+    """The number of an event, or how many there were when a chapter or page was written."""
+    return int(name.rpartition("-")[2].removesuffix(".json"))
+
+
+def _begin(count: int) -> int:
+    """The first event of a page that was written after `count` events."""
+    return count // CHAPTER * CHAPTER
+
+
+def gather(events: list[Event]) -> tuple[str, bytes] | None:
+    """Name and content of the chapter or page that is due after `events`, if one is.
+
+    It says nothing that the events do not, so it does no harm where it is missing, or written twice.
+    """
+    count = len(events)
+    if count % CHAPTER == 0:
+        return f"chapter-{count:06d}.json", dump_chapter(events)
+    if count % PAGE == 0:
+        return f"page-{count:06d}.json", dump_chapter(events[_begin(count) :])
+    return None
+
+
 @spec
 class RunState:
     """What the events add up to. Of a stage that was changed and begun anew only what came after that counts."""
@@ -312,12 +347,12 @@ class Journal:
             self.events()
             self.check()
             number = len(self.known)
-            if (self.folder / f"{number:06d}.json").create(data):
+            if (self.folder / _event(number)).create(data):
                 break
         self.known.append(event)
-        if len(self.known) % CHAPTER == 0:
-            chapter = self.folder / f"chapter-{len(self.known):06d}.json"
-            chapter.write(dump_chapter(self.known))
+        if gathered := gather(self.known):
+            name, piece = gathered
+            (self.folder / name).write(piece)
         return number
 
     def guard(self) -> None:
@@ -340,20 +375,33 @@ class Journal:
 
     def events(self) -> list[Event]:
         """All events so far. Raises OldRun for a journal of another format."""
-        names = self.folder.names()
-        if old := [name for name in names if not name.removeprefix("chapter-").removesuffix(".json").isdigit()]:
+        if not self.known:
+            self._take(self.folder.names(prefix="chapter-"))
+        names = self.folder.names(after=_event(len(self.known) - 1) if self.known else "")
+        if old := [name for name in names if not _NAME.fullmatch(name)]:
             raise OldRun(
                 f"{self.folder / old[0]} was written by an older version, whose runs this one does not go on with; end the run "
                 "with the version that began it, or begin another one under --run"
             )
-        chapters = [name for name in names if name.startswith("chapter-")]
-        if chapters and int(chapters[-1][8:14]) > len(self.known):
-            self.known = _chapters().validate_json((self.folder / chapters[-1]).read_bytes())
-        fresh = [name for name in names if name[0] != "c" and int(name[:6]) >= len(self.known)]
-        for data in storage.read_many([((self.folder / name).uri, None, None) for name in fresh]):
-            assert data is not None  # events are never removed
-            self.known.append(_adapter().validate_json(data))
+        self._take([name for name in names if name.startswith("chapter-")])
+        here = len(self.known)
+        pages = [name for name in names if name.startswith("page-") and _begin(_number(name)) <= here < _number(name)]
+        page = pages[-1:]
+        first = max([here, *map(_number, page)])
+        fresh = page + [name for name in names if name[0].isdigit() and _number(name) >= first]
+        found = storage.read_many([((self.folder / name).uri, None, None) for name in fresh])
+        for name, data in zip(fresh, found, strict=True):
+            assert data is not None  # nothing is ever removed
+            if name in page:
+                self.known[_begin(_number(name)) :] = _chapters().validate_json(data)
+            else:
+                self.known.append(_adapter().validate_json(data))
         return list(self.known)
+
+    def _take(self, chapters: list[str]) -> None:
+        """Read the last of `chapters` where it tells more than is known."""
+        if chapters and _number(chapters[-1]) > len(self.known):
+            self.known = _chapters().validate_json((self.folder / chapters[-1]).read_bytes())
 
     def state(self) -> RunState:
         return RunState.replay(self.events())

@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 QUIET = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # the default polls every 2 s, and a dead worker is noticed by a poll
@@ -37,6 +38,10 @@ class NoCluster(RuntimeError):
     """No Ray cluster answers at the address."""
 
 
+class WrongToken(ValueError):
+    """The cluster asks for a token, and what there is of one is not it."""
+
+
 def quieten(logs: Path) -> None:
     """Send third parties' logging and warnings to files under `logs`. Call it before Ray or transformers is imported."""
     for name, value in QUIET.items():
@@ -58,15 +63,18 @@ def divert_ray_logging() -> None:
 
 
 @contextmanager
-def ray_running(address: str | None, cpus: int, logs: Path) -> Iterator[None]:
+def ray_running(address: str | None, cpus: int, logs: Path, token_file: str | None = None) -> Iterator[None]:
     """Join the Ray at `address`, or start one here with `cpus` logical CPUs and stop it afterwards.
 
+    `token_file` holds the token of the Ray at `address`. Raises NoCluster, and WrongToken where that Ray asks for another one.
     Logical CPUs are promises, not cores: trainers and preprocessing actors may be more than the machine has.
     """
     quieten(logs)
     if not address:
         for name, value in ALONE.items():
             os.environ.setdefault(name, value)
+    elif token_file:
+        _show(token_file)
     import ray
 
     if ray.is_initialized():
@@ -74,6 +82,7 @@ def ray_running(address: str | None, cpus: int, logs: Path) -> Iterator[None]:
         return
     options = {"log_to_driver": False, "logging_level": logging.WARNING, "configure_logging": True}
     if address:
+        _ask(address, token_file)
         try:
             ray.init(address=address, **options)
         except (ConnectionError, RuntimeError) as error:
@@ -89,6 +98,57 @@ def ray_running(address: str | None, cpus: int, logs: Path) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def _show(token_file: str) -> None:
+    """Have Ray show the cluster the token in the file. It reads the file itself, and processes that are started here do too."""
+    try:
+        token = Path(token_file).read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        why = error.strerror if isinstance(error, OSError) else "it is no text"
+        raise WrongToken(f"ray_token_file {token_file} cannot be read: {why}; {_MEND}") from error
+    if not token:
+        raise WrongToken(f"ray_token_file {token_file} is empty; {_MEND}")
+    os.environ["RAY_AUTH_MODE"] = "token"
+    os.environ["RAY_AUTH_TOKEN_PATH"] = token_file
+    os.environ.pop("RAY_AUTH_TOKEN", None)  # which Ray would take before the file
+
+
+_MEND = "copy the head's token there (on the head: ray get-auth-token), or name its file with ray_token_file in the site file"
+
+
+def _ask(address: str, token_file: str | None) -> None:
+    """Raise WrongToken where the cluster refuses the token: `ray.init` would try for 20 s and say only that it did not connect.
+
+    Whatever else may be wrong is left to `ray.init`.
+    """
+    import grpc
+    from ray._private.authentication.grpc_authentication_client_interceptor import _get_authentication_metadata_tuple
+    from ray._private.services import canonicalize_bootstrap_address
+    from ray.core.generated import gcs_service_pb2, gcs_service_pb2_grpc
+    from ray.exceptions import AuthenticationError
+
+    messages: Any = gcs_service_pb2  # whose names are made when it is imported
+    try:
+        head = canonicalize_bootstrap_address(address)
+        metadata = _get_authentication_metadata_tuple()
+    except AuthenticationError as error:  # by a mode in the environment that no token goes with
+        raise WrongToken(f"the Ray cluster at {address} cannot be shown a token: {error.message}; {_MEND}") from error
+    except (ConnectionError, ValueError):
+        return
+    if head is None:
+        return
+    with grpc.insecure_channel(head) as channel:
+        try:
+            stub = gcs_service_pb2_grpc.NodeInfoGcsServiceStub(channel)
+            stub.CheckAlive(messages.CheckAliveRequest(), timeout=10, metadata=metadata)
+        except grpc.RpcError as error:
+            if error.code() != grpc.StatusCode.UNAUTHENTICATED:
+                return
+            shown = f"the token in {token_file} is not its own" if token_file else "the site names no ray_token_file"
+            raise WrongToken(
+                f"the Ray cluster at {address} refuses this command ({error.details()}): {shown}; {_MEND}"
+            ) from error
 
 
 OBJECT_STORE = 2**31

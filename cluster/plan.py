@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from cluster.memory import fullest, memory, takes_features
-from cluster.preflight import refusals, this_machine
+from cluster.preflight import refusals, this_machine, untrusted
 from cluster.schedule import accumulation, planned_steps
 from cluster.site import Site, SiteError
 from mllm.flops import Cost, cost_of, work_of
@@ -63,7 +63,7 @@ def plan(recipe: Recipe, site: Site, worlds: Iterable[int] = WORLDS) -> Plan:
         recipe=recipe.name,
         tokens_per_image=f"{layout.tokens_per_tile} tokens a tile of {layout.tile} x {layout.tile} pixels",
         stages=tuple(_stage(recipe, stage, site, tuple(worlds), costs) for stage in recipe.stages),
-        refused=refusals(recipe, site.world[1], this_machine()),
+        refused=refusals(recipe, site.world[1], this_machine()) + untrusted(recipe, site, fetch=False),
     )
 
 

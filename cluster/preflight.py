@@ -9,7 +9,10 @@ from collections.abc import Iterator
 import torch
 
 from cluster.fsdp import context_of, mesh_shape
+from cluster.site import Site
+from mllm.annotators import DiscreteCodes, Recaption, ScoreFilter
 from mllm.recipe import DDP, FSDP, AdamW, Recipe, Stage, ZeRO
+from mllm.weights import refusal, refusal_by_annotator
 from ops.attention import Backend, available, chosen
 from pipelines.types import spec
 
@@ -38,6 +41,20 @@ def this_machine() -> Machine:
 def refusals(recipe: Recipe, world: int, machine: Machine) -> tuple[str, ...]:
     """Why `recipe` cannot be trained by `world` such machines: what is missing, and the nearest choice. Empty if it can."""
     return tuple(f"stage {stage.name!r} {why}" for stage in recipe.stages for why in _refused(stage, world, machine))
+
+
+def untrusted(recipe: Recipe, site: Site, fetch: bool = True) -> tuple[str, ...]:
+    """Why weights of `recipe` are not loaded on `site`: they want to run code that it does not trust. Empty if all are.
+
+    Nothing of them is run here. With `fetch` the configs of hub ids that are not on this machine are fetched, else passed over.
+    """
+    model = recipe.model
+    parts = dict.fromkeys(name for name in (model.encoder.weights, model.lm.weights) if name)
+    annotators = (annotator for stage in recipe.stages for annotator in stage.annotators)
+    theirs = dict.fromkeys(a.weights for a in annotators if isinstance(a, ScoreFilter | Recaption | DiscreteCodes))
+    whys = [refusal(site.folder(name), site.trust_remote_code, fetch) for name in parts]
+    whys += [refusal_by_annotator(site.folder(name), fetch) for name in theirs]
+    return tuple(why for why in whys if why)
 
 
 def _refused(stage: Stage, world: int, machine: Machine) -> Iterator[str]:

@@ -41,7 +41,7 @@ def train(recipe: Recipe, site: Site, name: str | None, console: Console) -> Run
         return folder
     with controller.leased():
         try:
-            with ray_running(site.ray_address, site.cpus(recipe), folder.logs), live:
+            with ray_running(site.ray_address, site.cpus(recipe), folder.logs, site.ray_token_file), live:
                 controller.run()
             console.print("writing export and report")
             _export(site, recipe, folder, folder.export)

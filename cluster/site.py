@@ -3,6 +3,9 @@
     # site.toml; paths are relative to it
     runs = "runs"
     workers = 2                             # or [2, 8]: as many as there are nodes for
+    ray_address = "head:6379"               # without it a local Ray is started
+    ray_token_file = "/secrets/ray"         # where that cluster asks for a token
+    trust_remote_code = true                # only where the Python beside the weights has been read
 
     [corpora]
     mmc4-core = "s3://bucket/mmc4/docs_shard_{0..5999}_v3.jsonl"
@@ -38,7 +41,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 from cluster.policy import Watch
 from mllm.annotators import Recaption, ScoreFilter
 from mllm.recipe import Recipe, Stage
-from pipelines import storage
+from pipelines import storage, trust
 from pipelines.corpora import Corpus
 from pipelines.manifest import Manifest, beside, expand, index
 from pipelines.order import Drawn, Order
@@ -73,6 +76,10 @@ class Site:
 
     `buffer` is how many bytes of packs may be made ahead of the trainers. `ray_address` None starts a local Ray. `watch` says
     how long a run waits before it calls something hung, and how often it tries again.
+
+    `trust_remote_code` runs the Python that lies beside weights of the encoder and the language model, with all the rights of a
+    worker; without it such weights are refused. `ray_token_file` is a file with the token that the cluster at `ray_address` asks
+    for: its path travels, its content does not.
     """
 
     runs: str = "runs"
@@ -82,6 +89,8 @@ class Site:
     annotators: Annotators = Annotators()
     buffer: Positive = 2**30
     ray_address: str | None = None
+    ray_token_file: str | None = None
+    trust_remote_code: bool = False
     storage: Storage = Storage()
     limits: Limits = Limits()
     corpora: dict[str, str | list[str]] = field(default_factory=dict)
@@ -193,6 +202,7 @@ class Site:
             grouping=stage.grouping,
             annotators=stage.annotators,
             folders=self.weights,
+            trust_remote_code=self.trust_remote_code,
         )
 
 
@@ -240,6 +250,7 @@ def load_site(path: str | None = None, workers: Actors | None = None) -> Site:
         raise SiteError(f"{file}: {faults}") from error
     site = _absolute(site, file.parent)
     storage.use(site.storage)
+    trust.use(site.trust_remote_code)
     return site if workers is None else replace(site, workers=workers)
 
 
@@ -254,10 +265,16 @@ def _absolute(site: Site, root: Path) -> Site:
         raise SiteError(
             f"runs={site.runs!r}: a run is kept on a disk that all nodes share, or on S3; expected a path or s3://"
         )
+    if site.ray_token_file is not None and not site.ray_address:
+        raise SiteError(
+            "ray_token_file is for a cluster that asks for a token, and there is no ray_address; a Ray that is started here "
+            "listens to this machine alone; add ray_address, or take ray_token_file away"
+        )
     return replace(
         site,
         runs=place(site.runs.removeprefix("file://")),
         cache=place(site.cache),
+        ray_token_file=None if site.ray_token_file is None else place(site.ray_token_file),
         corpora={name: places(paths) for name, paths in site.corpora.items()},
         weights={name: place(path) for name, path in site.weights.items()},
     )

@@ -36,7 +36,7 @@ from mllm.flops import Cost, Work, work_of
 from mllm.recipe import LoRA, Recipe, Source, Stage
 from mllm.tune import peak_rate
 from mllm.vlm import VisionLanguageModel
-from pipelines import storage
+from pipelines import storage, trust
 from pipelines.annotate import OfPacks
 from pipelines.place import Place
 from pipelines.types import Measured, Pack, Picture, Rejected, Text, spec
@@ -120,6 +120,7 @@ def train(job: StageJob, pulse: Any, tables: Iterable[pa.Table]) -> None:
     and meet it again.
     """
     storage.use(job.stream.storage)
+    trust.use(job.stream.trust_remote_code)
     beats = Beats(pulse, dist.get_rank())
     beats("start", 0)
     try:

@@ -26,6 +26,7 @@ from pydantic import Field, TypeAdapter
 from torch import Tensor, nn
 
 from mllm.encoders import Encoder, VisionEncoder
+from mllm.weights import UntrustedCode, refusal_by_annotator
 from ops import images
 from ops.losses import linear_cross_entropy
 from pipelines import pictures, storage
@@ -420,12 +421,15 @@ def _settle(model: nn.Module, device: torch.device) -> None:
 
 
 def _kind_of(folder: str, known: Sequence[str]) -> str:
-    """The `model_type` of a folder of weights. Raises ValueError when it is none of `known`, FileNotFoundError without one."""
+    """The `model_type` of a folder of weights. Raises ValueError when it is none of `known` or brings code of its own,
+    FileNotFoundError without one."""
     file = Path(folder) / "config.json"
     if not file.is_file():
         raise FileNotFoundError(
             f"no {file}: name a folder of weights that transformers wrote, or map it under [weights]"
         )
+    if why := refusal_by_annotator(folder):
+        raise UntrustedCode(why)
     kind = json.loads(file.read_text()).get("model_type")
     if kind not in known:
         raise ValueError(f"{folder} holds a model of type {kind!r}; this annotator reads {', '.join(known)}")
@@ -460,8 +464,9 @@ class _TwoTowers:
 
         kind = _kind_of(folder, ("clip", "siglip"))
         self.device = _device()
-        self.model: Any = AutoModel.from_pretrained(folder, dtype=torch.float32).to(self.device).eval()
-        self.tokenizer: Any = AutoTokenizer.from_pretrained(folder)
+        self.model: Any = AutoModel.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False)
+        self.model.to(self.device).eval()
+        self.tokenizer: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         self.preprocess = _Preprocess(folder, self.model.config.vision_config.image_size, crop=kind == "clip")
         self.length = self.model.config.text_config.max_position_embeddings
         self.padding = "max_length" if kind == "siglip" else "longest"  # SigLIP was trained on texts padded to the end
@@ -483,9 +488,11 @@ class _Captioner:
 
         _kind_of(folder, ("blip",))
         self.device = _device()
-        self.model: Any = BlipForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
+        self.model: Any = BlipForConditionalGeneration.from_pretrained(
+            folder, dtype=torch.float32, trust_remote_code=False
+        )
         self.model.to(self.device).eval()
-        self.tokenizer: Any = AutoTokenizer.from_pretrained(folder)
+        self.tokenizer: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         self.preprocess = _Preprocess(folder, self.model.config.vision_config.image_size, crop=False)
         self.tokens = tokens
 
@@ -505,7 +512,8 @@ def _codebook(folder: str, codes: int) -> Callable[[Tensor], Tensor]:
     kinds = {"chameleon_vqgan": ChameleonVQVAE, "janus_vqgan": JanusVQVAE, "emu3_vqgan": Emu3VQVAE}
     kind = _kind_of(folder, tuple(kinds))
     device = _device()
-    model: Any = kinds[kind].from_pretrained(folder, dtype=torch.float32).to(device).eval()
+    model: Any = kinds[kind].from_pretrained(folder, dtype=torch.float32, trust_remote_code=False)
+    model.to(device).eval()
     emu3 = kind == "emu3_vqgan"
     found = model.config.codebook_size if emu3 else model.config.num_embeddings
     if found != codes:

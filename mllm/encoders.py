@@ -14,6 +14,7 @@ from jaxtyping import Float, UInt8
 from pydantic import Field
 from torch import Tensor, nn
 
+from mllm.weights import load
 from ops.images import normalize
 from pipelines.types import spec
 
@@ -64,7 +65,7 @@ class ClipVision:
 
         if weights is None:
             return ClipTower(CLIPVisionModel._from_config(self.config(), attn_implementation="sdpa"), layer)
-        tower = CLIPVisionModel.from_pretrained(weights, attn_implementation="sdpa", dtype=torch.float32)
+        tower = load(CLIPVisionModel, "AutoModel", weights, attn_implementation="sdpa", dtype=torch.float32)
         _agree(weights, self.config(), tower.config, ("hidden_size", "num_hidden_layers", "patch_size", "image_size"))
         return ClipTower(tower, layer)
 
@@ -116,8 +117,9 @@ class MobileNetV2:
 
         if layer != -1:
             raise ValueError(f"encoder.layer={layer}: MobileNetV2 is read at its last layer, -1")
-        tower = Tower(MobileNetV2Config()) if weights is None else Tower.from_pretrained(weights, dtype=torch.float32)
-        return MobileNetTower(tower)
+        if weights is None:
+            return MobileNetTower(Tower(MobileNetV2Config()))
+        return MobileNetTower(load(Tower, "AutoModel", weights, dtype=torch.float32))
 
 
 class MobileNetTower(nn.Module):

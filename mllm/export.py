@@ -120,7 +120,7 @@ def _tokenizer(folder: str, lm: CausalLM) -> Any:
     """The tokenizer with an `<image>` token and the chat template that the model was trained with."""
     from transformers import AutoTokenizer
 
-    text = AutoTokenizer.from_pretrained(folder)
+    text = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     if IMAGE not in text.get_vocab():
         text.add_special_tokens({"additional_special_tokens": [IMAGE]}, replace_extra_special_tokens=False)
     text.chat_template = lm.chat.jinja()
@@ -146,7 +146,8 @@ def _from_llava(folder: Path, recipe: Recipe) -> VisionLanguageModel:
     from transformers import LlavaForConditionalGeneration
 
     model = _with_weights(recipe, None, None)
-    stored = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).state_dict()
+    llava = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False)
+    stored = llava.state_dict()
     own = model.state_dict()
     found = {name: stored[_llava_name(name)] for name in own}
     # Rows that the export added to the vocabulary are left away.

@@ -12,6 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from mllm.encoders import Folder
+from mllm.weights import load
 from ops.attention import Backend, varlen_attention
 from ops.context import Share
 from pipelines.chat import ChatML, Template
@@ -92,7 +93,9 @@ class CausalLM:
         if self.weights is None:
             return LanguageModel(LlamaForCausalLM._from_config(self.arch.config(), attn_implementation=ATTENTION))
         place = folder(self.weights)
-        model = LlamaForCausalLM.from_pretrained(place, attn_implementation=ATTENTION, dtype=torch.float32)
+        model = load(
+            LlamaForCausalLM, "AutoModelForCausalLM", place, attn_implementation=ATTENTION, dtype=torch.float32
+        )
         if self.arch.vocab_size > model.config.vocab_size:  # rows for new words, drawn like the old ones
             model.resize_token_embeddings(self.arch.vocab_size)
         for field in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"):

@@ -66,9 +66,9 @@ class Place:
     def is_file(self) -> bool:
         return storage.exists(self.uri)
 
-    def names(self) -> list[str]:
-        """Names of what lies here, in order; none where nothing does."""
-        return storage.names(self.uri)
+    def names(self, prefix: str = "", after: str = "") -> list[str]:
+        """Names of what lies here, in order; none where nothing does. Only those that begin so, and come after that one."""
+        return storage.names(self.uri, prefix, after)
 
     def sizes(self) -> dict[str, int]:
         """Bytes of each file that lies right here, by name; none where nothing does."""

@@ -273,9 +273,18 @@ async def _put_if_absent(filesystem: AsyncFileSystem, path: str, data: bytes) ->
     return True
 
 
-def names(folder: str) -> list[str]:
-    """Names of what lies in a folder, in order; of a folder that is not there, none. Scratch files are left out."""
+def names(folder: str, prefix: str = "", after: str = "") -> list[str]:
+    """Names of what lies in a folder, in order; of a folder that is not there, none. Scratch files are left out.
+
+    With `prefix` only names that begin so, with `after` only those behind that one: S3, which tells a thousand names at a time,
+    is then asked for no others.
+    """
     filesystem, path = _place(folder)
+    if (prefix or after) and scheme(folder) in ("s3", "s3a"):
+        s3: Any = filesystem
+        return _tried(folder, lambda: _awaited(s3, lambda: _some_names(s3, path, prefix, after)))
+    if prefix or after:
+        return [name for name in names(folder) if name.startswith(prefix) and name > after]
     _tried(folder, lambda: filesystem.invalidate_cache(path))
     try:
         found: Any = _tried(folder, lambda: filesystem.ls(path, detail=False))
@@ -283,6 +292,22 @@ def names(folder: str) -> list[str]:
         return []
     inside = {p.rstrip("/") for p in found} - {path.rstrip("/")}  # S3 may list an empty folder as its own content
     return sorted(name for p in inside if not (name := p.rsplit("/", 1)[-1]).endswith(".part"))
+
+
+async def _some_names(s3: Any, path: str, prefix: str, after: str) -> list[str]:
+    """Files of a folder on S3, which alone of all storage begins a listing in the middle."""
+    bucket, key, _ = s3.split_path(path)
+    request = {"Bucket": bucket, "Prefix": f"{key}/{prefix}", "Delimiter": "/"}
+    if after:
+        request["StartAfter"] = f"{key}/{after}"
+    found: list[str] = []
+    while True:
+        answer = await s3._call_s3("list_objects_v2", **request)
+        found += [entry["Key"].rsplit("/", 1)[-1] for entry in answer.get("Contents", [])]
+        if not answer.get("IsTruncated"):
+            # Asked again, since a server may know the word for where to begin and take it for a page's alone.
+            return sorted(name for name in found if name > after and name and not name.endswith(".part"))
+        request["ContinuationToken"] = answer["NextContinuationToken"]
 
 
 def sizes(folder: str) -> dict[str, int]:

@@ -19,7 +19,7 @@ from itertools import chain
 import numpy as np
 from numpy.typing import NDArray
 
-from pipelines import packing, pictures, storage
+from pipelines import packing, pictures, storage, trust
 from pipelines.annotate import Annotator, OfDocuments, OfPacks, Rows
 from pipelines.chat import Template
 from pipelines.corpora import Corpus
@@ -51,7 +51,7 @@ class Stream:
     """All that decides which packs a stage sees: a value that travels to the preprocessing actors.
 
     `corpora` are the order's sources, one by one; `tokenizer` is a folder; `bos` and `eos` are tokens by name; `folders` are
-    where annotators find weights that they name.
+    where annotators find weights that they name, and `trust_remote_code` says whether Python beside weights may run.
     """
 
     order: Order
@@ -69,6 +69,7 @@ class Stream:
     folders: dict[str, str] = field(default_factory=dict)
     limits: Limits = Limits()
     storage: Storage = Storage()
+    trust_remote_code: bool = False
 
     @property
     def windows(self) -> int | None:
@@ -122,6 +123,7 @@ class PackWindows:
     def __init__(self, stream: Stream) -> None:
         self.stream = stream
         storage.use(stream.storage)
+        trust.use(stream.trust_remote_code)
 
     @cached_property
     def encoder(self) -> Encoder:

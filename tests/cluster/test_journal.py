@@ -16,6 +16,7 @@ from cluster.journal import (
     StageFinished,
     StageStarted,
 )
+from pipelines.place import Place
 
 STARTED = RunStarted(time=1.0, recipe="r", workers=(2, 2), versions={"torch": "2"})
 ALIGN = StageStarted(time=2.0, stage="align", fingerprint="a1", steps=4, parts=())
@@ -54,6 +55,33 @@ def test_a_long_journal_is_read_in_chapters_and_says_the_same(tmp_path: Path, mo
     for number in range(8):
         (tmp_path / "journal" / f"{number:06d}.json").unlink()
     assert Journal(tmp_path).events() == events, "the chapter has what is in it"
+
+
+def test_pages_between_chapters_say_the_same(anywhere: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(journal_room, "CHAPTER", 8)
+    monkeypatch.setattr(journal_room, "PAGE", 3)
+    events: list[Event] = [RunStarted(time=n, recipe="r", workers=(2, 2), versions={}) for n in range(24)]
+    reader, asleep = Journal(anywhere), Journal(anywhere)
+    writer = Journal(anywhere)
+    for number, event in enumerate(events, 1):
+        writer.append(event)
+        assert Journal(anywhere).events() == events[:number], "who knows nothing"
+        assert reader.events() == events[:number], "who reads on"
+        if number in (2, 13, 24):
+            assert asleep.events() == events[:number], "who comes now and then"
+    folder = anywhere / "journal"
+    assert folder.names(prefix="page-") == [f"page-{n:06d}.json" for n in (3, 6, 9, 12, 15, 18, 21)]
+    for chapter in folder.names(prefix="chapter-"):
+        (folder / chapter).remove()
+    assert Journal(anywhere).events() == events, "a chapter that its writer could not write any more is not missed"
+    for page in folder.names(prefix="page-"):
+        (folder / page).remove()
+    assert Journal(anywhere).events() == events
+    for number in (*range(6), *range(8, 14)):
+        (folder / f"{number:06d}.json").remove()
+    (folder / "chapter-000008.json").write(journal_room.dump_chapter(events[:8]))
+    (folder / "page-000014.json").write(journal_room.dump_chapter(events[8:14]))
+    assert Journal(anywhere).events() == events, "a page has what is in it"
 
 
 def test_a_stage_that_was_changed_is_not_finished_any_more() -> None:

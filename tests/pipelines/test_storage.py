@@ -113,6 +113,8 @@ def test_of_many_who_create_a_file_one_does(root: str) -> None:
 def test_a_folder_tells_what_is_in_it_and_can_be_removed(root: str) -> None:
     assert storage.names(root) == ["a.bin", "b.bin", "deep"]
     assert storage.names(f"{root}/none") == []
+    assert storage.names(root, after="a.bin", prefix="b") == ["b.bin"]
+    assert storage.names(root, prefix="c") == storage.names(f"{root}/none", after="a") == []
     storage.remove(f"{root}/a.bin")
     storage.remove(f"{root}/deep")
     storage.remove(f"{root}/none")
