@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from rich.console import Console
+from safetensors.torch import load_file
 
 from cluster import checkpoint
 from cluster.journal import Journal
@@ -61,6 +62,12 @@ def test_each_stage_goes_on_from_what_the_last_has_made(ways: Recipe, tmp_path: 
         trained_model(site, ways, folder).state_dict().items(), sft.values(), strict=True
     ):
         assert torch.equal(exported, ours), name
+    # Each stage's weights are there as other programs read them, adapters merged.
+    for stage, weights in (("pretrain", pretrain), ("sft", sft)):
+        parts = folder.parts(stage).path
+        read = {name: tensor for file in parts.glob("*.safetensors") for name, tensor in load_file(file).items()}
+        assert read.keys() == weights.keys()
+        assert all(torch.equal(read[name], weights[name]) for name in weights)
     # What was scored while adapters and averages were apart is what the weights score by themselves.
     seen = io.StringIO()
     evaluate_run(site, "ways", Console(file=seen, width=140))
