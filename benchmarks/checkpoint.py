@@ -162,6 +162,7 @@ def on_s3(large: bool, repetitions: int, settings: Storage) -> tuple[int, Second
     bare = fsspec.filesystem("s3", **settings.s3(), skip_instance_cache=True)
     with alone():
         state = engine_of(large)[0].state()
+        storage.use(settings)  # whose place the corpus's own have taken
         saver = Saver(Place("s3://corpus/ours"), keep=1)
         size = 0
         for step in range(repetitions + 1):
