@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from cluster import checkpoint
+from cluster.callbacks import root_of
 from cluster.journal import Fault, GateJudged
 from cluster.parts import INDEX, write_parts
 from cluster.policy import gate_values
@@ -147,5 +148,5 @@ class Evaluations:
 
 
 def _failed(job: StageJob, what: str, error: Exception) -> None:
-    words = f"{what}: {type(error).__name__}: {str(error).strip().splitlines()[-1:] or ''}"
-    job.journal.append(Fault(time=time.time(), what="beside", stage=job.stage.name, step=-1, detail=words))
+    detail = f"{what}: {root_of(error)}"
+    job.journal.append(Fault(time=time.time(), what="beside", stage=job.stage.name, step=-1, detail=detail))

@@ -34,13 +34,16 @@ class Late:
         return self.maker(table)
 
 
-class Planner(Late): ...
+class Planner(Late):
+    """Reads and plans."""
 
 
-class Preprocessor(Late): ...
+class Preprocessor(Late):
+    """Decodes and cuts."""
 
 
-class Annotator(Late): ...
+class Annotator(Late):
+    """Holds models that see packs."""
 
 
 class Windows(Datasource):
