@@ -17,6 +17,7 @@ from cluster.checkpoint import TrainState
 from cluster.deal import Step, describe
 from cluster.phases import PHASES, Paces, Phases
 from cluster.policy import Watch
+from cluster.saver import Saver
 from cluster.worker import StageJob, Training
 from mllm.recipe import DDP, FSDP, Frozen, Full, Parallel, Recipe, Stage, Steps
 from pipelines.types import Position
@@ -99,8 +100,8 @@ def judged_run(job: StageJob) -> None:
     """Six steps of the stage as its workers take them, judged every two of them; rank 1 sleeps in each of its first four."""
     packs = list(PackWindows(job.stream).packs(0))
     engine: Any = engine_of(job.recipe, job.stage)
-    nobody: Any = None  # neither saved nor asked within these steps
-    training = Training(job, engine, nobody, TrainState(), nobody, nobody)
+    nobody: Any = None  # not asked within these steps
+    training = Training(job, engine, nobody, TrainState(), nobody, Saver(job.checkpoints))
     training.paces = Paces(dist.get_world_size(), steps=2)
     handle = engine.module.model.lm.register_forward_pre_hook(long_nap) if dist.get_rank() == 1 else None
     for number in range(6):
