@@ -1,7 +1,8 @@
 """Work on committed checkpoints beside training: evaluations while a stage goes on, and a stage's weights as files of parts.
 
-An actor does it where the cluster has a CPU to spare, and waits where it has none; training waits for it at no time, but for the
-end of the run. Who reads a checkpoint changes nothing of what is learned, so it may fail: that is told, and nothing else happens.
+Tasks do it where the cluster has a CPU to spare, and wait where it has none; nothing is held between them, which a larger group
+might want. Training waits for them only at the end of the run. Who reads a checkpoint changes nothing of what is learned, so it
+may fail: that is told, and nothing else happens.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from cluster.callbacks import root_of
 from cluster.journal import Fault, GateJudged
 from cluster.parts import INDEX, write_parts
 from cluster.policy import gate_values
-from pipelines import storage
+from pipelines import storage, trust
 from pipelines.place import Place
 
 if TYPE_CHECKING:
@@ -27,50 +28,49 @@ LOOK = 5.0
 """Seconds between two looks for a checkpoint to evaluate."""
 
 
-class Reader:
-    """The actor: reads one checkpoint at a time, whole."""
+def evaluate(job: StageJob, folder: Place, step: int) -> Evaluation:
+    """Score the checkpoint on what the stage holds out, and keep the result under its step."""
+    from dataclasses import replace
 
-    def evaluate(self, job: StageJob, folder: Place, step: int) -> Evaluation:
-        """Score the checkpoint on what the stage holds out, and keep the result under its step."""
-        from dataclasses import replace
+    import torch
 
-        import torch
+    from cluster.engines import alone, build_engine
+    from cluster.worker import evaluation_of
+    from mllm.recipe import FSDP
 
-        from cluster.engines import alone, build_engine
-        from cluster.worker import evaluation_of
-        from mllm.recipe import FSDP
+    assert job.held_out
+    storage.use(job.stream.storage)
+    trust.use(job.stream.trust_remote_code)
+    device = torch.device("cpu")  # GPUs are the trainers'
+    how = replace(job.stage, parallel=FSDP(dtype=job.stage.parallel.dtype), ema=None)
+    with alone():
+        model = checkpoint.read_model(job.recipe, job.stage, folder, job.place)
+        engine = build_engine(model, how, len(job.stage.mixture), device)
+        found = evaluation_of(engine, job.held_out, job.recipe, job.stage.name, "during")
+    found = replace(found, step=step)
+    job.folder.write_evaluation(found)
+    return found
 
-        assert job.held_out
-        storage.use(job.stream.storage)
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        how = replace(job.stage, parallel=FSDP(dtype=job.stage.parallel.dtype), optimizer=job.stage.optimizer, ema=None)
-        with alone():
-            model = checkpoint.read_model(job.recipe, job.stage, folder, job.place)
-            engine = build_engine(model, how, len(job.stage.mixture), device)
-            found = evaluation_of(engine, job.held_out, job.recipe, job.stage.name, "during")
-        found = replace(found, step=step)
-        job.folder.write_evaluation(found)
-        return found
 
-    def parts(self, job: StageJob, folder: Place, out: Place) -> None:
-        """Write the stage's weights, adapters merged, as safetensors."""
-        storage.use(job.stream.storage)
-        write_parts(out, checkpoint.read_model(job.recipe, job.stage, folder, job.place).state_dict())
+def parts(job: StageJob, folder: Place, out: Place) -> None:
+    """Write the stage's weights, adapters merged, as safetensors."""
+    storage.use(job.stream.storage)
+    trust.use(job.stream.trust_remote_code)
+    write_parts(out, checkpoint.read_model(job.recipe, job.stage, folder, job.place).state_dict())
 
 
 class Beside:
-    """The controller's side of a `Reader`, which is started when there is something to read. `say` hears what came of it."""
+    """The controller's side: starts tasks, and keeps those that write. `say` hears what came of evaluations."""
 
     def __init__(self, say: Callable[[str], object]) -> None:
         self.say = say
-        self.reader: Any = None
         self.writing: dict[Any, StageJob] = {}
 
     def finished(self, job: StageJob, last: Place) -> None:
         """Have the weights of a finished stage written as parts, if they are not there."""
         out = job.folder.parts(job.stage.name)
         if not (out / INDEX).is_file():
-            self.writing[self._actor().parts.remote(job, last, out)] = job
+            self.writing[_task(parts).remote(job, last, out)] = job
 
     def wait(self) -> None:
         """Wait until all parts are written; those that could not be are told."""
@@ -87,12 +87,11 @@ class Beside:
         """Evaluates the stage's checkpoints as long as it is entered."""
         return Evaluations(self, job)
 
-    def _actor(self) -> Any:
-        if self.reader is None:
-            import ray
 
-            self.reader = ray.remote(Reader).options(num_cpus=1, max_restarts=2, max_task_retries=2).remote()
-        return self.reader
+def _task(work: Callable[..., Any]) -> Any:
+    import ray
+
+    return ray.remote(num_cpus=1, max_retries=2)(work)
 
 
 class Evaluations:
@@ -134,7 +133,7 @@ class Evaluations:
     def _evaluate(self, folder: Place, step: int, tokens: int) -> None:
         import ray
 
-        found: Evaluation = ray.get(self.beside._actor().evaluate.remote(self.job, folder, step))
+        found: Evaluation = ray.get(_task(evaluate).remote(self.job, folder, step))
         weight = sum(score.tokens for score in found.scores)
         loss = sum(score.loss * score.tokens for score in found.scores) / max(1, weight)
         self.beside.say(f"{self.job.stage.name}: held-out loss {loss:.4f} after step {step:,}")

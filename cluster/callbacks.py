@@ -22,19 +22,10 @@ def failures(job: StageJob, pulse: Any) -> Any:
             storage.use(job.stream.storage)
             state = job.journal.state()
             step = state.groups[-1].step if state.groups else 0
-            for rank, error in sorted(worker_exceptions.items())[
-                :4
-            ]:  # one is the cause, the others lost their neighbour
-                job.journal.append(
-                    Fault(
-                        time=time.time(),
-                        what="workers",
-                        stage=job.stage.name,
-                        step=step,
-                        rank=rank,
-                        detail=root_of(error),
-                    )
-                )
+            some = sorted(worker_exceptions.items())[:4]  # one is the cause, the others lost their neighbour
+            for rank, error in some:
+                told = {"stage": job.stage.name, "step": step, "rank": rank, "detail": root_of(error)}
+                job.journal.append(Fault(time=time.time(), what="workers", **told))
 
     return Failures()
 

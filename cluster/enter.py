@@ -54,10 +54,12 @@ def ask() -> None:
     """Ask for this worker's packs. The first is waited for by a thread."""
     import ray.train
 
+    from pipelines.late import tables_of
+
     def tables() -> Iterator[Any]:
         shard = ray.train.get_dataset_shard(DATASET)
         assert shard is not None  # Ray Train's type allows for runs without data
-        yield from shard.iter_batches(batch_size=1, batch_format="pyarrow", prefetch_batches=0)
+        yield from tables_of(shard)
 
     _ASKED[:] = [begun(tables())]
 

@@ -72,6 +72,9 @@ class Pulse:
         self.now.clear()
 
     def ask(self, wish: Wish) -> None:
+        """Wish something of the run; nothing takes the place of that it stop."""
+        if self.wish == "save_and_stop":
+            return
         self.wish = wish
 
     def look(self) -> tuple[list[Standing], dict[Phase, list[float]]]:

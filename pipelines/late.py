@@ -10,11 +10,14 @@ import pickle
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from itertools import count
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 from ray.data import Datasource, ReadTask
 from ray.data.block import BlockMetadata
+
+if TYPE_CHECKING:
+    from ray.data import DataIterator
 
 Maker = Callable[[pa.Table], Iterator[pa.Table]]
 
@@ -65,3 +68,8 @@ class Windows(Datasource):
                 yield pa.table({"window": [k]})
 
         return [ReadTask(numbers, BlockMetadata(num_rows=None, size_bytes=None, input_files=None, exec_stats=None))]
+
+
+def tables_of(rows: DataIterator) -> Iterable[pa.Table]:
+    """One rank's hands as Ray Data has them."""
+    return rows.iter_batches(batch_size=1, batch_format="pyarrow", prefetch_batches=0)

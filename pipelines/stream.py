@@ -41,7 +41,7 @@ from pipelines.types import Hand, Position, spec
 from pipelines.windows import PackWindows, Plan, Pools, Stream
 
 if TYPE_CHECKING:
-    from ray.data import DataIterator, Dataset
+    from ray.data import Dataset
 
 HAND_BYTES = 16 * 2**20
 """About what one hand weighs at most, unless a single pack weighs more."""
@@ -223,11 +223,6 @@ def _pool(actors: tuple[int, int], tasks: int = 4) -> ActorPoolStrategy:
     """Actors that have the next of their `tasks` waiting beside the one they work on."""
     fewest, most = actors
     return ActorPoolStrategy(min_size=fewest, max_size=most, initial_size=fewest, max_tasks_in_flight_per_actor=tasks)
-
-
-def tables_of(rows: DataIterator) -> Iterable[pa.Table]:
-    """One rank's hands as Ray Data has them."""
-    return rows.iter_batches(batch_size=1, batch_format="pyarrow", prefetch_batches=0)
 
 
 def hands_of(tables: Iterable[pa.Table]) -> Iterator[Hand]:

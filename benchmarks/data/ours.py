@@ -27,6 +27,7 @@ from benchmarks.data.corpus import EXAMPLES, read, shards
 from benchmarks.data.work import BATCH, SIZE, WORKERS, Report, began, consumed, prepared, steady, tell
 from benchmarks.packing import bound, padded_fill
 from cluster.local import ray_running
+from pipelines import late
 from pipelines import stream as streams
 from pipelines.chat import ChatML
 from pipelines.corpora import Pairs
@@ -104,7 +105,7 @@ def bare(uris: list[str], results: Any) -> None:
 def packs(one: Stream, start: Position, stop: int | None, buffer: int = BUFFER) -> Generator[tuple[int, int]]:
     """Images and tokens of text of each pack, in the process of one trainer."""
     pools = Pools(preprocessors=(WORKERS, WORKERS), buffer=buffer)
-    for hand in streams.hands_of(streams.tables_of(streams.dataset(one, start, stop, pools, 1).iterator())):
+    for hand in streams.hands_of(late.tables_of(streams.dataset(one, start, stop, pools, 1).iterator())):
         for pack in hand.packs:
             yield len(pack.tiles), len(pack.input_ids) - TOKENS_PER_TILE * len(pack.tiles)
 

@@ -17,8 +17,9 @@ from mllm.annotators import FrozenFeatures, ScoreFilter
 from mllm.recipe import Epochs, Recipe
 from pipelines import storage
 from pipelines.annotate import Annotator
+from pipelines.late import tables_of
 from pipelines.storage import Storage, StorageError
-from pipelines.stream import dataset, from_table, hands_of, portions, tables_of
+from pipelines.stream import dataset, from_table, hands_of, portions
 from pipelines.stream import hands as made_of
 from pipelines.types import Hand, Position, Reason
 from pipelines.windows import PackWindows, Pools, Stream
