@@ -376,14 +376,14 @@ class Controller:
                 why = f"rank {rank.rank} is ended, and the group begins again from the last checkpoint"
                 self.journal.append(Decision(time=time.time(), what="restart", stage=job.stage.name, why=why))
 
-        with PulseWatcher(pulse, self.site.watch, hung), self.beside.watching(job):
-            self._obediently(trainer.fit, job, pulse)
+        with PulseWatcher(pulse, self.site.watch, hung) as watcher, self.beside.watching(job):
+            self._obediently(trainer.fit, job, pulse, watcher)
 
-    def _obediently(self, fit: Callable[[], object], job: StageJob, pulse: Any) -> None:
+    def _obediently(self, fit: Callable[[], object], job: StageJob, pulse: Any, watcher: PulseWatcher) -> None:
         """Call `fit` in a thread and do what this process is asked meanwhile. Ray Train would take the signals for itself.
 
         SIGTERM and the first Ctrl-C save and stop, within `notice` seconds; the second Ctrl-C stops at once. Raises Fenced when
-        another controller has taken the run over, Stopped, KeyboardInterrupt, or what `fit` raised.
+        another controller has taken the run over, Stopped, KeyboardInterrupt, or what `fit`, the watcher or the lease met.
         """
         raised: list[BaseException] = []
 
@@ -402,6 +402,8 @@ class Controller:
                 if self.lease and self.lease.lost.is_set():
                     self.journal.events()
                     self.journal.check()
+                if error := watcher.error or (self.lease and self.lease.error):
+                    raise error
                 if asked and since is None:
                     since = time.monotonic()
                     self.watcher.say(f"{asked[0]}: saving, then stopping (Ctrl-C again stops at once)")

@@ -96,7 +96,8 @@ def _answers(pid: int) -> bool:
 class Lease:
     """A taken lease: it is kept up from a thread of its own until it is released.
 
-    `journal` appends under its token. `lost` is set when another has taken the run over.
+    `journal` appends under its token. `lost` is set when another has taken the run over. What else the thread that keeps it met
+    is `error`: from then on the lease falls silent, and its holder must stop.
     """
 
     def __init__(self, run: Place, silence: float = SILENCE, waiting: Callable[[str], None] = lambda _: None) -> None:
@@ -104,6 +105,7 @@ class Lease:
         self.file = run / "lease.json"
         self.silence = silence
         self.lost = threading.Event()
+        self.error: Exception | None = None
         self.over = threading.Event()
         _await_silence(run, silence, waiting)
         me = Holder(token=-1, host=machine(), pid=os.getpid(), born=_born(os.getpid()) or 0)
@@ -139,6 +141,9 @@ class Lease:
                 return
             except StorageError:
                 continue  # an outage silences all controllers alike; who is fenced learns it when storage is back
+            except Exception as error:
+                self.error = error
+                return
 
     def _at(self, beat: int, released: bool = False) -> Holder:
         h = self.holder

@@ -80,13 +80,17 @@ Hung = Callable[[Standing, str, bool], None]
 
 
 class Watcher:
-    """Looks at the pulse from a thread of its own; ends those who hang, and tells `hung` of every rank that was overdue."""
+    """Looks at the pulse from a thread of its own; ends those who hang, and tells `hung` of every rank that was overdue.
+
+    An `error` that it met is kept for who began it: nobody watches from then on.
+    """
 
     def __init__(self, pulse: Any, watch: Watch, hung: Hung) -> None:
         self.pulse = pulse
         self.watch = watch
         self.hung = hung
         self.over = threading.Event()
+        self.error: Exception | None = None
         self.thread = threading.Thread(target=self._look, daemon=True, name="watcher")
 
     def __enter__(self) -> Watcher:
@@ -108,6 +112,9 @@ class Watcher:
                     self._end(late, history)
             except (ray.exceptions.RayError, ConnectionError, RuntimeError):
                 continue  # the cluster is in trouble itself, which the controller will hear of
+            except Exception as error:
+                self.error = error
+                return
 
     def _end(self, late: list[Standing], history: dict[Phase, list[float]]) -> None:
         found = [(rank, _there(rank.node, examine, rank.pid)) for rank in late]

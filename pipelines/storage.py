@@ -86,13 +86,17 @@ class Storage:
     ahead: int = 4
 
     def s3(self) -> dict[str, Any]:
-        """Arguments of s3fs. It gets no retries of its own: two layers of them would multiply."""
+        """Arguments of s3fs. It gets no retries of its own: two layers of them would multiply. It remembers no listing, since
+        others write here too, and asks for a whole file at once, not for its size before.
+        """
         return {
             "endpoint_url": self.endpoint,
             "key": self.key,
             "secret": self.secret,
             "client_kwargs": {} if self.region is None else {"region_name": self.region},
             "config_kwargs": {"connect_timeout": self.deadline, "retries": {"total_max_attempts": 1}},
+            "use_listings_cache": False,
+            "max_concurrency": 1,
         }
 
 

@@ -110,6 +110,19 @@ def test_of_many_who_create_a_file_one_does(root: str) -> None:
     assert storage.create(f"{root}/one.json", b"by %d" % made.index(True))  # its answer was lost, and it asks again
 
 
+def test_what_others_write_is_seen_at_once_though_the_folder_was_listed_before(root: str, s3: Server) -> None:
+    assert storage.names(f"{root}/deep") == ["c.bin"]
+    if root.startswith("s3"):
+        client = fsspec.filesystem("s3", **s3.storage.s3(), skip_instance_cache=True)
+        client.pipe_file(f"{root}/deep/d.bin", DATA)
+    else:
+        Path(root, "deep", "d.bin").write_bytes(DATA)
+    assert storage.names(f"{root}/deep", after="c.bin") == ["d.bin"]
+    assert storage.read_many([(f"{root}/deep/d.bin", None, None)]) == [DATA]
+    assert storage.read(f"{root}/deep/d.bin") == DATA
+    assert storage.stat(f"{root}/deep/d.bin").size == len(DATA)
+
+
 def test_a_folder_tells_what_is_in_it_and_can_be_removed(root: str) -> None:
     assert storage.names(root) == ["a.bin", "b.bin", "deep"]
     assert storage.names(f"{root}/none") == []
