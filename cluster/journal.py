@@ -258,6 +258,7 @@ class RunState:
     groups: tuple[GroupStarted, ...] = ()
     faults: tuple[Fault, ...] = ()
     decisions: tuple[Decision, ...] = ()
+    gates: tuple[GateJudged, ...] = ()
     stage: str | None = None
     finished: bool = False
     failure: str | None = None
@@ -273,6 +274,7 @@ class RunState:
         groups: list[GroupStarted] = []
         faults: list[Fault] = []
         decisions: list[Decision] = []
+        gates: list[GateJudged] = []
         stage: str | None = None
         done = False
         failure: str | None = None
@@ -298,7 +300,7 @@ class RunState:
                 case Decision():
                     decisions.append(event)
                 case GateJudged():
-                    pass
+                    gates.append(event)
                 case StageFinished():
                     finished[event.stage] = event
                     stage = None
@@ -315,6 +317,7 @@ class RunState:
             groups=tuple(groups),
             faults=tuple(faults),
             decisions=tuple(decisions),
+            gates=tuple(gates),
             stage=stage,
             finished=done,
             failure=failure,

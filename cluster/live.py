@@ -430,7 +430,17 @@ def summary(run: RunFolder, recipe: Recipe, state: RunState, now: float | None =
     if dropped:
         parts += [Text(""), Text(f"{dropped.total():,} rows dropped", style="dim")]
         parts += [Text(f"{count:>8,}  {reason}") for reason, count in dropped.most_common()]
-    return Group(*parts, *_faults(state), Text(""))
+    return Group(*parts, *_gates(state), *_faults(state), Text(""))
+
+
+def _gates(state: RunState) -> Iterator[RenderableType]:
+    """The last judgement of each gate: what it looked at, and whether the stage behind it may begin."""
+    latest = {(event.stage, event.gate.partition(", after step")[0]): event for event in state.gates}
+    if latest:
+        yield Text("")
+    for event in latest.values():
+        word = Text("open", style="green") if event.open else Text("closed", style="yellow")
+        yield Text.assemble(f"entry of {event.stage}: ", word, f", {event.value:.4g} ({event.gate})")
 
 
 TOLD = 8

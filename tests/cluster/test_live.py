@@ -13,7 +13,7 @@ from invented import NOON, evaluation, invented_run, stage_finished, stage_start
 from rich.console import Console
 
 from cluster import live as live_room
-from cluster.journal import Decision, Fault, GroupStarted, Journal, RunState
+from cluster.journal import Decision, Fault, GateJudged, GroupStarted, Journal, RunState
 from cluster.lines import Follower
 from cluster.live import Live, duration, quantity, sparkline, summary
 from cluster.metrics import RunFolder
@@ -189,6 +189,18 @@ def test_a_summary_tells_what_went_wrong_and_what_was_done(run: RunFolder, recip
     calm = Screen(terminal=False)
     calm.print(summary(run, recipe, RunState.replay([group])))
     assert "restarts" not in calm.text
+
+
+def test_a_summary_tells_how_each_gate_was_last_judged(run: RunFolder, recipe: Recipe) -> None:
+    def judged(gate: str, value: float, is_open: bool) -> GateJudged:
+        return GateJudged(time=NOON, stage="sft", gate=gate, value=value, open=is_open)
+
+    early, late = judged("loss <= 2, after step 5", 3.5, False), judged("loss <= 2, after step 10", 1.9, True)
+    screen = Screen(terminal=False)
+    screen.print(summary(run, recipe, RunState.replay([early, late, judged("tokens >= 9, after step 10", 8, False)])))
+    assert "entry of sft: open, 1.9 (loss <= 2, after step 10)" in screen.text
+    assert "entry of sft: closed, 8 (tokens >= 9, after step 10)" in screen.text
+    assert "3.5" not in screen.text
 
 
 def test_faults_are_told_as_they_happen(

@@ -29,7 +29,7 @@ Act = Callable[[Rig, random.Random, str], object]
 @dataclass(frozen=True)
 class Fault:
     """`what` names it in the table. `restarts` tells those after which a new group of workers must begin; `ends` is the exit code
-    of those that end the whole run, which then is started again by who started it.
+    of those that end the whole run, which then is started again by who started it. After `driver` a new driver must begin.
     """
 
     what: str
@@ -37,6 +37,7 @@ class Fault:
     restarts: bool = True
     after: Callable[[Rig], object] = lambda _: None
     ends: int | None = None
+    driver: bool = False
 
 
 def kill_worker(rig: Rig, rng: random.Random, _: str) -> None:
@@ -204,10 +205,10 @@ LONG_RUN: tuple[Fault, ...] = (
     Fault("SIGKILL of a preprocessing actor", kill_preprocessor, restarts=False),
     Fault("loss of a node", lose_node, after=replace_node),
     Fault("drain of a node, 20 s notice", drain_node, after=replace_node),
-    Fault("SIGTERM to the driver", ask_driver, ends=143),
-    Fault("SIGKILL of the driver", kill_driver),
+    Fault("SIGTERM to the driver", ask_driver, ends=143, driver=True),
+    Fault("SIGKILL of the driver", kill_driver, driver=True),
     Fault("SIGKILL of Ray Train's controller", kill_ray_controller),
-    Fault("head killed, new cluster", new_cluster),
+    Fault("head killed, new cluster", new_cluster, driver=True),
     Fault("SIGSTOP of a worker", stop_worker),
     Fault("S3 refuses connections, 20 s", refuse, restarts=False),
     Fault("S3 answers 503 to two thirds, 20 s", storm, restarts=False),

@@ -126,24 +126,35 @@ RESTARTS = 3
 """Plain restarts whose median is taken: the first finds processes that Ray has kept, and is quicker."""
 
 
-def plain_restart(rig: Rig, rng: random.Random, data: bool) -> float:
-    """Seconds from the death of a worker to the next step, of Ray Train by itself on the rig's cluster."""
-    steps = rig.folder / f"plain-{data}.txt"
+def plain_restart(rig: Rig, rng: random.Random, data: bool, driver: bool = False) -> float:
+    """Seconds from a death to the next step, of Ray Train by itself on the rig's cluster: of a worker, or of the `driver`, whose
+    command is given again at once.
+    """
+    steps = rig.folder / f"plain-{data}-{driver}.txt"
     words = [rig.cluster.address, rig.recipe, str(steps), *(["data"] if data else [])]
-    command = [sys.executable, "-m", "tests.faults.plain", *words]
-    with rig.log.open("wb") as out:
-        rig.run = subprocess.Popen(command, stdout=out, stderr=out, start_new_session=True)
+
+    def start() -> subprocess.Popen[bytes]:
+        command = [sys.executable, "-m", "tests.faults.plain", *words]
+        with rig.log.open("ab") as out:
+            return subprocess.Popen(command, stdout=out, stderr=out, start_new_session=True)
 
     def moments() -> list[float]:
         return [float(line.split()[0]) for line in steps.read_text().splitlines()] if steps.is_file() else []
 
+    rig.run = start()
     found: list[float] = []
     try:
         for _ in range(RESTARTS):
             done = len(moments())
             rig.wait_for(lambda done=done: len(moments()) > done + 8)
-            rig.pick(rng, "RayTrainWorker").kill()
+            if driver:
+                rig.run.kill()
+                rig.run.wait()
+            else:
+                rig.pick(rng, "RayTrainWorker").kill()
             began = time.time()
+            if driver:
+                rig.run = start()
             rig.wait_for(lambda began=began: moments()[-1] > began + SOON, pause=SELDOM)  # no new process is that quick
             found.append(next(moment for moment in moments() if moment > began + SOON) - began)
         return median(found)
