@@ -354,7 +354,7 @@ class Controller:
             train_loop_config={"job": job, "pulse": pulse},
             torch_config=TorchConfig(backend="nccl" if gpu else "gloo"),
             datasets={DATASET: placeholder},
-            dataset_config=dealing(self.dealer, dumped(job, self.site.pools)),
+            dataset_config=dealing(self.dealer, dumped(job, self.site.pools, 0 if gpu else 1)),
             scaling_config=ray.train.ScalingConfig(
                 num_workers=most if fewest == most else (fewest, most),
                 use_gpu=gpu,

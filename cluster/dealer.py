@@ -26,18 +26,28 @@ class Dealer:
         from pipelines.stream import dataset
         from pipelines.types import Position
 
-        job, pools = pickle.loads(what)
+        job, pools, cpus = pickle.loads(what)
         divert_ray_logging()
         storage.use(job.stream.storage)
         resumed = job.resume_from()
         start = checkpoint.read_state(resumed).position if resumed else Position()
-        hands = dataset(job.stream, start, job.stream.windows, pools, world, context_of(job.stage.parallel))
+        left = _cluster_cpus() - cpus * world
+        hands = dataset(
+            job.stream, start, job.stream.windows, pools.within(left), world, context_of(job.stage.parallel)
+        )
         return hands.streaming_split(world, equal=False)
 
 
-def dumped(job: StageJob, pools: Pools) -> bytes:
-    """A stage, for who hands it on to a dealer and need not import what it is made of."""
-    return pickle.dumps((job, pools))
+def _cluster_cpus() -> float:
+    """Logical CPUs of all nodes that are alive, whoever holds them."""
+    import ray
+
+    return sum(node["Resources"].get("CPU", 0.0) for node in ray.nodes() if node["Alive"])
+
+
+def dumped(job: StageJob, pools: Pools, cpus: float) -> bytes:
+    """A stage whose trainers hold `cpus` each, for who hands it on to a dealer and need not import what it is made of."""
+    return pickle.dumps((job, pools, cpus))
 
 
 def start_dealer() -> Any:

@@ -204,16 +204,20 @@ def dataset(stream: Stream, start: Position, stop: int | None, pools: Pools, wor
     cutters = pools.preprocessors
     # Planning is a tenth of the work with pictures and nearly all of it without; planners share the preprocessors' cores.
     planners = {"compute": _pool(((cutters[0] + 1) // 2, (cutters[1] + 1) // 2)), "num_cpus": 0}
-    annotators = {"compute": _pool(pools.annotators), "num_gpus": pools.gpus or None}
+    annotators = {
+        "compute": _pool(pools.annotators),
+        **({"num_gpus": pools.gpus} if pools.gpus else {"num_cpus": pools.cpus}),
+    }
     each = {"batch_size": 1, "batch_format": "pyarrow"}
+    own = {**each, "num_cpus": pools.cpus}
     rows = ray.data.read_datasource(Windows(start.window, stop), override_num_blocks=1, num_cpus=0)
     if whole:  # the next window lies with the actor, and no more: those after it are for whoever is first
         made = late(_Both, stream, start, world, context)
-        rows = rows.map_batches(Preprocessor, fn_constructor_args=made, compute=_pool(cutters, 2), **each)
+        rows = rows.map_batches(Preprocessor, fn_constructor_args=made, compute=_pool(cutters, 2), **own)
     else:
         made = late(_Planner, stream, start, world, context)
         rows = rows.map_batches(Planner, fn_constructor_args=made, **each, **(annotators if of_documents else planners))
-        rows = rows.map_batches(Preprocessor, fn_constructor_args=late(_Cutter, stream), compute=_pool(cutters), **each)
+        rows = rows.map_batches(Preprocessor, fn_constructor_args=late(_Cutter, stream), compute=_pool(cutters), **own)
     if any(isinstance(annotator, OfPacks) for annotator in stream.annotators):
         rows = rows.map_batches(Annotator, fn_constructor_args=late(_Annotator, stream), **each, **annotators)
     return rows

@@ -82,7 +82,7 @@ class Stream:
 
 @spec
 class Pools:
-    """Actors that make packs, fewest and most: `preprocessors` have a core each; `annotators` hold models, on `gpus` each.
+    """Actors that make packs, fewest and most: `preprocessors` hold `cpus` each; `annotators` hold models, on `gpus` each.
 
     `buffer` is how many bytes may be made ahead of the trainers, all actors together; they wait in Ray's object store.
     """
@@ -90,7 +90,13 @@ class Pools:
     preprocessors: tuple[int, int] = (1, 1)
     annotators: tuple[int, int] = (1, 1)
     gpus: float = 0.0
+    cpus: float = 1.0
     buffer: int = 2**30
+
+    def within(self, cpus: float) -> Pools:
+        """The same actors where the trainers leave `cpus`: too few, and none is held, since trainers would wait for ever."""
+        annotators = 0 if self.gpus else self.annotators[0]
+        return self if self.cpus * (self.preprocessors[0] + annotators) <= cpus else replace(self, cpus=0.0)
 
 
 @spec

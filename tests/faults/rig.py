@@ -72,7 +72,7 @@ class Rig:
 
         os.environ.setdefault("RAY_AUTH_MODE", "disabled")
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        head = {"gcs_server_port": self.port, "num_cpus": 1, "object_store_memory": STORE, "include_dashboard": False}
+        head = {"gcs_server_port": self.port, "num_cpus": 0, "object_store_memory": STORE, "include_dashboard": False}
         self.cluster = Cluster(initialize_head=True, connect=False, head_node_args=head)
         self.nodes = []
 

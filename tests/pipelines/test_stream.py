@@ -211,3 +211,11 @@ def test_an_epoch_trains_every_row_once(site: Site, recipe: Recipe) -> None:
     rows = [(row.corpus, row.shard, row.row) for pack in packs for row in pack.rows if row.piece == 0]
     assert len(rows) == len(set(rows)) == once.order.rows
     assert not any(pack.dropped for pack in packs)
+
+
+def test_where_trainers_leave_no_room_the_actors_hold_no_cpus() -> None:
+    """Trainers that fill a cluster would otherwise wait for packs that nobody can make, for ever."""
+    pools = Pools(preprocessors=(2, 4), annotators=(1, 1))
+    assert [pools.within(cpus).cpus for cpus in (0, 2, 3, 9)] == [0, 0, 1, 1]
+    assert replace(pools, gpus=0.5).within(2).cpus == 1
+    assert replace(pools, cpus=0.5).within(2).cpus == 0.5
