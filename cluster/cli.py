@@ -36,23 +36,30 @@ class Recipes:
     name: Positional[str | None] = None
     json: bool = False
     """Print it as JSON, every default written out."""
+    tree: bool = False
+    """Print its model along its axes, and its stages: data, trained parts, token budget."""
 
     def __call__(self) -> None:
-        from mllm.recipe import dump
-        from mllm.recipes import RECIPES, by_name
+        from rich.console import Console
 
+        from cluster import catalogue
+        from mllm.recipe import dump
+        from mllm.recipes import by_name
+
+        console = Console()
         if self.name is None:
-            for name, recipe in RECIPES.items():
-                print(f"{name:<12} {(recipe.__doc__ or '').strip().splitlines()[0]}")
+            console.print(catalogue.table())
             return
         recipe = by_name(self.name)
         if self.json:
             print(dump(recipe))
             return
-        from rich.console import Console
+        if self.tree:
+            console.print(catalogue.tree(recipe))
+            return
         from rich.pretty import Pretty
 
-        Console().print(Pretty(recipe, expand_all=False))
+        console.print(Pretty(recipe, expand_all=False))
 
 
 @dataclass

@@ -1,0 +1,32 @@
+"""Recipes as a person reads them."""
+
+import pytest
+
+from cluster import catalogue
+from cluster.cli import main
+from mllm.recipes import RECIPES, by_name
+from tests.conftest import ROOT
+
+
+def test_the_page_of_recipes_is_what_the_recipes_say() -> None:
+    """Written anew by `python -m cluster.catalogue > docs/recipes.md`."""
+    assert (ROOT / "docs" / "recipes.md").read_text() == catalogue.page()
+
+
+def test_every_recipe_is_listed_with_its_stages_data_and_paper(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["recipes"])
+    told = capsys.readouterr().out
+    assert all(name in told for name in RECIPES)
+    words = " ".join(told.split())
+    assert "arXiv:2312.07533" in words
+    assert "align (connector);" in words
+
+
+def test_a_recipe_is_printed_as_a_tree(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["recipes", "vila_7b", "--tree"])
+    told = capsys.readouterr().out
+    for stage in by_name("vila_7b").stages:
+        assert stage.name in told
+        assert f"{stage.tokens_per_step:,} tokens a step" in told
+        assert all(source.corpus.name in told for source in stage.mixture)
+    assert "lr 5e-05" in told
