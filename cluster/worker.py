@@ -33,9 +33,9 @@ from cluster.schedule import due, learning_rate_factor, progress, stale
 from cluster.shards import CorruptCheckpoint
 from mllm import evaluate
 from mllm.flops import Cost, Work, work_of
+from mllm.model import Model
 from mllm.recipe import LoRA, Recipe, Source, Stage
 from mllm.tune import peak_rate
-from mllm.vlm import VisionLanguageModel
 from pipelines import storage, trust
 from pipelines.annotate import OfPacks
 from pipelines.place import Place
@@ -442,7 +442,7 @@ def _device() -> torch.device:
     return ray.train.torch.get_device() if torch.cuda.is_available() else torch.device("cpu")
 
 
-def _build_model(job: StageJob, resumed: Place | None) -> VisionLanguageModel:
+def _build_model(job: StageJob, resumed: Place | None) -> Model:
     """The model to train: rank 0 reads weights, and the engine hands them on to the others."""
     if not torch.cuda.is_available():  # ranks of one machine share its cores instead of each taking all
         local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
@@ -636,14 +636,16 @@ def evaluation_of(engine: Engine, held_out: Stream, recipe: Recipe, stage: str, 
         if isinstance(document, Measured)
     ]
     documents.sort(key=lambda document: (document.source, document.id.shard, document.id.row))
-    questions = evaluate.few_shot_questions(documents, windows.encoder, recipe.shots, QUESTIONS)
-    probe = evaluate.probe_sums(engine.score, questions, windows.pixels, recipe.shots, engine.device)
+    speaks = recipe.stage(stage).objective.kind == "next_token"  # else there is nothing to compare, or to write
+    shots = recipe.shots if speaks else ()
+    questions = evaluate.few_shot_questions(documents, windows.encoder, shots, QUESTIONS) if shots else []
+    probe = evaluate.probe_sums(engine.score, questions, windows.pixels, shots, engine.device)
     return Evaluation(
         stage=stage,
         when=when,
         scores=evaluate.source_scores(sums, held_out.sources),
-        probe=evaluate.probe_scores(probe, recipe.shots),
-        answers=tuple(_answers(engine, windows, documents)),
+        probe=evaluate.probe_scores(probe, shots),
+        answers=tuple(_answers(engine, windows, documents)) if speaks else (),
     )
 
 

@@ -265,9 +265,12 @@ class ReferenceLogProbs:
     def packs(self, folder: Folder) -> Callable[[Pack], Pack]:
         """Load the reference. Raises FileNotFoundError when the folder is no export."""
         from mllm.export import read_back
+        from mllm.vlm import VisionLanguageModel
 
         device = _device()
         model = read_back(Path(folder(self.checkpoint)))
+        if not isinstance(model, VisionLanguageModel):
+            raise ValueError(f"reference_log_probs: the export {self.checkpoint!r} is no model with a language model")
         _settle(model, device)
 
         @torch.no_grad()

@@ -21,7 +21,8 @@ from pydantic import Discriminator, Field, Tag, TypeAdapter, ValidationError
 
 from mllm.annotators import Annotator, DiscreteCodes, FrozenFeatures, ReferenceLogProbs
 from mllm.care import Gate, Guard
-from mllm.objectives import NextToken, Objective
+from mllm.dual import DualTower
+from mllm.objectives import DPO, Gathered, NextToken, Objective
 from mllm.vlm import VLM
 from ops.attention import Backend
 from ops.context import ContextBy, heads_fit
@@ -351,6 +352,9 @@ class Stage:
         return Budget(tokens=self.context, tiles=self.max_tiles)
 
 
+ModelKind = Annotated[VLM | DualTower, Field(discriminator="kind")]
+
+
 @spec
 class Recipe:
     """A run's science, portable: it names corpora and weights, and the site says where they are.
@@ -359,7 +363,7 @@ class Recipe:
     """
 
     name: str
-    model: VLM
+    model: ModelKind
     tiling: Tiling
     stages: tuple[Stage, ...]
     held_out: tuple[Corpus, ...] = ()
@@ -380,13 +384,15 @@ class Recipe:
                     f"stage {stage.name!r}: one tile is {layout.tokens_per_tile} tokens and a pack holds {stage.context}; "
                     "raise context or choose a smaller tiling"
                 )
-            parallel, arch = stage.parallel, self.model.lm.arch
+            self._objective_fits(stage)
+            parallel, heads = stage.parallel, self.model.heads
             by, ranks = (parallel.context_by, parallel.context) if isinstance(parallel, FSDP) else ("ring", 1)
-            if reason := heads_fit(by, ranks, arch.heads, arch.kv_heads):
+            if heads and (reason := heads_fit(by, ranks, *heads)):
                 raise ValueError(f"stage {stage.name!r}: {reason}")
-            if stage.context > self.model.lm.arch.context:
+            longest = self.model.words.longest
+            if longest is not None and stage.context > longest:
                 raise ValueError(
-                    f"stage {stage.name!r}: context={stage.context} exceeds the language model's {self.model.lm.arch.context}"
+                    f"stage {stage.name!r}: context={stage.context} exceeds the language model's {longest}"
                 )
 
     def before(self, stage: Stage) -> Stage | None:
@@ -424,9 +430,32 @@ class Recipe:
                     f"stage {stage.name!r}: its entry looks at {stage.entry.source!r}, and held out are {held}"
                 )
 
+    def _objective_fits(self, stage: Stage) -> None:
+        """The model must be able to learn the objective, and the engine to train it so."""
+        kind, parallel = stage.objective.kind, stage.parallel
+        if kind not in self.model.learns:
+            raise ValueError(
+                f"stage {stage.name!r}: a model of kind {self.model.kind!r} cannot learn {kind!r}; it learns "
+                f"{', '.join(self.model.learns)}"
+            )
+        if isinstance(stage.objective, DPO) and not any(isinstance(a, ReferenceLogProbs) for a in stage.annotators):
+            raise ValueError(
+                f"stage {stage.name!r}: dpo compares with a reference; add reference_log_probs to the stage's annotators"
+            )
+        plain = isinstance(self.model, VLM) and not isinstance(stage.objective, Gathered)
+        if isinstance(parallel, ZeRO) and not plain:
+            raise ValueError(
+                f"stage {stage.name!r}: ZeRO trains language models by objectives that see one pack; take FSDP or DDP for "
+                f"{self.model.kind} with {kind}"
+            )
+        if isinstance(parallel, FSDP) and parallel.context > 1 and (not plain or isinstance(stage.objective, DPO)):
+            raise ValueError(
+                f"stage {stage.name!r}: packs of {self.model.kind} with {kind} cannot be shared between ranks; set context to 1"
+            )
+
     def _annotators_fit(self) -> None:
         """What is made in the pipeline must be what the model takes."""
-        vocabulary = self.model.lm.arch.vocab_size
+        vocabulary = self.model.words.vocabulary
         for number, stage in enumerate(self.stages):
             of_packs = [one for one in stage.annotators if isinstance(one, (FrozenFeatures, ReferenceLogProbs))]
             kinds = [one.kind for one in of_packs]
@@ -450,6 +479,10 @@ class Recipe:
     def _features_are_the_models(self, number: int, features: FrozenFeatures) -> None:
         """Features made in the pipeline must be those that the model's own encoder would make."""
         stage = self.stages[number]
+        if not isinstance(self.model, VLM):
+            raise ValueError(
+                f"stage {stage.name!r}: frozen_features are for a model of kind 'vlm', not {self.model.kind!r}"
+            )
         if features.encoder != self.model.encoder or features.encoder.weights is None:
             raise ValueError(
                 f"stage {stage.name!r}: frozen_features must have the model's own encoder, with weights; it has "

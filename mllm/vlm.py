@@ -13,12 +13,14 @@ from mllm.connectors import Connector
 from mllm.encoders import Encoder, Folder
 from mllm.fusion import Fusion, Splice
 from mllm.lm import CausalLM
+from mllm.model import Model, ModelSpec, Words
+from ops.attention import Backend
 from pipelines.tiling import Tiling
 from pipelines.types import Batch, VisionLayout, spec
 
 
 @spec
-class VLM:
+class VLM(ModelSpec):
     """The model's axes as values. Building it needs no network when no part names weights."""
 
     kind: Literal["vlm"] = "vlm"
@@ -26,6 +28,30 @@ class VLM:
     connector: Connector
     lm: CausalLM
     fusion: Fusion = Splice()
+
+    @property
+    def words(self) -> Words:
+        lm = self.lm
+        return Words(
+            tokenizer=lm.text_codec,
+            chat=lm.chat,
+            bos=lm.bos,
+            eos=lm.eos,
+            vocabulary=lm.arch.vocab_size,
+            longest=lm.arch.context,
+        )
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        return tuple(name for name in (self.encoder.weights, self.lm.weights) if name)
+
+    @property
+    def learns(self) -> tuple[str, ...]:
+        return ("next_token", "dpo")
+
+    @property
+    def heads(self) -> tuple[int, int]:
+        return self.lm.arch.heads, self.lm.arch.kv_heads
 
     def layout(self, tiling: Tiling) -> VisionLayout:
         """The numbers that the pipeline needs. Raises ValueError when tiling and encoder do not fit."""
@@ -58,7 +84,7 @@ class VLM:
         return replace(self, encoder=replace(self.encoder, weights=None), lm=lm)
 
 
-class VisionLanguageModel(nn.Module):
+class VisionLanguageModel(Model):
     """`model(batch)` -> hidden states float (T, D); the objective turns them into a loss."""
 
     def __init__(self, spec: VLM, folder: Folder) -> None:
@@ -98,6 +124,21 @@ class VisionLanguageModel(nn.Module):
             "lm.layers": list(model.model.layers.parameters()),
             "lm.head": list(model.lm_head.parameters()),
         }
+
+    def main(self) -> dict[str, list[nn.Parameter]]:
+        known = {"encoder": self.encoder, "connector": self.connector, "lm": self.lm}
+        return {
+            name: list(part.parameters())
+            for name, part in (known | dict(self.named_children())).items()
+            if name != "border"
+        }
+
+    def attend_by(self, backend: Backend | None) -> None:
+        self.lm.backend = backend
+
+    def next_logits(self, batch: Batch) -> Float[Tensor, "S C"]:
+        last = self(batch)[batch.cu_seqlens[1:].long() - 1]
+        return last @ self.lm.head.to(last.dtype).T
 
     def units(self) -> list[nn.Module]:
         """Modules to be sharded (and recomputed) one by one."""
