@@ -25,7 +25,6 @@ from ops.images import normalize
 from pipelines.tiling import Tiling
 from pipelines.types import Batch, VisionLayout, spec
 
-
 ATTENTIONS = {"text_config": DOCUMENTS, "vision_config": "sdpa"}
 
 
@@ -178,6 +177,17 @@ class DualTower(ModelSpec):
     @property
     def learns(self) -> tuple[str, ...]:
         return ("contrastive",)
+
+    @property
+    def side(self) -> int:
+        return self.arch.image
+
+    def tiny(self) -> Self:
+        shape = Layers(hidden_size=32, layers=2, heads=2, intermediate_size=64)
+        arch = replace(self.arch, vision=shape, text=shape, patch=16, image=32, vocab_size=2048, context=24)
+        if isinstance(arch, CLIP):
+            arch = replace(arch, projection=16)
+        return replace(self, arch=arch, weights=None, tokenizer="example-bpe", bos=None, eos="<|im_end|>")
 
     def layout(self, tiling: Tiling) -> VisionLayout:
         check_tiles(tiling, self.arch.image, "the vision tower")

@@ -66,6 +66,15 @@ class ModelSpec:
         """The module, float32, on the current default device; `folder` finds the weights that the parts name."""
         raise NotImplementedError
 
+    @property
+    def side(self) -> int:
+        """Side of the pictures it takes, in pixels. Raises ValueError for a model that takes any."""
+        raise ValueError(f"{type(self).__name__} takes pictures of any side; set the tiling's size")
+
+    def tiny(self) -> Self:
+        """The same structure at a size that a test builds and trains in no time, with the example tokenizer."""
+        raise NotImplementedError
+
     def bare(self) -> Self:
         """The same without what must be read: no weights."""
         return self

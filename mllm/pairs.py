@@ -36,9 +36,9 @@ class PairModel(Protocol):
 class Texts:
     """The text of a pack's documents, end to end, without places of pictures.
 
-    `ids` and `positions` int64 (T,), `cu_seqlens` int32 (S+1,), `max_seqlen` of them; `documents` int64 (S,), the index of
-    each one's document in the batch; `at` int64 (T,), each token's place in the batch. A batch without text has one blank token that is
-    no document's: `documents` and `at` are empty, and so is all that is read off by them.
+    `ids` and `positions` int64 (T,), `cu_seqlens` int32 (S+1,), `max_seqlen` of them; `documents` int64 (S,), the index of each
+    one's document in the batch; `at` int64 (T,), each token's place in the batch. A batch without text has one blank token that
+    is no document's: `documents` and `at` are empty, and so is all that is read off by them.
     """
 
     ids: Int[Tensor, " T"]

@@ -23,8 +23,8 @@ class Contrastive(Gathered):
     """Each picture against all texts of the step, and each text against all pictures.
 
     `softmax` is CLIP's InfoNCE both ways (arXiv:2103.00020, fig. 3), `sigmoid` SigLIP's, pair by pair (arXiv:2303.15343, alg. 1).
-    A document's pair is its first picture and its text; documents without both have none. The weight is the number of pairs, and a
-    pair counts as right where its text is the picture's nearest. Negatives are all other pairs of the step, on all ranks.
+    A document's pair is its first picture and its text; documents without both have none. The weight is the number of pairs,
+    and a pair counts as right where its text is the picture's nearest. Negatives are all other pairs of the step, on all ranks.
     """
 
     kind: Literal["contrastive"] = "contrastive"

@@ -62,8 +62,8 @@ class DPO:
 
     For a pair w over l it is -log sigmoid(beta * ((log p(w) - log r(w)) - (log p(l) - log r(l)))), summed over pairs; `gamma`
     adds so many times the mean loss of a token of w (LLaVA-NeXT's SFT term). Log-probabilities r are the pack's `references`,
-    which the annotator reference_log_probs makes. The weight is the number of pairs, each counting `batch.weights` times; a document
-    that is no answer counts nothing. Raises ValueError for a batch without references.
+    which the annotator reference_log_probs makes. The weight is the number of pairs, each counting `batch.weights` times;
+    a document that is no answer counts nothing. Raises ValueError for a batch without references.
     """
 
     kind: Literal["dpo"] = "dpo"

@@ -6,12 +6,18 @@ from collections.abc import Callable
 from difflib import get_close_matches
 
 from mllm.recipe import Recipe, RecipeError
+from mllm.recipes.clip import clip_b16, clip_b32, clip_l14, openclip_h14
 from mllm.recipes.real import vila_real
+from mllm.recipes.siglip import siglip_b16, siglip_so400m
 from mllm.recipes.smoke import vila_smoke
 from mllm.recipes.vila import vila_7b, vila_13b
 
 RECIPES: dict[str, Callable[[], Recipe]] = {
-    recipe.__name__: recipe for recipe in (vila_smoke, vila_real, vila_7b, vila_13b)
+    recipe.__name__: recipe
+    for recipe in (
+        *(vila_smoke, vila_real, vila_7b, vila_13b),
+        *(clip_b32, clip_b16, clip_l14, openclip_h14, siglip_b16, siglip_so400m),
+    )
 }
 
 
