@@ -21,7 +21,9 @@ from pydantic import Discriminator, Field, Tag, TypeAdapter, ValidationError
 
 from mllm.annotators import Annotator, DiscreteCodes, FrozenFeatures, ReferenceLogProbs
 from mllm.care import Gate, Guard
+from mllm.classify import Classifier
 from mllm.dual import DualTower
+from mllm.masked import MaskedImage
 from mllm.objectives import DPO, Gathered, NextToken, Objective
 from mllm.vlm import VLM
 from ops.attention import Backend
@@ -352,7 +354,7 @@ class Stage:
         return Budget(tokens=self.context, tiles=self.max_tiles)
 
 
-ModelKind = Annotated[VLM | DualTower, Field(discriminator="kind")]
+ModelKind = Annotated[VLM | DualTower | Classifier | MaskedImage, Field(discriminator="kind")]
 
 
 @spec

@@ -134,6 +134,11 @@ class RowId:
         piece = f" piece {self.piece}" if self.piece else ""
         return f"{self.corpus}/{self.shard} row {self.row}{piece}"
 
+    @property
+    def seed(self) -> int:
+        """A number below 2 ** 32 for all chance that concerns the row on this pass: wherever and however often it is drawn."""
+        return zlib.crc32(f"{self.epoch} {self.label()}".encode())
+
 
 @spec
 class Rejected:
@@ -576,10 +581,11 @@ class Batch:
 
     `input_ids`, `labels`, `positions` int64 (T,); `visual` bool (T,) marks positions that hold visual features;
     `cu_seqlens` int32 (S+1,); `sources`, `classes` int64, `branches` int8, `weights` float32 and `pictured` bool (whether it
-    has pictures), all (S,); `cuts` int32 (I, 7) as in `Pack`; `tiles` uint8 (max(N, 1), 3, H, W) -- a batch without images
-    carries one blank tile, whose features the model multiplies by zero, so that every rank runs the same modules. `features`
-    bfloat16 (max(N, 1), P, D) and `references` float32 (S,) where annotators made them. With a `share` the batch holds some
-    positions of its pack and some of its tiles, as many on each rank that shares it; what is said of documents stays whole.
+    has pictures), all (S,), and so are `seeds` int64, those of their rows; `cuts` int32 (I, 7) as in `Pack`; `tiles` uint8
+    (max(N, 1), 3, H, W) -- a batch without images carries one blank tile, whose features the model multiplies by zero, so that
+    every rank runs the same modules. `features` bfloat16 (max(N, 1), P, D) and `references` float32 (S,) where annotators made
+    them. With a `share` the batch holds some positions of its pack and some of its tiles, as many on each rank that shares it;
+    what is said of documents stays whole.
     """
 
     input_ids: Tensor
@@ -596,6 +602,7 @@ class Batch:
     pictured: Tensor
     tiles: Tensor
     cuts: Tensor
+    seeds: Tensor | None = None
     features: Tensor | None = None
     references: Tensor | None = None
     share: Share | None = None
@@ -626,6 +633,11 @@ class Batch:
             pictured=on(np.logical_or.reduceat(ids == IMAGE_TOKEN, cu_seqlens[:-1])),
             tiles=on(tiles),
             cuts=on(pack.cuts),
+            seeds=on(
+                np.array([row.seed for row in pack.ids], np.int64)
+                if pack.ids
+                else np.zeros(len(cu_seqlens) - 1, np.int64)
+            ),
             features=None if pack.features is None else on(_lively(pack.features).view(np.int16)).view(torch.bfloat16),
             references=None if pack.references is None else on(np.zeros(1) if blank else pack.references),
         )

@@ -9,7 +9,21 @@ from pydantic import Field
 from mllm.objectives.base import Gathered, LossOutput
 from mllm.objectives.contrast import Contrastive
 from mllm.objectives.language import DPO, Ids, NextToken
+from mllm.objectives.pictures import Classification, MaskedCodes, MaskedPixels
 
-Objective = Annotated[NextToken | DPO | Contrastive, Field(discriminator="kind")]
+Objective = Annotated[
+    NextToken | DPO | Contrastive | Classification | MaskedPixels | MaskedCodes, Field(discriminator="kind")
+]
 
-__all__ = ["DPO", "Contrastive", "Gathered", "Ids", "LossOutput", "NextToken", "Objective"]
+__all__ = [
+    "DPO",
+    "Classification",
+    "Contrastive",
+    "Gathered",
+    "Ids",
+    "LossOutput",
+    "MaskedCodes",
+    "MaskedPixels",
+    "NextToken",
+    "Objective",
+]

@@ -5,6 +5,7 @@ own; it takes two steps by the real engine.
 """
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,12 +13,16 @@ import torch
 from cluster.engines import alone, build_engine
 from cluster.plan import plan
 from cluster.site import Site
-from mllm.recipe import FSDP, Recipe, Source, Steps, dump, load
+from mllm.recipe import FSDP, Recipe, Source, Stage, Steps, dump, load
 from mllm.recipes import by_name
 from mllm.tune import apply_tuning
-from pipelines.corpora import Pairs
+from pipelines.corpora import Labelled, Pairs
 from pipelines.types import Batch, Pack
 from pipelines.windows import PackWindows
+from tests.conftest import CORPUS
+
+PICTURES = CORPUS / "instruct" / "images"
+LABELLED = Labelled(name="toy-classes", images=str(PICTURES))
 
 SIZES = {
     "clip_b32": 151_277_313,
@@ -26,6 +31,18 @@ SIZES = {
     "openclip_h14": 986_109_441,
     "siglip_b16": 203_155_970,
     "siglip_so400m": 877_960_498,
+    "lenet5": 61_706,
+    "alexnet": 60_965_224,
+    "vgg16": 138_357_544,
+    "vgg19": 143_667_240,
+    "resnet50": 25_557_032,
+    "resnet101": 44_549_160,
+    "resnet152": 60_192_808,
+    "vit_b16": 86_567_656,
+    "vit_l16": 304_326_632,
+    "mae_b16": 111_907_840,
+    "mae_l16": 329_541_888,
+    "beit_b16": 91_965_776 + 29_423_616,  # the second is the frozen tokenizer's
 }
 """Weights of each, as its model card or `transformers`' own class has them."""
 
@@ -42,6 +59,15 @@ def test_it_is_as_large_as_the_original_and_round_trips(name: str, site: Site) -
     assert sum(part.trained + part.frozen for part in planned.stages[0].parts) == SIZES[name]
 
 
+@pytest.fixture
+def everything(site: Site, tmp_path: Path) -> Site:
+    """The example site with a few of its pictures that have a class."""
+    files = sorted(PICTURES.glob("*.jpg"))[:40]
+    rows = [f"{file.name},{number % 10}" for number, file in enumerate(files)]
+    (tmp_path / "classes.csv").write_text("\n".join(["path,label", *rows]) + "\n")
+    return replace(site, corpora=site.corpora | {"toy-classes": str(tmp_path / "classes.csv")})
+
+
 def toy(recipe: Recipe) -> Recipe:
     """The recipe at toy size on the example corpora."""
     model, tiling = recipe.model.tiny(), recipe.tiling
@@ -51,7 +77,7 @@ def toy(recipe: Recipe) -> Recipe:
     stages = tuple(
         replace(
             stage,
-            mixture=(Source(corpus=Pairs(name="example-pairs")),),
+            mixture=(Source(corpus=LABELLED if _labelled(stage) else Pairs(name="example-pairs")),),
             context=context,
             tokens_per_step=3 * context,
             max_tiles=6,
@@ -65,12 +91,16 @@ def toy(recipe: Recipe) -> Recipe:
     return replace(recipe, model=model, tiling=tiling, stages=stages)
 
 
+def _labelled(stage: Stage) -> bool:
+    return isinstance(stage.mixture[0].corpus, Labelled)
+
+
 @pytest.mark.parametrize("name", SIZES)
-def test_at_toy_size_it_learns_what_its_stage_says(name: str, site: Site) -> None:
+def test_at_toy_size_it_learns_what_its_stage_says(name: str, everything: Site) -> None:
     recipe = toy(by_name(name))
     assert load(dump(recipe)) == recipe
     for stage in recipe.stages:
-        windows = PackWindows(site.stream(recipe, stage))
+        windows = PackWindows(everything.stream(recipe, stage))
         packs = [*windows.packs(0)][:3]
         torch.manual_seed(0)
         model = recipe.model.build()
