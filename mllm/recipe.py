@@ -24,7 +24,8 @@ from mllm.care import Gate, Guard
 from mllm.classify import Classifier
 from mllm.dual import DualTower
 from mllm.masked import MaskedImage
-from mllm.objectives import DPO, Gathered, NextToken, Objective
+from mllm.objectives import DPO, Gathered, NextToken, Objective, Sum
+from mllm.streams import SingleStream
 from mllm.vlm import VLM
 from ops.attention import Backend
 from ops.context import ContextBy, heads_fit
@@ -354,7 +355,7 @@ class Stage:
         return Budget(tokens=self.context, tiles=self.max_tiles)
 
 
-ModelKind = Annotated[VLM | DualTower | Classifier | MaskedImage, Field(discriminator="kind")]
+ModelKind = Annotated[VLM | DualTower | Classifier | MaskedImage | SingleStream, Field(discriminator="kind")]
 
 
 @spec
@@ -435,9 +436,11 @@ class Recipe:
     def _objective_fits(self, stage: Stage) -> None:
         """The model must be able to learn the objective, and the engine to train it so."""
         kind, parallel = stage.objective.kind, stage.parallel
-        if kind not in self.model.learns:
+        for one in stage.objective.kinds if isinstance(stage.objective, Sum) else (kind,):
+            if one in self.model.learns:
+                continue
             raise ValueError(
-                f"stage {stage.name!r}: a model of kind {self.model.kind!r} cannot learn {kind!r}; it learns "
+                f"stage {stage.name!r}: a model of kind {self.model.kind!r} cannot learn {one!r}; it learns "
                 f"{', '.join(self.model.learns)}"
             )
         if isinstance(stage.objective, DPO) and not any(isinstance(a, ReferenceLogProbs) for a in stage.annotators):

@@ -8,11 +8,14 @@ from pydantic import Field
 
 from mllm.objectives.base import Gathered, LossOutput
 from mllm.objectives.contrast import Contrastive
+from mllm.objectives.fused import MaskedTokens, Matching
 from mllm.objectives.language import DPO, Ids, NextToken
 from mllm.objectives.pictures import Classification, MaskedCodes, MaskedPixels
+from mllm.objectives.sums import Sum, Term
 
 Objective = Annotated[
-    NextToken | DPO | Contrastive | Classification | MaskedPixels | MaskedCodes, Field(discriminator="kind")
+    NextToken | DPO | Contrastive | Classification | MaskedPixels | MaskedCodes | Matching | MaskedTokens | Sum,
+    Field(discriminator="kind"),
 ]
 
 __all__ = [
@@ -24,6 +27,10 @@ __all__ = [
     "LossOutput",
     "MaskedCodes",
     "MaskedPixels",
+    "MaskedTokens",
+    "Matching",
     "NextToken",
     "Objective",
+    "Sum",
+    "Term",
 ]

@@ -47,6 +47,10 @@ class Contrastive(Gathered):
         counts = [len(pack[0]) for pack in packs]
         return list(zip(rows.each.split(counts), rows.right.split(counts), by, strict=True))
 
+    def counted(self, model: PairModel, batch: Batch) -> Tensor:
+        """The weight, which asks the model which documents are pairs."""
+        return torch.tensor(float(len(model.pairs(batch).documents)), device=batch.sources.device)
+
     def again(self, model: PairModel, batch: Batch, told: Told) -> LossOutput:
         losses, right, slope = told
         pairs: Pairs = model.pairs(batch)

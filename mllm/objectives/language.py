@@ -47,6 +47,10 @@ class NextToken:
         documents = each.new_zeros(len(batch.sources), 3).index_add_(0, batch.document_of_token(), each)
         return LossOutput(sum=losses.sum, weight=(learned * counts).sum(), documents=documents)
 
+    def counted(self, model: VisionLanguageModel, batch: Batch) -> Tensor:  # noqa: ARG002 -- as others' that ask it
+        """The weight, without asking the model."""
+        return ((batch.labels != NOT_LEARNED) * self._counts(batch)).sum()
+
     def _counts(self, batch: Batch) -> Float[Tensor, " T"]:
         """How often each position counts."""
         counts = torch.where(batch.pictured, batch.weights, batch.weights * self.text_alone)[batch.document_of_token()]

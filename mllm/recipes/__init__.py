@@ -23,6 +23,7 @@ from mllm.recipes.supervised import (
     vit_l16,
 )
 from mllm.recipes.vila import vila_7b, vila_13b
+from mllm.recipes.vilt import vilt_b32
 
 RECIPES: dict[str, Callable[[], Recipe]] = {
     recipe.__name__: recipe
@@ -31,6 +32,7 @@ RECIPES: dict[str, Callable[[], Recipe]] = {
         *(clip_b32, clip_b16, clip_l14, openclip_h14, siglip_b16, siglip_so400m),
         *(lenet5, alexnet, vgg16, vgg19, resnet50, resnet101, resnet152, vit_b16, vit_l16),
         *(mae_b16, mae_l16, beit_b16),
+        *(vilt_b32,),
     )
 }
 

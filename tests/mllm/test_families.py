@@ -42,6 +42,7 @@ SIZES = {
     "vit_l16": 304_326_632,
     "mae_b16": 111_907_840,
     "mae_l16": 329_541_888,
+    "vilt_b32": 112_219_196,
     "beit_b16": 91_965_776 + 29_423_616,  # the second is the frozen tokenizer's
 }
 """Weights of each, as its model card or `transformers`' own class has them."""
