@@ -88,12 +88,13 @@ class Trained(nn.Module):
         """The loss; or the next tokens' logits; or what a `Gathered` objective collects, and its loss once it is `told`."""
         if next_logits:
             return self.model.next_logits(batch)
+        objective: Any = self.objective  # a recipe makes sure that the model is of a kind that can learn it
         if isinstance(self.objective, Gathered):
             if collect:
-                return self.objective.collect(self.model, batch)
+                return objective.collect(self.model, batch)
             if told is not None:
-                return self.objective.again(self.model, batch, told)
-        return self.objective(self.model, batch)
+                return objective.again(self.model, batch, told)
+        return objective(self.model, batch)
 
 
 def local(tensor: Tensor) -> Tensor:

@@ -169,8 +169,8 @@ def _peak(words: str, features: bool, ranks: int, alone: bool) -> float:
     stage = recipe.stages[0]
     simulated, world = _simulated(stage.parallel, ranks, alone)
     built = dump(replace(recipe, stages=(replace(stage, parallel=simulated),)))
-    full = _depths(recipe.model)
-    small = _small(recipe.model, stage)
+    full = _depths(recipe.vlm)
+    small = _small(recipe.vlm, stage)
 
     def peaks(depths: _Depths) -> dict[str, float]:
         course = _course(built, features, depths, world)
@@ -183,7 +183,7 @@ def _peak(words: str, features: bool, ranks: int, alone: bool) -> float:
         if not added:
             continue
         if part == "encoder" and not _encoder_learns(stage):
-            extra = {label: 4 * _layer(_shortened(recipe.model, small)) / ranks for label in base}  # it only lies there
+            extra = {label: 4 * _layer(_shortened(recipe.vlm, small)) / ranks for label in base}  # it only lies there
         else:
             deeper = peaks(_Depths(small | {part: small[part] + 1}))
             extra = {label: deeper[label] - base[label] for label in base}
@@ -252,7 +252,7 @@ def _layer(model: VLM) -> int:
 def _counts(words: str) -> tuple[int, int]:
     """Parameters of the model, all and trained."""
     recipe = load(words)
-    module = recipe.model.meta()
+    module = recipe.vlm.meta()
     groups = apply_tuning(module, recipe.stages[0].tune)
     trained = sum(p.numel() for group in groups for p in group.parameters)
     return sum(p.numel() for p in module.parameters()), trained
@@ -271,7 +271,7 @@ def _course(words: str, features: bool, depths: _Depths, world: int) -> _Course:
     held = Held()
     pack = fullest(recipe, stage, features)
     with _nobody(world), FakeTensorMode(allow_non_fake_inputs=True), held:
-        model = _shortened(recipe.model, depths).build()
+        model = _shortened(recipe.vlm, depths).build()
         engine = FSDPEngine(model, stage, stage.parallel, 1, CPU)
         engine.whole = {}  # of rank 0's weights, which are spread before the first step
         (optimizer,) = engine.optimizers
@@ -288,13 +288,13 @@ def _course(words: str, features: bool, depths: _Depths, world: int) -> _Course:
 
 def fullest(recipe: Recipe, stage: Stage, features: bool = False) -> Pack:
     """The pack that takes the most memory: one document, as many tiles as fit, everything else learned."""
-    layout = recipe.model.layout(recipe.tiling)
+    layout = recipe.vlm.layout(recipe.tiling)
     tokens = stage.context
     tiles = min(stage.max_tiles, (tokens - 1) // layout.tokens_per_tile)
     ids = np.ones(tokens, np.int32)
     ids[: tiles * layout.tokens_per_tile] = IMAGE_TOKEN
     labels = np.where(ids == IMAGE_TOKEN, np.int32(-100), np.int32(1))
-    arch = recipe.model.encoder.arch
+    arch = recipe.vlm.encoder.arch
     made = np.zeros((tiles, arch.tokens(recipe.tiling.size), arch.width), np.uint16) if features else None
     return Pack(
         at=Position(),
@@ -317,7 +317,8 @@ def fullest(recipe: Recipe, stage: Stage, features: bool = False) -> Pack:
 
 def _mark(engine: FSDPEngine, optimizer: torch.optim.Optimizer, held: Held) -> None:
     """Name the moments of a step: which pack, forward or backward, at which end of which stack."""
-    model: VisionLanguageModel = engine.module.model
+    model = engine.module.model
+    assert isinstance(model, VisionLanguageModel)
     packs = 0
 
     def begin(*_: object) -> None:

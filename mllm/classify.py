@@ -40,7 +40,8 @@ class ViT:
     def build(self, classes: int, weights: str | None) -> Any:
         from transformers import ViTConfig, ViTForImageClassification
 
-        config = ViTConfig(**self.shape.words(), patch_size=self.patch, image_size=self.image, num_labels=classes)
+        words: dict[str, Any] = {**self.shape.words(), "num_labels": classes}
+        config = ViTConfig(**words, patch_size=self.patch, image_size=self.image)
         if weights is None:
             return ViTForImageClassification._from_config(config, attn_implementation="sdpa")
         return load(
@@ -82,10 +83,12 @@ class ResNet:
             base, auto = ResNetForImageClassification, "AutoModelForImageClassification"
             net = load(base, auto, weights, num_labels=classes, dtype=torch.float32)
         else:
-            widths, depths = list(self.widths), list(self.depths)
-            net = ResNetForImageClassification(
-                ResNetConfig(embedding_size=self.stem, hidden_sizes=widths, depths=depths, num_labels=classes)
-            )
+            words: dict[str, Any] = {
+                "hidden_sizes": list(self.widths),
+                "depths": list(self.depths),
+                "num_labels": classes,
+            }
+            net = ResNetForImageClassification(ResNetConfig(embedding_size=self.stem, **words))
         if self.norm == "group":
             cnn.group_norms(net)
         return net
@@ -215,6 +218,7 @@ class Scores:
 class ImageClassifier(Model):
     """`scores(batch)`: those of each document's first picture; `model(batch)` gives the numbers alone, (I, C)."""
 
+    net: Any
     mean: Tensor
     std: Tensor
 

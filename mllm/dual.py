@@ -37,7 +37,7 @@ class Layers:
     heads: int
     intermediate_size: int
 
-    def words(self) -> dict[str, int]:
+    def words(self) -> dict[str, Any]:
         """What transformers' configurations call them."""
         return {
             "hidden_size": self.hidden_size,

@@ -127,7 +127,8 @@ def cost_of(
     batch = _batch(model, layout, tokens, tiles, learned, patches)
     count = _Count(tokens, tiles, learned)
     with _computed_again(model, count) if recompute == "full" else ExitStack(), count:
-        sum_ = objective(model, batch).sum
+        learned_by: Any = objective
+        sum_ = learned_by(model, batch).sum
         count.backward = True
         sum_.backward()
     for parameter in model.parameters():

@@ -189,6 +189,7 @@ class Hidden:
 
 
 class _Pictures(Model):
+    net: Any
     mean: Tensor
     std: Tensor
 
@@ -202,6 +203,7 @@ class _Pictures(Model):
         return self.hidden(batch).predicted
 
     def hidden(self, batch: Batch) -> Hidden:
+        """What is predicted of a batch's pictures, and what is there."""
         raise NotImplementedError
 
     def _pixels(self, batch: Batch) -> Float[Tensor, "N 3 H W"]:
@@ -243,6 +245,8 @@ class MaskedAutoencoder(_Pictures):
 
 class MaskedPredictor(_Pictures):
     """BEiT over packs, with the frozen tokenizer that says what is right."""
+
+    codebook: Any
 
     def __init__(self, spec: MaskedImage, arch: BEiT, net: Any, codebook: Any) -> None:
         super().__init__(spec, net)

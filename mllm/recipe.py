@@ -500,6 +500,15 @@ class Recipe:
                     "leave one of them away"
                 )
 
+    @property
+    def vlm(self) -> VLM:
+        """The model, for what is of vision-language models alone. Raises ValueError for another kind."""
+        if not isinstance(self.model, VLM):
+            raise ValueError(
+                f"recipe {self.name!r} has a model of kind {self.model.kind!r}, and this is for vision-language models"
+            )
+        return self.model
+
     def stage(self, name: str) -> Stage:
         return next(stage for stage in self.stages if stage.name == name)
 

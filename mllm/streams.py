@@ -178,6 +178,7 @@ def with_texts(paired: Paired, words: list[list[int]]) -> Paired:
 class PairEncoder(Model):
     """`fuse(batch, paired)`; `model(batch)` gives the pooled states of a batch's own pairs, (P, D)."""
 
+    net: Any
     mean: Tensor
     std: Tensor
 

@@ -24,7 +24,7 @@ TOKENIZER = str(ROOT / "examples" / "tokenizer")
 @pytest.fixture(scope="module")
 def exported(recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> tuple[VisionLanguageModel, Path]:
     torch.manual_seed(0)
-    model = recipe.model.build().eval()
+    model = recipe.vlm.build().eval()
     return model, export(recipe, model, TOKENIZER, tmp_path_factory.mktemp("run") / "export")
 
 
@@ -75,10 +75,8 @@ def test_a_model_that_is_no_llava_is_exported_in_parts(tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 
     real, small = by_name("vila_real"), by_name("vila_smoke")
-    spec = replace(
-        real, model=replace(small.model, encoder=replace(real.model.encoder, weights=None)), tiling=real.tiling
-    )
-    model = spec.model.build().eval()
+    spec = replace(real, model=replace(small.vlm, encoder=replace(real.vlm.encoder, weights=None)), tiling=real.tiling)
+    model = spec.vlm.build().eval()
     folder = export(spec, model, TOKENIZER, tmp_path / "export")
     lm = AutoModelForCausalLM.from_pretrained(folder / "lm")
     assert torch.equal(lm.lm_head.weight, model.lm.head)
@@ -89,10 +87,10 @@ def test_a_model_that_is_no_llava_is_exported_in_parts(tmp_path: Path) -> None:
 @pytest.mark.parametrize("depth", [1, 2])
 def test_what_was_written_is_read_back(recipe: Recipe, tmp_path: Path, depth: int) -> None:
     """As one LLaVA folder, and part by part."""
-    changed = replace(recipe, model=replace(recipe.model, connector=MLP(depth=depth)))
+    changed = replace(recipe, model=replace(recipe.vlm, connector=MLP(depth=depth)))
     assert format_of(changed) == {1: "parts", 2: "llava"}[depth]
     torch.manual_seed(0)
-    model = changed.model.build()
+    model = changed.vlm.build()
     again = read_back(export(changed, model, TOKENIZER, tmp_path / "export"))
     ours, theirs = model.state_dict(), again.state_dict()
     assert ours.keys() == theirs.keys()

@@ -37,19 +37,19 @@ def recipe_of(tower: str) -> Recipe:
     recipe = by_name("vila_smoke")
     if tower == "clip":
         return recipe
-    model: VLM = replace(recipe.model, encoder=Encoder(arch=MobileNetV2(), layer=-1))
+    model: VLM = replace(recipe.vlm, encoder=Encoder(arch=MobileNetV2(), layer=-1))
     return replace(recipe, model=model, tiling=Pad(size=96))
 
 
 def told(recipe: Recipe, tune: str, recompute: Recompute = "none", patches: int | None = None) -> Cost:
-    model = meta_model(recipe.model)
+    model = meta_model(recipe.vlm)
     apply_tuning(model, dict.fromkeys(TUNES[tune], RATE))
-    return cost_of(model, recipe.stages[0].objective, recipe.model.layout(recipe.tiling), recompute, patches)
+    return cost_of(model, recipe.stages[0].objective, recipe.vlm.layout(recipe.tiling), recompute, patches)
 
 
 def counted(recipe: Recipe, tune: str, pack: Pack, recompute: str = "none") -> int:
     """By torch's counter, which knows neither the kernels of a CPU's attention nor the causal mask: plain products, all pairs."""
-    model = recipe.model.build()
+    model = recipe.vlm.build()
     apply_tuning(model, dict.fromkeys(TUNES[tune], RATE))
     model.train()
     if recompute == "full":
@@ -122,7 +122,7 @@ def test_what_is_frozen_costs_less() -> None:
     assert 3 * align.per_learned == 2 * everything.per_learned == 3 * head.per_learned
     assert head.per_token == everything.per_token
     assert align.per_tile < encoder.per_tile < everything.per_tile
-    patches = recipe.model.encoder.arch.tokens(recipe.tiling.size)
+    patches = recipe.vlm.encoder.arch.tokens(recipe.tiling.size)
     assert (
         told(recipe, "align", patches=patches).model.per_tile < align.per_tile / 2
     )  # the encoder's features come along
@@ -151,9 +151,9 @@ def test_work_adds_up_over_documents_and_packs() -> None:
 def test_seven_billion_parameters_take_six_flops_each_a_token() -> None:
     """Kaplan et al. (arXiv:2001.08361, 2.1): 6 N a token, and attention's share on top."""
     recipe = by_name("vila_7b")
-    model = meta_model(recipe.model)
+    model = meta_model(recipe.vlm)
     apply_tuning(model, {"connector": RATE, "lm": RATE})
-    flops: Flops = cost_of(model, recipe.stages[0].objective, recipe.model.layout(recipe.tiling)).model
+    flops: Flops = cost_of(model, recipe.stages[0].objective, recipe.vlm.layout(recipe.tiling)).model
     length = 4096
     work = Work(tokens=length, learned=length, pairs=length * (length + 1) // 2)
     weights = sum(layer.weight.numel() for layer in model.lm.modules() if isinstance(layer, nn.Linear))
@@ -169,7 +169,7 @@ def test_a_product_that_grows_with_something_else_is_named() -> None:
             return super().forward(features) * (self.weight @ self.weight.T).sum()
 
     recipe = recipe_of("clip")
-    model = meta_model(recipe.model)
+    model = meta_model(recipe.vlm)
     model.connector = Odd(128, model.lm.width, device="meta")
     with pytest.raises(ValueError, match="grow with nothing"):
-        cost_of(model, recipe.stages[0].objective, recipe.model.layout(recipe.tiling))
+        cost_of(model, recipe.stages[0].objective, recipe.vlm.layout(recipe.tiling))

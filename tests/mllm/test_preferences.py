@@ -18,7 +18,7 @@ from pipelines.windows import PackWindows
 @pytest.fixture(scope="module")
 def model(small: Recipe) -> VisionLanguageModel:
     torch.manual_seed(0)
-    return small.model.build()
+    return small.vlm.build()
 
 
 def pairs_of(packs: PackWindows) -> list[Sample]:

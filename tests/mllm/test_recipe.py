@@ -36,9 +36,9 @@ def test_it_builds_round_trips_and_is_planned(name: str) -> None:
 )
 def test_vila_is_the_papers(name: str, language: int, steps: int) -> None:
     recipe = by_name(name)
-    model = meta_model(recipe.model)
+    model = meta_model(recipe.vlm)
     assert sum(p.numel() for p in model.lm.parameters()) == language
-    assert recipe.model.layout(recipe.tiling).tokens_per_tile == 576
+    assert recipe.vlm.layout(recipe.tiling).tokens_per_tile == 576
     rates = [(s.name, sorted(s.tune), peak_rate(s.tune), s.context) for s in recipe.stages]
     assert rates == [
         ("align", ["connector"], 1e-3, 2048),
