@@ -186,3 +186,23 @@ def test_transport_finds_the_pairs_that_are_alike() -> None:
     assert moved[0].argmax(1).tolist() == order.argsort().tolist()
     cost.sum().backward()
     assert left.grad is not None
+
+
+def half(recipe: Recipe, site: Site, kind: str) -> tuple[float, float]:
+    """One step in bfloat16 with everything computed again, where the second rank has nothing."""
+    windows, samples = samples_of(site, recipe)
+    parallel = FSDP(dtype="bfloat16", recompute="full")
+    stage = replace(recipe.stages[0], objective=OBJECTIVES[kind], parallel=parallel)
+    engine = build_engine(model_of(recipe), stage, 2, torch.device("cpu"))
+    mine = samples[:6] if dist.get_rank() == 0 else []
+    pack = Pack.of_samples(mine, windows.pixels(mine)) if mine else Pack.empty((3, 32, 32))
+    report = engine.train_step([pack], 1.0)
+    assert report.taken
+    return report.loss, report.grad_norm
+
+
+def test_a_rank_with_nothing_hangs_nobody(site: Site, recipe: Recipe) -> None:
+    ours, theirs = on_ranks(2, half, recipe, site, "sum")
+    assert ours == theirs
+    with alone():
+        assert half(recipe, site, "sum") == pytest.approx(ours, rel=0.05)
