@@ -366,7 +366,7 @@ def frozen(recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> tuple[Re
     recipe.vlm.build().encoder.tower.tower.save_pretrained(folder)  # type: ignore[union-attr]  # a CLIP tower here
     with_weights = replace(recipe, model=replace(recipe.vlm, encoder=replace(recipe.vlm.encoder, weights=str(folder))))
     torch.manual_seed(0)
-    return with_weights, with_weights.model.build()
+    return with_weights, with_weights.vlm.build()
 
 
 def gradients(model: VisionLanguageModel, pack: Pack) -> tuple[float, torch.Tensor]:
@@ -397,7 +397,7 @@ def test_features_from_the_pipeline_give_the_trainers_loss(
 def test_cached_features_are_the_computed_ones_and_follow_contents(
     frozen: tuple[Recipe, VisionLanguageModel], packs: PackWindows, tmp_path: Path
 ) -> None:
-    encoder = frozen[0].model.encoder
+    encoder = frozen[0].vlm.encoder
     pack = next(pack for pack in packs.packs(0) if len(pack.tiles) > 1)
     cached = FrozenFeatures(encoder=encoder, cache=str(tmp_path))
     plain, first = FrozenFeatures(encoder=encoder).packs(str)(pack), cached.packs(str)(pack)
@@ -501,7 +501,7 @@ def test_a_damaged_cache_is_mended(
 ) -> None:
     pack = next(pack for pack in packs.packs(0) if len(pack.tiles) > 1)
     twice = replace(pack, tiles=np.concatenate([pack.tiles, pack.tiles]))
-    add = FrozenFeatures(encoder=frozen[0].model.encoder, cache=str(tmp_path)).packs(str)
+    add = FrozenFeatures(encoder=frozen[0].vlm.encoder, cache=str(tmp_path)).packs(str)
     whole = add(twice).features
     assert whole is not None
     assert np.array_equal(whole[: len(pack.tiles)], whole[len(pack.tiles) :])

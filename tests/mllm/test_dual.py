@@ -1,6 +1,7 @@
 """Dual towers: what they embed is what transformers' embeds; the contrast is of the step, however its packs are spread."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -26,7 +27,7 @@ SMALL_SIGLIP = SigLIP(vision=TINY, text=TINY, patch=16, image=32, vocab_size=204
 CPU = torch.device("cpu")
 
 
-def recipe_of(arch: CLIP | SigLIP, loss: str = "softmax") -> Recipe:
+def recipe_of(arch: CLIP | SigLIP, loss: Any = "softmax") -> Recipe:
     stage = Stage(
         name="contrast",
         mixture=(Source(corpus=Pairs(name="example-pairs")), Source(corpus=TextOnly(name="example-text"))),

@@ -11,10 +11,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from cluster.memory import fullest
-from cluster.plan import meta_model
 from cluster.recompute import recompute as computed_again
 from mllm.encoders import Encoder, MobileNetV2
 from mllm.flops import Cost, Flops, Work, cost_of, work_of
+from mllm.objectives import NextToken
 from mllm.recipe import Full, Recipe, Recompute, Stage
 from mllm.recipes import by_name
 from mllm.tune import apply_tuning
@@ -42,7 +42,7 @@ def recipe_of(tower: str) -> Recipe:
 
 
 def told(recipe: Recipe, tune: str, recompute: Recompute = "none", patches: int | None = None) -> Cost:
-    model = meta_model(recipe.vlm)
+    model = recipe.vlm.meta()
     apply_tuning(model, dict.fromkeys(TUNES[tune], RATE))
     return cost_of(model, recipe.stages[0].objective, recipe.vlm.layout(recipe.tiling), recompute, patches)
 
@@ -56,7 +56,7 @@ def counted(recipe: Recipe, tune: str, pack: Pack, recompute: str = "none") -> i
         for unit in model.units():
             computed_again(model, unit, "full")
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        recipe.stages[0].objective(model, Batch.of(pack)).sum.backward()
+        NextToken()(model, Batch.of(pack)).sum.backward()
     return counter.get_total_flops()
 
 
@@ -108,7 +108,7 @@ def test_what_is_computed_again_is_in_the_hardware_s_flops_alone(tune: str) -> N
 
 def test_attention_s_backward_makes_five_products_where_four_are_needed() -> None:
     cost = told(recipe_of("clip"), "all")
-    arch = recipe_of("clip").model.lm.arch
+    arch = recipe_of("clip").vlm.lm.arch
     product = 2 * arch.hidden_size * arch.layers
     assert cost.model.per_pair == 6 * product
     assert cost.hardware.per_pair == 7 * product
@@ -151,7 +151,7 @@ def test_work_adds_up_over_documents_and_packs() -> None:
 def test_seven_billion_parameters_take_six_flops_each_a_token() -> None:
     """Kaplan et al. (arXiv:2001.08361, 2.1): 6 N a token, and attention's share on top."""
     recipe = by_name("vila_7b")
-    model = meta_model(recipe.vlm)
+    model = recipe.vlm.meta()
     apply_tuning(model, {"connector": RATE, "lm": RATE})
     flops: Flops = cost_of(model, recipe.stages[0].objective, recipe.vlm.layout(recipe.tiling)).model
     length = 4096
@@ -169,7 +169,7 @@ def test_a_product_that_grows_with_something_else_is_named() -> None:
             return super().forward(features) * (self.weight @ self.weight.T).sum()
 
     recipe = recipe_of("clip")
-    model = meta_model(recipe.vlm)
+    model = recipe.vlm.meta()
     model.connector = Odd(128, model.lm.width, device="meta")
     with pytest.raises(ValueError, match="grow with nothing"):
         cost_of(model, recipe.stages[0].objective, recipe.vlm.layout(recipe.tiling))

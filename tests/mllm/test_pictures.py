@@ -50,8 +50,8 @@ def test_a_classifier_is_transformers_own(arch: ViT | ResNet) -> None:
     model = Classifier(arch=arch, classes=5).build().train()
     for module in model.modules():
         if isinstance(module, torch.nn.BatchNorm2d):  # statistics that were loaded, and must stay
-            module.running_mean = torch.randn_like(module.running_mean)
-            module.running_var = torch.rand_like(module.running_var) + 0.5
+            module.running_mean = torch.randn(module.num_features)
+            module.running_var = torch.rand(module.num_features) + 0.5
     batch = Batch.of(pack_of(arch.image, [1, 2, 3], [4, None, 0]))
     scores = model.scores(batch)
     theirs = model.net.eval()(normalize(batch.tiles, model.mean, model.std), labels=torch.tensor([4, 1, 0]))

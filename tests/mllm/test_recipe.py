@@ -4,7 +4,7 @@ import shlex
 
 import pytest
 
-from cluster.plan import meta_model, plan
+from cluster.plan import plan
 from cluster.site import load_site
 from mllm.recipe import Full, Recipe, RecipeError, Steps, dump, fingerprint, load, override
 from mllm.recipes import RECIPES, by_name
@@ -28,6 +28,7 @@ def test_it_builds_round_trips_and_is_planned(name: str) -> None:
         assert memory == sorted(memory, reverse=True)
         known = isinstance(recipe.stage(stage.name).duration, Steps)
         assert (stage.total_flops is not None) == known
+        assert stage.flops is not None
         assert stage.flops > 0
 
 
@@ -36,7 +37,7 @@ def test_it_builds_round_trips_and_is_planned(name: str) -> None:
 )
 def test_vila_is_the_papers(name: str, language: int, steps: int) -> None:
     recipe = by_name(name)
-    model = meta_model(recipe.vlm)
+    model = recipe.vlm.meta()
     assert sum(p.numel() for p in model.lm.parameters()) == language
     assert recipe.vlm.layout(recipe.tiling).tokens_per_tile == 576
     rates = [(s.name, sorted(s.tune), peak_rate(s.tune), s.context) for s in recipe.stages]

@@ -13,7 +13,7 @@ from cluster.site import Site
 from mllm.objectives import MaskedTokens, Matching, Sum, Term
 from mllm.recipe import FSDP, Recipe, Source, Steps
 from mllm.recipes import by_name
-from mllm.streams import PairEncoder
+from mllm.streams import PairEncoder, SingleStream
 from ops.images import normalize
 from ops.transport import plan, transport_cost
 from pipelines.corpora import Pairs, TextOnly
@@ -61,6 +61,7 @@ def test_it_fuses_as_transformers_does(site: Site, recipe: Recipe) -> None:
     from transformers import ViltForMaskedLM
 
     model = model_of(recipe)
+    assert isinstance(recipe.model, SingleStream)
     theirs = ViltForMaskedLM(recipe.model.arch.config()).eval()
     theirs.load_state_dict(model.net.state_dict())
     windows, samples = samples_of(site, recipe)
