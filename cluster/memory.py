@@ -185,8 +185,9 @@ def _peak(words: str, features: bool, ranks: int, alone: bool) -> float:
         if part == "encoder" and not _encoder_learns(stage):
             extra = {label: 4 * _layer(_shortened(recipe.model, small)) / ranks for label in base}  # it only lies there
         else:
-            deeper = peaks(_Depths(small | {part: small[part] + 1}))
-            extra = {label: deeper[label] - base[label] for label in base}
+            step = _step(recipe.model, part)
+            deeper = peaks(_Depths(small | {part: small[part] + step}))
+            extra = {label: (deeper[label] - base[label]) / step for label in base}
         found = {label: peak + added * extra[label] for label, peak in found.items()}
     return _adjusted(found, recipe, ranks)
 
@@ -224,10 +225,22 @@ def _depths(model: VLM) -> _Depths:
 
 def _small(model: VLM, stage: Stage) -> _Depths:
     unread = 1 if model.encoder.layer == -2 else 0
-    least = {"lm": DEPTH, "encoder": unread + (DEPTH if _encoder_learns(stage) else 2)}
+    period = model.fusion.period
+    least = {
+        "lm": DEPTH + (model.lm.arch.layers - DEPTH) % period,  # as many patterns of the fusion are left out as added
+        "encoder": unread + (DEPTH if _encoder_learns(stage) else 2),
+    }
     return _Depths(
-        {part: layers if layers <= least[part] + 1 else least[part] for part, layers in _depths(model).items()}
+        {
+            part: layers if layers <= least[part] + _step(model, part) else least[part]
+            for part, layers in _depths(model).items()
+        }
     )
+
+
+def _step(model: VLM, part: str) -> int:
+    """Layers after which a stack repeats itself."""
+    return model.fusion.period if part == "lm" else 1
 
 
 def _encoder_learns(stage: Stage) -> bool:
@@ -309,7 +322,7 @@ def fullest(recipe: Recipe, stage: Stage, features: bool = False) -> Pack:
         weights=np.ones(1, np.float32),
         ids=(),
         tiles=np.zeros((0 if features else tiles, *layout.shape), np.uint8),
-        cuts=np.zeros((tiles, 7), np.int32),
+        cuts=np.array([[1, layout.tokens_per_tile, 1, 1, 0, 0, 0]] * tiles, np.int32).reshape(-1, 7),
         rows=(),
         features=made,
     )

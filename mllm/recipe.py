@@ -382,6 +382,11 @@ class Recipe:
                 )
             parallel, arch = stage.parallel, self.model.lm.arch
             by, ranks = (parallel.context_by, parallel.context) if isinstance(parallel, FSDP) else ("ring", 1)
+            if ranks > 1 and not self.model.fusion.shares:
+                raise ValueError(
+                    f"stage {stage.name!r}: context={ranks} ranks share each pack, and under the fusion "
+                    f"{self.model.fusion.kind!r} a rank must see all of it; take context=1"
+                )
             if reason := heads_fit(by, ranks, arch.heads, arch.kv_heads):
                 raise ValueError(f"stage {stage.name!r}: {reason}")
             if stage.context > self.model.lm.arch.context:
@@ -556,7 +561,15 @@ def _steps(key: str) -> list[str]:
     steps = key.split(".")
     if "tune" in steps:
         at = steps.index("tune") + 1
-        if len(steps) > at + 1 and steps[at + 1] in ("embeddings", "layers", "head"):
+        if len(steps) > at + 1 and steps[at + 1] in (
+            "embeddings",
+            "layers",
+            "head",
+            "gates",
+            "mark",
+            "adapter",
+            "experts",
+        ):
             steps[at : at + 2] = [".".join(steps[at : at + 2])]
     return steps
 

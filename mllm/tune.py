@@ -148,7 +148,7 @@ def _adapt(model: VisionLanguageModel, key: str, how: LoRA, inside: set[int]) ->
 
 
 def _first_row(model: VisionLanguageModel, key: str, row: int, parameters: Mapping[str, nn.Parameter]) -> None:
-    embedding, head = model.lm.model.model.embed_tokens.weight, model.lm.head
+    embedding, head = model.lm.embedding.weight, model.lm.head
     for name, parameter in parameters.items():
         if parameter is not embedding and parameter is not head:
             raise ValueError(
@@ -201,9 +201,13 @@ class PartReport:
 def describe(model: VisionLanguageModel, tune: Mapping[str, Tuning]) -> list[PartReport]:
     """The model's main parts, with what is trained and what is frozen. Call it after `apply_tuning`."""
     reports = []
-    for name, module in (("encoder", model.encoder), ("connector", model.connector), ("lm", model.lm)):
-        trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
-        frozen = sum(p.numel() for p in module.parameters() if not p.requires_grad)
+    attached = {id(p) for p in model.parts().get("fusion", [])}
+    lm = [p for p in model.lm.parameters() if id(p) not in attached]
+    fusion = [p for p in model.parameters() if id(p) in attached]
+    own = {"encoder": list(model.encoder.parameters()), "connector": list(model.connector.parameters())}
+    for name, parameters in (own | ({"fusion": fusion} if fusion else {}) | {"lm": lm}).items():
+        trained = sum(p.numel() for p in parameters if p.requires_grad)
+        frozen = sum(p.numel() for p in parameters if not p.requires_grad)
         mine = {key: how for key, how in tune.items() if key.split(".")[0] == name and not isinstance(how, Frozen)}
         reports.append(PartReport(part=name, trained=trained, frozen=frozen, lr=peak_rate(mine) if mine else None))
     return reports

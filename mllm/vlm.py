@@ -35,7 +35,8 @@ class VLM:
                 "other; take resize, pad or dynamic_tiles"
             )
         patches = self.encoder.arch.tokens(tiling.size)
-        return VisionLayout(shape=tiling.shape, tokens_per_tile=self.connector.tokens(patches))
+        tokens = self.fusion.positions(self.connector.tokens(patches))
+        return VisionLayout(shape=tiling.shape, tokens_per_tile=tokens)
 
     def build(self, folder: Folder = str) -> VisionLanguageModel:
         """The module, float32, on the current default device; `folder` finds the weights that the parts name."""
@@ -65,17 +66,16 @@ class VisionLanguageModel(nn.Module):
         super().__init__()
         self.encoder = spec.encoder.build(folder)
         self.lm = spec.lm.build(folder)
-        self.connector = spec.connector.build(spec.encoder.arch.width, self.lm.width)
-        self.fusion = spec.fusion
+        seen = spec.encoder.arch.width
+        width = spec.fusion.width(seen, self.lm.width)
+        self.connector = spec.connector.build(seen, width)
+        self.fusion = spec.fusion.build(spec.lm, width)
+        self.fusion.attach(self.lm)
         self.border = nn.Flatten(0, 1)  # a module, so that whoever measures can hook on where vision ends
 
     def forward(self, batch: Batch) -> Float[Tensor, "T D"]:
         visual = self.border(self.connector(self._features(batch)))
-        if batch.share is not None:  # each rank has seen some of the tiles, and has positions for others
-            visual = batch.share.context.gather(visual)[batch.share.visual]
-        text = self.lm.embed(batch.input_ids)
-        fused = self.fusion.merge(text, visual, batch.visual, batch.visual_count)
-        return self.lm(fused, batch.positions, batch.cu_seqlens, batch.max_seqlen, batch.share)
+        return self.fusion(self.lm, self.lm.embed(batch.input_ids), visual, batch)
 
     def _features(self, batch: Batch) -> Float[Tensor, "N P Dv"]:
         """The encoder's features: computed here, or by an annotator in the pipeline, where it is frozen."""
@@ -89,16 +89,22 @@ class VisionLanguageModel(nn.Module):
         `encoder` leaves out the layers above the one that is read: nothing could ever train them.
         """
         idle = {id(p) for module in self.encoder.tower.unused() for p in module.parameters()}
-        model = self.lm.model
+        fusion = self.fusion.parts(self.lm)
+        attached = {id(p) for p in fusion.get("fusion", [])}
+
+        def own(module: nn.Module) -> list[nn.Parameter]:
+            return [p for p in module.parameters() if id(p) not in attached]
+
         return {
             "encoder": [p for p in self.encoder.parameters() if id(p) not in idle],
             "connector": list(self.connector.parameters()),
-            "lm": list(self.lm.parameters()),
-            "lm.embeddings": list(model.model.embed_tokens.parameters()),
-            "lm.layers": list(model.model.layers.parameters()),
-            "lm.head": list(model.lm_head.parameters()),
+            **fusion,
+            "lm": own(self.lm),
+            "lm.embeddings": own(self.lm.embedding),
+            "lm.layers": own(self.lm.layers),
+            "lm.head": own(self.lm.model.lm_head),
         }
 
     def units(self) -> list[nn.Module]:
         """Modules to be sharded (and recomputed) one by one."""
-        return [*self.encoder.tower.units(), self.connector, *self.lm.units()]
+        return [*self.encoder.tower.units(), self.connector, *self.fusion.units(), *self.lm.units()]
