@@ -1,8 +1,8 @@
 """A trained model as a folder that others read.
 
 llava: encoder CLIP, connector MLP of depth 2, a Llama decoder, Splice  ->  one `LlavaForConditionalGeneration` folder
-parts: anything else                                                    ->  encoder/, lm/ (transformers) and connector.safetensors,
-                                                                            fusion.safetensors too where a fusion has weights
+parts: anything else                                                    ->  encoder/, lm/ (transformers), connector.safetensors
+                                                                            and, where a fusion has weights, fusion.safetensors
 """
 
 from __future__ import annotations
