@@ -29,7 +29,7 @@ from torch.utils.flop_counter import flop_registry
 from mllm.objectives import Objective
 from mllm.recipe import Recompute
 from mllm.vlm import VisionLanguageModel
-from pipelines.types import NOT_LEARNED, Batch, Pack, VisionLayout, spec
+from pipelines.types import NOT_LEARNED, Batch, Cut, Pack, VisionLayout, spec
 
 TOKENS, TILES, LEARNED = (1_000_003, 1_000_033), (1009, 1013), (101, 103)
 """Sizes of the pack that is counted: primes, the first of each that divides no size of the model."""
@@ -113,10 +113,12 @@ def cost_of(
     layout: VisionLayout,
     recompute: Recompute = "none",
     patches: int | None = None,
+    cut: Cut | None = None,
 ) -> Cost:
     """Count a forward and a backward of `model`, a module on the meta device whose `requires_grad` says what is trained.
 
-    `patches` are those of a tile where its features come with the pack, and the encoder does not run. Hardware FLOPs have
+    `patches` are those of a tile where its features come with the pack, and the encoder does not run. `cut` is how a picture
+    lies in tiles, one tile each if it is not told. Hardware FLOPs have
     each unit's forward again where `recompute` is "full"; "selective" keeps all that is counted here. They also have the
     scores that attention's backward computes again (arXiv:2205.14135, 3: five products for four). Both take an attention
     kernel for one that passes over what is masked. Raises ValueError where a product grows with something else than tiles,
@@ -124,8 +126,9 @@ def cost_of(
     """
     sizes = {size for parameter in model.parameters() for size in parameter.shape}
     tokens, tiles, learned = (_free(primes, sizes) for primes in (TOKENS, TILES, LEARNED))
-    batch = _batch(model, layout, tokens, tiles, learned, patches)
-    count = _Count(tokens, tiles, learned)
+    cut = cut or Cut(height=layout.tile, width=layout.tile, rows=1, cols=1, canvas=(layout.tile, layout.tile))
+    batch = _batch(model, layout, tokens, tiles, learned, patches, cut)
+    count = _Count(tokens, tiles, learned, cut.tiles)
     with _computed_again(model, count) if recompute == "full" else ExitStack(), count:
         sum_ = objective(model, batch).sum
         count.backward = True
@@ -140,22 +143,28 @@ def _free(primes: tuple[int, ...], sizes: set[int]) -> int:
 
 
 def _batch(
-    model: VisionLanguageModel, layout: VisionLayout, tokens: int, tiles: int, learned: int, patches: int | None
+    model: VisionLanguageModel,
+    layout: VisionLayout,
+    tokens: int,
+    pictures: int,
+    learned: int,
+    patches: int | None,
+    cut: Cut,
 ) -> Batch:
     """One document, every number of it of its own size. Whole numbers are real; what is large is on the meta device."""
-    visual = min(tiles * layout.tokens_per_tile, tokens)
+    each, tiles = layout.tokens(cut), pictures * cut.tiles
+    visual = min(pictures * each, tokens)
     labels = torch.full((tokens,), NOT_LEARNED)
     labels[:learned] = 0
     features = None
     if patches is not None:
-        width = next(model.connector.parameters()).shape[-1]
-        features = torch.zeros(tiles, patches, width, dtype=torch.bfloat16, device="meta")
+        features = torch.zeros(tiles, patches, model.feature_width, dtype=torch.bfloat16, device="meta")
     return Batch(
         input_ids=torch.zeros(tokens, dtype=torch.long),
         labels=labels,
         positions=torch.arange(tokens),
         visual=torch.arange(tokens) < visual,
-        visual_count=tiles * layout.tokens_per_tile,
+        visual_count=pictures * each,
         cu_seqlens=torch.tensor([0, tokens], dtype=torch.int32),
         max_seqlen=tokens,
         sources=torch.zeros(1, dtype=torch.long),
@@ -164,7 +173,7 @@ def _batch(
         weights=torch.ones(1),
         pictured=torch.ones(1, dtype=torch.bool),
         tiles=torch.zeros(tiles, *layout.shape, dtype=torch.uint8, device="meta"),
-        cuts=torch.zeros(tiles, 7, dtype=torch.int32),
+        cuts=torch.tensor([(cut.tiles, each, *cut.numbers)] * pictures, dtype=torch.int32),
         features=features,
     )
 
@@ -172,8 +181,8 @@ def _batch(
 class _Sums:
     """FLOPs by what they grow with."""
 
-    def __init__(self, tokens: int, tiles: int, learned: int) -> None:
-        self.tokens, self.tiles, self.learned = tokens, tiles, learned
+    def __init__(self, tokens: int, pictures: int, learned: int, each: int) -> None:
+        self.tokens, self.tiles, self.learned = tokens, pictures * each, learned
         self.sums = dict.fromkeys(get_args(Grows), 0.0)
 
     def flops(self) -> Flops:
@@ -191,11 +200,11 @@ class _Count(TorchDispatchMode):
     What is on the meta device stays there and draws the rest after it; whole numbers alone are computed for real.
     """
 
-    def __init__(self, tokens: int, tiles: int, learned: int) -> None:
+    def __init__(self, tokens: int, pictures: int, learned: int, each: int) -> None:
         super().__init__()
-        self.primes = {"tokens": tokens, "tiles": tiles, "learned": learned}
-        self.needed = _Sums(tokens, tiles, learned)
-        self.computed = _Sums(tokens, tiles, learned)
+        self.primes = {"tokens": tokens, "tiles": pictures, "learned": learned}
+        self.needed = _Sums(tokens, pictures, learned, each)
+        self.computed = _Sums(tokens, pictures, learned, each)
         self.backward = False
         self.again = False
 
