@@ -106,9 +106,11 @@ def stage_cost(recipe: Recipe, stage: Stage) -> Cost:
 
 
 def _cost(model: VisionLanguageModel, recipe: Recipe, stage: Stage) -> Cost:
-    patches = recipe.model.encoder.arch.tokens(recipe.tiling.size) if takes_features(stage) else None
-    layout = recipe.model.layout(recipe.tiling)
-    return cost_of(model, stage.objective, layout, stage.parallel.recompute, patches)
+    tiling = recipe.tiling
+    features = recipe.model.encoder.tokens(tiling.size) if takes_features(stage) else None
+    patches = features if isinstance(features, int) else None
+    cut = tiling.cut(tiling.size, tiling.size, single=True)
+    return cost_of(model, stage.objective, recipe.model.layout(tiling), stage.parallel.recompute, patches, cut)
 
 
 def _steps(stage: Stage, rows: int | None) -> str:

@@ -49,7 +49,8 @@ def untrusted(recipe: Recipe, site: Site, fetch: bool = True) -> tuple[str, ...]
     Nothing of them is run here. With `fetch` the configs of hub ids that are not on this machine are fetched, else passed over.
     """
     model = recipe.model
-    parts = dict.fromkeys(name for name in (model.encoder.weights, model.lm.weights) if name)
+    named = [*(tower.weights for tower in model.encoder.towers), model.lm.weights]
+    parts = dict.fromkeys(name for name in named if name)
     annotators = (annotator for stage in recipe.stages for annotator in stage.annotators)
     theirs = dict.fromkeys(a.weights for a in annotators if isinstance(a, ScoreFilter | Recaption | DiscreteCodes))
     whys = [refusal(site.folder(name), site.trust_remote_code, fetch) for name in parts]

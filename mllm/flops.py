@@ -29,7 +29,7 @@ from torch.utils.flop_counter import flop_registry
 from mllm.objectives import Objective
 from mllm.recipe import Recompute
 from mllm.vlm import VisionLanguageModel
-from pipelines.types import IMAGE_TOKEN, NOT_LEARNED, Batch, Pack, VisionLayout, spec
+from pipelines.types import IMAGE_TOKEN, NOT_LEARNED, Batch, Cut, Pack, VisionLayout, spec
 
 TOKENS, TILES, LEARNED, DOCUMENTS = (1_000_003, 1_000_033), (1009, 1013), (101, 103), (13, 17, 19, 23, 29)
 """Sizes of the pack that is counted: primes, the first of each that divides no size of the model."""
@@ -138,10 +138,12 @@ def cost_of(
     layout: VisionLayout,
     recompute: Recompute = "none",
     patches: int | None = None,
+    cut: Cut | None = None,
 ) -> Cost:
     """Count a forward and a backward of `model`, a module on the meta device whose `requires_grad` says what is trained.
 
-    `patches` are those of a tile where its features come with the pack, and the encoder does not run. Hardware FLOPs have
+    `patches` are those of a tile where its features come with the pack, and the encoder does not run. `cut` is how a picture
+    lies in tiles, one tile each if it is not told. Hardware FLOPs have
     each unit's forward again where `recompute` is "full"; "selective" keeps all that is counted here. They also have the
     scores that attention's backward computes again (arXiv:2205.14135, 3: five products for four). Both take an attention
     kernel for one that passes over what is masked. Raises ValueError where a product grows with something else than tiles,
@@ -149,16 +151,16 @@ def cost_of(
     """
     sizes = {size for parameter in model.parameters() for size in parameter.shape}
     tokens, tiles, learned, documents = (_free(primes, sizes) for primes in (TOKENS, TILES, LEARNED, DOCUMENTS))
-    batch = _batch(model, layout, tokens, tiles, learned, documents, patches)
-    routed = model.fusion.routed(batch)
-    count = _Count(tokens, tiles, learned, documents, routed)
+    cut = cut or Cut(height=layout.tile, width=layout.tile, rows=1, cols=1, canvas=(layout.tile, layout.tile))
+    batch = _batch(model, layout, tokens, tiles, learned, documents, patches, cut)
+    count = _Count(tokens, tiles, learned, documents, cut.tiles, model.fusion.routed(batch))
     with _computed_again(model, count) if recompute == "full" else ExitStack(), count:
         sum_ = objective(model, batch).sum
         count.backward = True
         sum_.backward()
     for parameter in model.parameters():
         parameter.grad = None
-    a_tile = layout.tokens_per_tile
+    a_tile = layout.tokens(cut) / cut.tiles
     return Cost(model=count.needed.flops(a_tile), hardware=count.computed.flops(a_tile))
 
 
@@ -170,26 +172,30 @@ def _batch(
     model: VisionLanguageModel,
     layout: VisionLayout,
     tokens: int,
-    tiles: int,
+    pictures: int,
     learned: int,
     documents: int,
     patches: int | None,
+    cut: Cut,
 ) -> Batch:
-    """One document with one picture and some that are empty, every number of it of its own size. Whole numbers are real; what
-    is large is on the meta device."""
-    visual = min(tiles * layout.tokens_per_tile, tokens)
+    """One document and some that are empty, every number of it of its own size. Whole numbers are real; what is large is on the
+    meta device. Where a fusion tells pictures apart, they are one picture of many tiles."""
+    each, tiles = layout.tokens(cut), pictures * cut.tiles
+    visual = min(pictures * each, tokens)
+    cuts = [(cut.tiles, each, *cut.numbers)] * pictures
+    if model.fusion.sees_pictures:
+        cuts = [(tiles, pictures * each, *cut.numbers)]
     labels = torch.full((tokens,), NOT_LEARNED)
     labels[:learned] = 0
     features = None
     if patches is not None:
-        width = next(model.connector.parameters()).shape[-1]
-        features = torch.zeros(tiles, patches, width, dtype=torch.bfloat16, device="meta")
+        features = torch.zeros(tiles, patches, model.feature_width, dtype=torch.bfloat16, device="meta")
     return Batch(
         input_ids=torch.zeros(tokens, dtype=torch.long),
         labels=labels,
         positions=torch.arange(tokens),
         visual=torch.arange(tokens) < visual,
-        visual_count=tiles * layout.tokens_per_tile,
+        visual_count=pictures * each,
         cu_seqlens=torch.tensor([0, *[tokens] * documents], dtype=torch.int32),
         max_seqlen=tokens,
         sources=torch.zeros(documents, dtype=torch.long),
@@ -198,7 +204,7 @@ def _batch(
         weights=torch.ones(documents),
         pictured=torch.ones(documents, dtype=torch.bool),
         tiles=torch.zeros(tiles, *layout.shape, dtype=torch.uint8, device="meta"),
-        cuts=torch.tensor([[tiles, tiles * layout.tokens_per_tile, 1, tiles, 0, 0, 0]], dtype=torch.int32),
+        cuts=torch.tensor(cuts, dtype=torch.int32),
         features=features,
     )
 
@@ -210,7 +216,7 @@ class _Sums:
         self.sizes = sizes
         self.sums: dict[Grows, float] = dict.fromkeys(get_args(Grows), 0.0)
 
-    def flops(self, a_tile: int) -> Flops:
+    def flops(self, a_tile: float) -> Flops:
         """By one of each; a tile has `a_tile` positions, and each of them is no text."""
         one = {what: self.sums[what] / size if size else 0.0 for what, size in self.sizes.items()}
         return Flops(
@@ -229,16 +235,18 @@ class _Count(TorchDispatchMode):
     What is on the meta device stays there and draws the rest after it; whole numbers alone are computed for real.
     """
 
-    def __init__(self, tokens: int, tiles: int, learned: int, documents: int, routed: tuple[int, int]) -> None:
+    def __init__(
+        self, tokens: int, pictures: int, learned: int, documents: int, each: int, routed: tuple[int, int]
+    ) -> None:
         super().__init__()
-        self.primes = {"tokens": tokens, "tiles": tiles, "learned": learned, "documents": documents}
+        self.primes = {"tokens": tokens, "tiles": pictures, "learned": learned, "documents": documents}
         self.routed: dict[Grows, int] = {"text": routed[0], "image": routed[1]}
         sizes: dict[Grows, int] = {
-            "tiles": tiles,
+            "tiles": pictures * each,
             "tokens": tokens,
             "pairs": tokens**2,
             "learned": learned,
-            "shown": tokens * tiles,
+            "shown": tokens * pictures * each,
             "documents": documents,
             **self.routed,
         }

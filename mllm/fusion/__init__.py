@@ -1,7 +1,8 @@
 """Fusion: how visual tokens meet the language model.
 
 A spec says how wide the visual tokens must be (`width`), how many positions of the sequence a tile takes (`positions`),
-whether ranks may share a pack under it (`shares`), after how many layers its pattern repeats (`period`), and `build`s a module:
+whether it must tell pictures and their tiles apart (`sees_pictures`), whether ranks may share a pack under it (`shares`), after
+how many layers its pattern repeats (`period`), and `build`s a module:
 
     fusion.attach(lm)                              once, for what lives inside the language model's layers
     fusion(lm, text, visual, batch) -> hidden      (T, D), (V, width) and the pack; calls the language model itself

@@ -9,7 +9,7 @@ from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor, nn
 
-from mllm.fusion.splice import Fused, everywhere, spliced
+from mllm.fusion.splice import Fused, spliced
 from mllm.lm import CausalLM, LanguageModel
 from pipelines.types import Batch, spec
 
@@ -26,12 +26,17 @@ class PreLMAdapter:
     of documents with pictures, while all visual tokens take the visual branch. Text without pictures passes by both.
     """
 
-    shares: ClassVar[bool] = True
+    sees_pictures: ClassVar[bool] = False
     period: ClassVar[int] = 1
     kind: Literal["pre_lm_adapter"] = "pre_lm_adapter"
     hidden: Annotated[int, Field(gt=0)] = 256
     text: Literal["queries", "embeddings"] = "embeddings"
     queries: Annotated[int, Field(gt=0)] = 32
+
+    @property
+    def shares(self) -> bool:
+        """Whether ranks may share packs: not where a tile's tokens must stay together to be told apart."""
+        return self.text != "queries"
 
     def width(self, encoder: int, lm: int) -> int:  # noqa: ARG002 -- one signature for all fusions
         """Width of the visual tokens that it takes: the language model's."""
@@ -73,7 +78,7 @@ class PreLMAdapted(Fused):
             asked, seen = visual.unflatten(0, (tiles, -1)).tensor_split([self.queries], dim=1)
             joined = torch.cat([asked + self.up(self.text(asked)), seen + self.up(self.visual(seen))], dim=1)
             visual = joined.flatten(0, 1)
-        return lm(spliced(text, everywhere(visual, batch), batch.visual, batch.visual_count), batch)
+        return lm(spliced(text, visual, batch.visual, batch.visual_count), batch)
 
     def parts(self, lm: LanguageModel) -> dict[str, list[nn.Parameter]]:
         return {**super().parts(lm), "fusion.adapter": list(self.parameters())}

@@ -33,6 +33,7 @@ class CrossAttention:
     """
 
     shares: ClassVar[bool] = False
+    sees_pictures: ClassVar[bool] = True
     kind: Literal["cross_attention"] = "cross_attention"
     every: Positive = 1
     heads: Positive = 8
@@ -60,6 +61,8 @@ class CrossAttention:
 
 class CrossAttended(Fused):
     """The gated blocks, by the number of the layer that each precedes, and the mark that stands for an image."""
+
+    sees_pictures = True
 
     def __init__(self, spec: CrossAttention, width: int, layers: int, visual_width: int) -> None:
         super().__init__()

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from mllm.fusion.splice import Fused, everywhere, spliced
+from mllm.fusion.splice import Fused, spliced
 from mllm.lm import CausalLM, LanguageModel, attend
 from pipelines.types import Batch, spec
 
@@ -31,6 +31,7 @@ class RoutedExperts:
     """
 
     shares: ClassVar[bool] = False
+    sees_pictures: ClassVar[bool] = False
     period: ClassVar[int] = 1
     kind: Literal["routed_experts"] = "routed_experts"
     experts: Literal["all", "feed_forward"] = "all"
@@ -97,7 +98,7 @@ class Routed(Fused):
     def forward(
         self, lm: LanguageModel, text: Float[Tensor, "T D"], visual: Float[Tensor, "V D"], batch: Batch
     ) -> Float[Tensor, "T D"]:
-        fused = spliced(text, everywhere(visual, batch), batch.visual, batch.visual_count)
+        fused = spliced(text, visual, batch.visual, batch.visual_count)
         first, last = borders(batch)
         route = route_of(self._image(batch))
         positions = batch.positions

@@ -27,6 +27,7 @@ class PromptAdapter:
     """
 
     shares: ClassVar[bool] = False
+    sees_pictures: ClassVar[bool] = True
     period: ClassVar[int] = 1
     kind: Literal["prompt_adapter"] = "prompt_adapter"
     prompts: Annotated[int, Field(gt=0)] = 10

@@ -16,6 +16,7 @@ class Splice:
     """Visual tokens stand in the sequence where the image stood (LLaVA and most since). Nothing of its own is trained."""
 
     shares: ClassVar[bool] = True
+    sees_pictures: ClassVar[bool] = False
     period: ClassVar[int] = 1
     kind: Literal["splice"] = "splice"
 
@@ -33,6 +34,8 @@ class Splice:
 
 class Fused(nn.Module):
     """What fusions have in common: nothing attached, no parts but the whole, no units."""
+
+    sees_pictures = False
 
     def attach(self, lm: LanguageModel) -> None:
         """Put into the language model what must live in its layers."""
@@ -52,19 +55,12 @@ class Fused(nn.Module):
 
 
 class Spliced(Fused):
-    """Merges and calls the language model. Ranks that share a pack gather the visual tokens that others have made."""
+    """Merges and calls the language model."""
 
     def forward(
         self, lm: LanguageModel, text: Float[Tensor, "T D"], visual: Float[Tensor, "V D"], batch: Batch
     ) -> Float[Tensor, "T D"]:
-        return lm(spliced(text, everywhere(visual, batch), batch.visual, batch.visual_count), batch)
-
-
-def everywhere(visual: Float[Tensor, "V D"], batch: Batch) -> Float[Tensor, "V D"]:
-    """The visual tokens of this rank's positions: where ranks share a pack, each has seen some of the tiles only."""
-    if batch.share is None:
-        return visual
-    return batch.share.context.gather(visual)[batch.share.visual]
+        return lm(spliced(text, visual, batch.visual, batch.visual_count), batch)
 
 
 def spliced(

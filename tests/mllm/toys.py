@@ -18,6 +18,7 @@ from pipelines.tiling import Resize
 from pipelines.types import IMAGE_TOKEN, NOT_LEARNED, Batch, Pack, Position
 
 TILING = Resize(size=32)
+CUT = TILING.cut(32, 32)
 LLAMA = Llama(
     vocab_size=128, hidden_size=64, layers=3, heads=4, kv_heads=2, intermediate_size=96, context=512, init_std=0.2
 )
@@ -83,7 +84,7 @@ def pack_of(vlm: VLM, docs: list[Doc], tiles: np.ndarray | None = None, learn_fr
         weights=np.ones(count, np.float32),
         ids=(),
         tiles=picture_tiles(pictures, layout.shape) if tiles is None else tiles,
-        cuts=np.array([[1, each, 1, 1, 0, 32, 32]] * pictures, np.int32).reshape(-1, 7),
+        cuts=np.array([[1, each, *CUT.numbers]] * pictures, np.int32).reshape(-1, 2 + len(CUT.numbers)),
         rows=(),
     )
 
