@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from mllm.connectors import SVA, Connector, CrossPool, PatchMining
+from mllm.connectors import SVA, Connector, CrossPool, PatchMining, bare, read_weights
 from mllm.encoders import Encoder, Encoders, Folder
 from mllm.fusion import Fusion, Splice
 from mllm.joins import Joined, Joining, Tiles, cuts_of, slice_grids, with_scales
@@ -93,7 +93,7 @@ class VLM:
     def bare(self) -> VLM:
         """The same without what must be read: no weights, no tokenizer."""
         lm = replace(self.lm, weights=None, tokenizer=self.lm.text_codec)
-        return replace(self, encoder=self.encoder.bare(), lm=lm)
+        return replace(self, encoder=self.encoder.bare(), connector=bare(self.connector), lm=lm)
 
 
 class VisionLanguageModel(nn.Module):
@@ -104,6 +104,7 @@ class VisionLanguageModel(nn.Module):
         self.encoder = spec.encoder.build(folder)
         self.lm = spec.lm.build(folder)
         self.connector = spec.connector.build(_widened(spec), self.lm.width)  # type: ignore[arg-type]  # as the spec says
+        read_weights(spec.connector, self.connector, folder)
         self.fusion = spec.fusion
         self.border = nn.Flatten(0, 1)  # a module, so that whoever measures can hook on where vision ends
         self.join = Joined(spec.join, self.lm.width)
