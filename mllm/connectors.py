@@ -7,6 +7,7 @@ in `Connector`.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
 from typing import Annotated, Literal, Self
@@ -36,6 +37,8 @@ __all__ = [
     "Pool",
     "QFormer",
     "Transformer",
+    "bare",
+    "read_weights",
 ]
 
 
@@ -194,6 +197,21 @@ class Branches:
 
     def build(self, d_in: int, d_out: int) -> nn.Module:
         return Beside([part.build(d_in, d_out) for part in self.parts])
+
+
+def read_weights(spec: Connector, module: nn.Module, folder: Callable[[str], str]) -> None:
+    """Give `module` the weights that its spec names, if it does; `folder` finds them."""
+    parts = zip(spec.parts, module.parts, strict=True) if isinstance(spec, Branches) else [(spec, module)]  # type: ignore[arg-type]  # a ModuleList
+    for part, built in parts:
+        if isinstance(part, QFormer) and part.weights:
+            built.read(folder(part.weights))  # type: ignore[operator]  # a Querying
+
+
+def bare(spec: Connector) -> Connector:
+    """The same without weights to be read."""
+    if isinstance(spec, Branches):
+        return replace(spec, parts=tuple(replace(p, weights=None) if isinstance(p, QFormer) else p for p in spec.parts))
+    return replace(spec, weights=None) if isinstance(spec, QFormer) else spec
 
 
 class Matrix(nn.Linear):

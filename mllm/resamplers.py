@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, Literal, Self
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from mllm.towers import Grid
@@ -21,9 +23,9 @@ from pipelines.types import spec
 class QFormer:
     """BLIP-2's querying transformer (arXiv:2301.12597, 3.1): BERT-base whose queries look at the features every second layer.
 
-    Its output goes through one matrix. The class is transformers' `Blip2QFormerModel`. `text` keeps the layers and embeddings
-    for text, of which this connector makes no use, so that weights of the whole (188 million numbers) have their place. No
-    dropout: a tile's tokens depend on nothing but the tile.
+    Its output goes through one matrix. The class is transformers' `Blip2QFormerModel`; `weights` name a folder in BLIP-2's form,
+    of which the Q-Former and its queries are read, not the matrix. BLIP-2's 188 million numbers count its feed-forward and
+    embeddings for text, which this connector has no use for. No dropout: a tile's tokens depend on nothing but the tile.
     """
 
     kind: Literal["q_former"] = "q_former"
@@ -33,13 +35,14 @@ class QFormer:
     heads: int = 12
     intermediate_size: int = 3072
     every: int = 2
+    weights: str | None = None
 
     def tokens(self, patches: int) -> int:  # noqa: ARG002 -- as many as there are queries
         """Visual tokens of a tile."""
         return self.queries
 
     def tiny(self) -> Self:
-        return replace(self, queries=4, hidden_size=32, layers=2, heads=4, intermediate_size=64)
+        return replace(self, queries=4, hidden_size=32, layers=2, heads=4, intermediate_size=64, weights=None)
 
     def config(self, d_in: int) -> Any:
         from transformers import Blip2QFormerConfig
@@ -71,10 +74,38 @@ class Querying(nn.Module):
         self.model = model
         self.project = nn.Linear(width, d_out)
 
+    def read(self, folder: str) -> None:
+        """Take the Q-Former and its queries from a folder or hub id in BLIP-2's form. Raises ValueError for what it lacks."""
+        found: dict[str, Tensor] = {}
+        for file in _safetensors(folder):
+            with safe_open(file, "pt") as tensors:
+                for name in tensors.keys():  # noqa: SIM118 -- it is no dict
+                    if "qformer." in name or name.endswith("query_tokens"):
+                        found[name.rpartition("qformer.")[2]] = tensors.get_tensor(name)
+        queries = next((value for name, value in found.items() if name.endswith("query_tokens")), None)
+        own = self.model.state_dict()
+        missing = [name for name in own if name not in found or found[name].shape != own[name].shape]
+        if queries is None or missing or queries.squeeze(0).shape != self.queries.shape:
+            raise ValueError(
+                f"weights {folder!r} are no Q-Former of the recipe's shape: {missing[:3] or 'query_tokens'} is missing or has "
+                "another shape; mend the connector's numbers or name a folder in BLIP-2's form"
+            )
+        self.model.load_state_dict({name: found[name] for name in own})
+        with torch.no_grad():
+            self.queries.copy_(queries.squeeze(0))
+
     def forward(self, features: Float[Tensor, "N P Dv"]) -> Float[Tensor, "N Q D"]:
         queries = self.queries.expand(len(features), -1, -1)
         found = self.model(query_embeds=queries, encoder_hidden_states=features).last_hidden_state
         return self.project(found).clone()
+
+
+def _safetensors(folder: str) -> list[Path]:
+    if not Path(folder).is_dir():
+        from huggingface_hub import snapshot_download
+
+        folder = snapshot_download(folder, allow_patterns="*.safetensors")
+    return sorted(Path(folder).glob("*.safetensors"))
 
 
 @spec

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from mllm.connectors import SVA, Connector, CrossPool, PatchMining
+from mllm.connectors import SVA, Connector, CrossPool, PatchMining, bare, read_weights
 from mllm.encoders import Encoder, Encoders, Folder
 from mllm.fusion import Fusion, Splice
 from mllm.joins import Joined, Joining, Tiles, cuts_of, slice_grids, with_scales
@@ -101,7 +101,7 @@ class VLM:
     def bare(self) -> VLM:
         """The same without what must be read: no weights, no tokenizer."""
         lm = replace(self.lm, weights=None, tokenizer=self.lm.text_codec)
-        return replace(self, encoder=self.encoder.bare(), lm=lm)
+        return replace(self, encoder=self.encoder.bare(), connector=bare(self.connector), lm=lm)
 
 
 class VisionLanguageModel(nn.Module):
@@ -113,6 +113,7 @@ class VisionLanguageModel(nn.Module):
         self.lm = spec.lm.build(folder)
         width = spec.fusion.width(_one(spec.encoder.width), self.lm.width)
         self.connector = spec.connector.build(_widened(spec), width)  # type: ignore[arg-type]  # as the spec says
+        read_weights(spec.connector, self.connector, folder)
         self.fusion = spec.fusion.build(spec.lm, width)
         self.fusion.attach(self.lm)
         self.border = nn.Flatten(0, 1)  # a module, so that whoever measures can hook on where vision ends

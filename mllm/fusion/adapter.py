@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Annotated, ClassVar, Literal
 
 import torch
@@ -50,6 +51,10 @@ class PreLMAdapter:
                 "one that joins queries and patches, or text='embeddings'"
             )
         return tokens
+
+    def tiny(self) -> PreLMAdapter:
+        """The same structure in a toy's size, whose connectors have four queries."""
+        return replace(self, hidden=16, queries=4)
 
     def build(self, lm: CausalLM, vision_width: int) -> PreLMAdapted:  # noqa: ARG002 -- one signature for all fusions
         return PreLMAdapted(self, lm.arch.hidden_size)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
@@ -54,6 +54,10 @@ class CrossAttention:
     def positions(self, tokens: int) -> int:  # noqa: ARG002 -- one signature for all fusions
         """Positions that a tile takes: its mark."""
         return 1
+
+    def tiny(self) -> CrossAttention:
+        """The same structure in a toy's size."""
+        return replace(self, every=min(self.every, 2), heads=2, head_size=16)
 
     def build(self, lm: CausalLM, vision_width: int) -> CrossAttended:
         return CrossAttended(self, lm.arch.hidden_size, lm.arch.layers, vision_width)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
@@ -45,6 +46,10 @@ class PromptAdapter:
                 "set fusion.prompts or the connector's queries"
             )
         return 1
+
+    def tiny(self) -> PromptAdapter:
+        """The same structure in a toy's size, whose connectors have four queries."""
+        return replace(self, prompts=4, first=1)
 
     def build(self, lm: CausalLM, vision_width: int) -> Prompted:  # noqa: ARG002 -- one signature for all fusions
         return Prompted(self, lm.arch.hidden_size, lm.arch.layers, lm.arch.heads)
