@@ -124,10 +124,11 @@ def stage_cost(recipe: Recipe, stage: Stage) -> Cost:
 
 def _cost(model: Model, recipe: Recipe, stage: Stage) -> Cost:
     assert isinstance(model, VisionLanguageModel)
-    assert isinstance(recipe.model, VLM)
-    patches = recipe.model.encoder.arch.tokens(recipe.tiling.size) if takes_features(stage) else None
-    layout = recipe.model.layout(recipe.tiling)
-    return cost_of(model, stage.objective, layout, stage.parallel.recompute, patches)
+    spec, tiling = recipe.vlm, recipe.tiling
+    features = spec.encoder.tokens(tiling.size) if takes_features(stage) else None
+    patches = features if isinstance(features, int) else None
+    cut = tiling.cut(tiling.size, tiling.size, single=True)
+    return cost_of(model, stage.objective, spec.layout(tiling), stage.parallel.recompute, patches, cut)
 
 
 def _steps(stage: Stage, rows: int | None) -> str:

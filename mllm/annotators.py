@@ -200,8 +200,8 @@ class FrozenFeatures:
         return annotate
 
     def empty(self, pack: Pack) -> Pack:
-        patches = self.encoder.arch.tokens(pack.tiles.shape[-1])
-        return replace(pack, features=np.zeros((0, patches, self.encoder.arch.width), np.uint16))
+        patches = self.encoder.tokens(pack.tiles.shape[-1])
+        return replace(pack, features=np.zeros((0, patches, self.encoder.width), np.uint16))
 
     def _fingerprint(self, tower: VisionEncoder) -> str:
         """Of all that decides features: how the tower is read, the numbers it computes in, its weights (not their name)."""

@@ -1,7 +1,8 @@
 """A trained model as a folder that others read.
 
 llava: encoder CLIP, connector MLP of depth 2, a Llama decoder, Splice  ->  one `LlavaForConditionalGeneration` folder
-parts: any other vision-language model                                  ->  encoder/, lm/ (transformers) and connector.safetensors
+parts: any other vision-language model                                  ->  encoder/, lm/ (transformers), connector.safetensors
+                                                                            and, where a fusion has weights, fusion.safetensors
 whole: a model of another kind                                          ->  model.safetensors under the model's own names
 """
 
@@ -17,7 +18,8 @@ from safetensors.torch import load_file, save_file
 
 from mllm.connectors import MLP
 from mllm.encoders import ClipVision
-from mllm.lm import CausalLM
+from mllm.fusion import Splice
+from mllm.lm import CausalLM, Llama
 from mllm.model import Model
 from mllm.recipe import Recipe, dump, load
 from mllm.vlm import VLM, VisionLanguageModel
@@ -31,7 +33,12 @@ def format_of(recipe: Recipe) -> Literal["llava", "parts", "whole"]:
     model = recipe.model
     if not isinstance(model, VLM):
         return "whole"
-    llava = isinstance(model.encoder.arch, ClipVision) and model.connector == MLP(depth=2)
+    llava = (
+        isinstance(model.encoder.arch, ClipVision)
+        and model.connector == MLP(depth=2)
+        and isinstance(model.lm.arch, Llama)
+        and model.fusion == Splice()
+    )
     return "llava" if llava else "parts"
 
 
@@ -120,12 +127,24 @@ def _llava_names(model: VisionLanguageModel) -> dict[str, torch.Tensor]:
 def _parts(model: VisionLanguageModel, tokenizer: str, lm: CausalLM, out: Path) -> None:
     tower: Any = model.encoder.tower
     tower.tower.save_pretrained(out / "encoder")
-    model.lm.model.save_pretrained(out / "lm")
+    fused = _of_fusion(model)
+    attached = {id(value) for value in fused.values()}
+    names = dict(model.lm.model.named_parameters(remove_duplicate=False))
+    alone = {name: value for name, value in model.lm.model.state_dict().items() if id(names.get(name)) not in attached}
+    model.lm.model.save_pretrained(out / "lm", state_dict=alone)
     _tokenizer(tokenizer, lm).save_pretrained(out / "lm")
     save_file(
         {name: value.contiguous() for name, value in model.connector.state_dict().items()},
         out / "connector.safetensors",
     )
+    if fused:
+        save_file({name: value.detach().contiguous() for name, value in fused.items()}, out / "fusion.safetensors")
+
+
+def _of_fusion(model: VisionLanguageModel) -> dict[str, torch.nn.Parameter]:
+    """The fusion's parameters by the model's names, wherever they lie."""
+    own = {id(p) for p in model.parts().get("fusion", [])}
+    return {name: p for name, p in model.named_parameters() if id(p) in own}
 
 
 def _tokenizer(folder: str, lm: CausalLM) -> Any:
@@ -174,6 +193,10 @@ def _from_llava(folder: Path, recipe: Recipe) -> VisionLanguageModel:
 def _from_parts(folder: Path, recipe: Recipe) -> VisionLanguageModel:
     model = _with_weights(recipe, str(folder / "encoder"), str(folder / "lm"))
     model.connector.load_state_dict(load_file(folder / "connector.safetensors"), strict=True)
+    stored = load_file(folder / "fusion.safetensors") if _of_fusion(model) else {}
+    with torch.no_grad():
+        for name, parameter in _of_fusion(model).items():
+            parameter.copy_(stored[name])
     return model
 
 

@@ -390,6 +390,11 @@ class Recipe:
             self._objective_fits(stage)
             parallel, heads = stage.parallel, self.model.heads
             by, ranks = (parallel.context_by, parallel.context) if isinstance(parallel, FSDP) else ("ring", 1)
+            if ranks > 1 and isinstance(self.model, VLM) and not self.model.fusion.shares:
+                raise ValueError(
+                    f"stage {stage.name!r}: context={ranks} ranks share each pack, and under the fusion "
+                    f"{self.model.fusion.kind!r} a rank must see all of it; take context=1"
+                )
             if heads and (reason := heads_fit(by, ranks, *heads)):
                 raise ValueError(f"stage {stage.name!r}: {reason}")
             longest = self.model.words.longest
@@ -603,7 +608,15 @@ def _steps(key: str) -> list[str]:
     steps = key.split(".")
     if "tune" in steps:
         at = steps.index("tune") + 1
-        if len(steps) > at + 1 and steps[at + 1] in ("embeddings", "layers", "head"):
+        if len(steps) > at + 1 and steps[at + 1] in (
+            "embeddings",
+            "layers",
+            "head",
+            "gates",
+            "mark",
+            "adapter",
+            "experts",
+        ):
             steps[at : at + 2] = [".".join(steps[at : at + 2])]
     return steps
 

@@ -154,7 +154,7 @@ def _first_row(model: Model, key: str, row: int, parameters: Mapping[str, nn.Par
         raise ValueError(
             f"tune.{key}: first_row={row} is for a language model's embeddings and head, and there is none"
         )
-    embedding, head = model.lm.model.model.embed_tokens.weight, model.lm.head
+    embedding, head = model.lm.embedding.weight, model.lm.head
     for name, parameter in parameters.items():
         if parameter is not embedding and parameter is not head:
             raise ValueError(

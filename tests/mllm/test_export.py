@@ -10,6 +10,7 @@ from PIL import Image
 
 from mllm.connectors import MLP
 from mllm.export import export, format_of, read_back
+from mllm.fusion import CrossAttention, Fusion, PreLMAdapter, RoutedExperts
 from mllm.recipe import Recipe
 from mllm.recipes import by_name
 from mllm.vlm import VisionLanguageModel
@@ -95,3 +96,22 @@ def test_what_was_written_is_read_back(recipe: Recipe, tmp_path: Path, depth: in
     ours, theirs = model.state_dict(), again.state_dict()
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+@pytest.mark.parametrize("fusion", [CrossAttention(every=2), PreLMAdapter(hidden=8), RoutedExperts()], ids=str)
+def test_a_fusions_weights_are_written_and_read_back(recipe: Recipe, tmp_path: Path, fusion: Fusion) -> None:
+    """Beside the language model's, which stays a folder of its own kind, wherever they lie in the model."""
+    from transformers import AutoModelForCausalLM
+
+    changed = replace(recipe, model=replace(recipe.model, fusion=fusion))
+    assert format_of(changed) == "parts"
+    torch.manual_seed(0)
+    model = changed.model.build()
+    for parameter in model.parts()["fusion"]:
+        torch.nn.init.normal_(parameter)
+    folder = export(changed, model, TOKENIZER, tmp_path / "export")
+    ours, theirs = model.state_dict(), read_back(folder).state_dict()
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    lm = AutoModelForCausalLM.from_pretrained(folder / "lm")
+    assert sum(p.numel() for p in lm.parameters()) == sum(p.numel() for p in model.parts()["lm"])

@@ -141,6 +141,7 @@ def test_work_adds_up_over_documents_and_packs() -> None:
         labels=np.concatenate([pack.labels, other.labels]),
         cu_seqlens=lengths,
         tiles=np.concatenate([pack.tiles, other.tiles]),
+        cuts=np.concatenate([pack.cuts, other.cuts]),
     )
     assert work_of(both) == one + two
     for flops in (cost.model_flops, cost.hardware_flops):

@@ -9,13 +9,14 @@ from cluster.site import load_site
 from mllm.recipe import Full, Recipe, RecipeError, Steps, dump, fingerprint, load, override
 from mllm.recipes import RECIPES, by_name
 from mllm.tune import peak_rate
-from mllm.vlm import VLM
 from tests.conftest import ROOT
 
 SITE = load_site(str(ROOT / "examples" / "site.toml"))
 
 
-@pytest.mark.parametrize("name", [name for name in RECIPES if isinstance(by_name(name).model, VLM)])
+@pytest.mark.parametrize(
+    "name", [name for name in RECIPES if name.startswith("vila_") and not name.startswith("vila_15")]
+)
 def test_it_builds_round_trips_and_is_planned(name: str) -> None:
     recipe = by_name(name)
     assert recipe.name == name
