@@ -6,7 +6,11 @@ from collections.abc import Callable
 from difflib import get_close_matches
 
 from mllm.recipe import Recipe, RecipeError
+from mllm.recipes.adapter import llama_adapter_7b
 from mllm.recipes.blip import bliva_7b, instructblip_7b, minigpt4_7b
+from mllm.recipes.cogvlm import cogvlm2_19b, cogvlm_17b
+from mllm.recipes.crome import crome_7b, crome_13b
+from mllm.recipes.flamingo import openflamingo_9b, otter_9b
 from mllm.recipes.gemini import mini_gemini_7b
 from mllm.recipes.internvl import internvl_12_40b, internvl_15_26b
 from mllm.recipes.llava import (
@@ -57,8 +61,11 @@ TOWERS_AND_SPLICE = (
 )
 """Systems whose pictures stand in the sequence as tokens."""
 
+FUSED = (openflamingo_9b, otter_9b, llama_adapter_7b, cogvlm_17b, cogvlm2_19b, crome_7b, crome_13b)
+"""Systems that change how the language model meets pictures."""
+
 RECIPES: dict[str, Callable[[], Recipe]] = {
-    recipe.__name__: recipe for recipe in (vila_smoke, vila_real, vila_7b, vila_13b, *TOWERS_AND_SPLICE)
+    recipe.__name__: recipe for recipe in (vila_smoke, vila_real, vila_7b, vila_13b, *TOWERS_AND_SPLICE, *FUSED)
 }
 
 
