@@ -351,7 +351,7 @@ def read_model(recipe: Recipe, stage: Stage, folder: Place, weights: Folder) -> 
     `weights` finds what the recipe's parts name, for whatever the checkpoint does not hold.
     """
     torch.manual_seed(recipe.seed)
-    model = recipe.model.build(weights)
+    model = recipe.model_of(stage).build(weights)
     adapted = add_adapters(model, stage.tune)
     state = {"model": model.state_dict()}
     load(folder, state, alone=True)

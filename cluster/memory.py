@@ -101,6 +101,7 @@ def _plain(recipe: Recipe, stage: Stage) -> Recipe:
         tune=_coarse(stage.tune),
         ema=None,
         attention=None,
+        rope_theta=None,
         context=-(-stage.context // share),
         max_tiles=-(-stage.max_tiles // share),
         tokens_per_step=stage.context,

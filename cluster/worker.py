@@ -448,12 +448,13 @@ def _build_model(job: StageJob, resumed: Place | None) -> Model:
         local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // local))
     torch.manual_seed(job.recipe.seed)
+    model = job.recipe.model_of(job.stage)
     if dist.get_rank() != 0:
-        return job.recipe.model.empty()
+        return model.empty()
     if job.previous and not resumed and job.adapted:
         assert job.before is not None  # whose checkpoint `previous` is
         return checkpoint.read_model(job.recipe, job.before, Place(job.previous), job.place)
-    return job.recipe.model.build(job.place)
+    return model.build(job.place)
 
 
 def _restore(engine: Engine, job: StageJob, resumed: Place | None) -> None:

@@ -1,4 +1,4 @@
-"""Shapes of decoders: what transformers needs to build one without a download.
+"""Shapes of language models: what transformers needs to build one without a download.
 
 An architecture has `vocab_size`, `hidden_size`, `layers`, `heads`, `kv_heads` and `context`; `config` makes the configuration
 of transformers, `family` names the class that it builds and `tiny` is the same structure in a toy's size. To add one: such a
@@ -236,7 +236,56 @@ class OPT:
         return replace(self, vocab_size=vocab_size, intermediate_size=96, **small)
 
 
-TextArch = Annotated[Llama | Qwen2 | Mistral | Gemma | MiniCPM | OPT, Field(discriminator="kind")]
+@spec
+class T5:
+    """T5 v1.1 and Flan-T5 (arXiv:2210.11416): relative positions, gated GELU, heads of a width of their own, no biases.
+
+    `layers` are those of each stack. Positions have no bound; `context` is what recipes may ask for.
+    """
+
+    family: ClassVar[str] = "T5ForConditionalGeneration"
+    decoder_only: ClassVar[bool] = False
+    kind: Literal["t5"] = "t5"
+    vocab_size: int = 32_128
+    hidden_size: int
+    layers: int
+    heads: int
+    head_size: int = 64
+    intermediate_size: int
+    context: int = 2048
+    init_factor: Annotated[float, Field(gt=0)] = 1.0
+
+    @property
+    def kv_heads(self) -> int:
+        """Each head has keys and values of its own."""
+        return self.heads
+
+    def config(self) -> Any:
+        """transformers' configuration; without dropout, as in all of this project's training."""
+        from transformers import T5Config
+
+        return T5Config(
+            vocab_size=self.vocab_size,
+            d_model=self.hidden_size,
+            d_kv=self.head_size,
+            d_ff=self.intermediate_size,
+            num_layers=self.layers,
+            num_heads=self.heads,
+            dropout_rate=0.0,
+            feed_forward_proj="gated-gelu",
+            tie_word_embeddings=False,
+            initializer_factor=self.init_factor,
+            decoder_start_token_id=0,
+            use_cache=False,
+        )
+
+    def tiny(self, vocab_size: int = 512) -> T5:
+        """The same structure in a toy's size."""
+        small = {"hidden_size": 64, "layers": 2, "heads": 4, "head_size": 16, "intermediate_size": 96}
+        return replace(self, vocab_size=vocab_size, **small)
+
+
+TextArch = Annotated[Llama | Qwen2 | Mistral | Gemma | MiniCPM | OPT | T5, Field(discriminator="kind")]
 
 Rotary = Llama | Qwen2 | Mistral | Gemma | MiniCPM
 

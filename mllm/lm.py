@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from mllm.archs import Llama, TextArch
+from mllm.archs import T5, Llama, TextArch
 from mllm.encoders import Folder
 from mllm.weights import load
 from ops.attention import Backend, varlen_attention
@@ -30,9 +30,10 @@ Beside = Callable[[Any, Tensor, float], Tensor]
 
 @spec
 class CausalLM:
-    """A decoder, its tokenizer and the way conversations are written for it.
+    """A decoder (or T5's encoder and decoder), its tokenizer and the way conversations are written for it.
 
-    `weights` None trains it from scratch. `tokenizer` names a folder with a `tokenizer.json` and defaults to `weights`.
+    `weights` None trains it from scratch; rotary positions are the arch's, whatever the weights' own folder says. `tokenizer`
+    names a folder with a `tokenizer.json` and defaults to `weights`.
     """
 
     arch: TextArch
@@ -56,10 +57,15 @@ class CausalLM:
 
         register_attention()
         family = getattr(transformers, self.arch.family)
+        module, auto, attention = LanguageModel, "AutoModelForCausalLM", ATTENTION
+        if isinstance(self.arch, T5):
+            from mllm.seq2seq import EncoderDecoder
+
+            module, auto, attention = EncoderDecoder, "AutoModelForSeq2SeqLM", "sdpa"
         if self.weights is None:
-            return LanguageModel(family._from_config(self.arch.config(), attn_implementation=ATTENTION))
+            return module(family._from_config(self.arch.config(), attn_implementation=attention))
         place = folder(self.weights)
-        model = load(family, "AutoModelForCausalLM", place, attn_implementation=ATTENTION, dtype=torch.float32)
+        model = load(family, auto, place, attn_implementation=attention, dtype=torch.float32)
         if self.arch.vocab_size > model.config.vocab_size:  # rows for new words, drawn like the old ones
             model.resize_token_embeddings(self.arch.vocab_size)
         for field in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"):
@@ -68,7 +74,17 @@ class CausalLM:
                 raise ValueError(
                     f"weights {place!r} have {field}={has} and the recipe's arch says {wanted}; mend the arch"
                 )
-        return LanguageModel(model)
+        _positions_as_said(model, self.arch.config())
+        return module(model)
+
+
+def _positions_as_said(model: Any, said: Any) -> None:
+    """Give a model that was loaded the rotary positions of the recipe's arch, where its own folder says something else."""
+    asked, has = getattr(said, "rope_parameters", None), getattr(model.config, "rope_parameters", None)
+    if asked and {word: (has or {}).get(word) for word in asked} != asked:
+        model.config.rope_parameters = asked
+        decoder = model.get_decoder()
+        decoder.rotary_emb = type(decoder.rotary_emb)(config=model.config)
 
 
 class LanguageModel(nn.Module):

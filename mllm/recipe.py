@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable
+from dataclasses import replace
 from difflib import get_close_matches
 from functools import cache
 from typing import Annotated, Any, Literal
@@ -20,6 +21,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Discriminator, Field, Tag, TypeAdapter, ValidationError
 
 from mllm.annotators import Annotator, DiscreteCodes, FrozenFeatures, ReferenceLogProbs
+from mllm.archs import T5
 from mllm.care import Gate, Guard
 from mllm.classify import Classifier
 from mllm.dual import DualTower
@@ -295,7 +297,8 @@ class Stage:
     `evaluate_every` steps have gone by since the last that was.
 
     The stage goes on from the weights of the stage `after`, by default the one that stands before it, and with
-    `carry_optimizer` from its moments too; it begins when its `entry` is open. `guard` judges its steps.
+    `carry_optimizer` from its moments too; it begins when its `entry` is open. `guard` judges its steps. `rope_theta` is the base
+    of rotary positions from this stage on, which longer contexts want greater (LWM, arXiv:2402.08268, 3.1).
     """
 
     name: str
@@ -323,6 +326,7 @@ class Stage:
     entry: Gate | None = None
     carry_optimizer: bool = False
     guard: Guard = Guard()
+    rope_theta: Rate | None = None
 
     def __post_init__(self) -> None:
         if not self.mixture:
@@ -395,6 +399,16 @@ class Recipe:
                     f"stage {stage.name!r}: context={ranks} ranks share each pack, and under the fusion "
                     f"{self.model.fusion.kind!r} a rank must see all of it; take context=1"
                 )
+            arch = self.model.lm.arch if isinstance(self.model, VLM) else None
+            if stage.rope_theta is not None and not hasattr(arch, "rope_theta"):
+                raise ValueError(
+                    f"stage {stage.name!r}: rope_theta is the base of rotary positions, and "
+                    f"{self.model.kind if arch is None else arch.kind!r} has none; leave it away"
+                )
+            if ranks > 1 and isinstance(arch, T5):
+                raise ValueError(
+                    f"stage {stage.name!r}: context={ranks} ranks share each pack, which {arch.kind!r} cannot; take context=1"
+                )
             if heads and (reason := heads_fit(by, ranks, *heads)):
                 raise ValueError(f"stage {stage.name!r}: {reason}")
             longest = self.model.words.longest
@@ -402,6 +416,16 @@ class Recipe:
                 raise ValueError(
                     f"stage {stage.name!r}: context={stage.context} exceeds the language model's {longest}"
                 )
+
+    def model_of(self, stage: Stage) -> ModelKind:
+        """The model as `stage` trains it, and as it is after it: with the rotary base that was last asked for."""
+        asking: Stage | None = stage
+        while asking is not None and asking.rope_theta is None:
+            asking = self.before(asking)
+        if asking is None or asking.rope_theta is None:
+            return self.model
+        lm = self.vlm.lm
+        return replace(self.vlm, lm=replace(lm, arch=replace(lm.arch, rope_theta=asking.rope_theta)))  # type: ignore[call-arg]  # it has one, see __post_init__
 
     def before(self, stage: Stage) -> Stage | None:
         """The stage whose weights `stage` goes on from; None for one that begins with the model's own."""

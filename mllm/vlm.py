@@ -9,9 +9,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from mllm.archs import T5
 from mllm.connectors import SVA, Connector, CrossPool, PatchMining, bare, read_weights
 from mllm.encoders import Encoder, Encoders, Folder
-from mllm.fusion import Fusion, Splice
+from mllm.fusion import Fusion, PreLMAdapter, Splice
 from mllm.joins import Joined, Joining, Tiles, cuts_of, slice_grids, with_scales
 from mllm.lm import CausalLM
 from mllm.model import Model, ModelSpec, Words
@@ -42,6 +43,12 @@ class VLM(ModelSpec):
         if several and self.join.kind in ("scales", "slices"):
             raise ValueError(
                 f"join {self.join.kind!r} is for one tower, and the encoder has {len(self.encoder.towers)}"
+            )
+
+        if isinstance(self.lm.arch, T5) and not isinstance(self.fusion, Splice | PreLMAdapter):
+            raise ValueError(
+                f"fusion {self.fusion.kind!r} works inside a decoder's layers, and {self.lm.arch.kind!r} is none; take splice or "
+                "pre_lm_adapter, or a decoder"
             )
 
     @property

@@ -6,8 +6,12 @@ from collections.abc import Callable
 from difflib import get_close_matches
 
 from mllm.recipe import Recipe, RecipeError
+from mllm.recipes.adapter import llama_adapter_7b
 from mllm.recipes.blip import bliva_7b, instructblip_7b, minigpt4_7b
 from mllm.recipes.clip import clip_b16, clip_b32, clip_l14, openclip_h14
+from mllm.recipes.cogvlm import cogvlm2_19b, cogvlm_17b
+from mllm.recipes.crome import crome_7b, crome_13b
+from mllm.recipes.flamingo import openflamingo_9b, otter_9b
 from mllm.recipes.gemini import mini_gemini_7b
 from mllm.recipes.internvl import internvl_12_40b, internvl_15_26b
 from mllm.recipes.llava import (
@@ -72,11 +76,15 @@ TOWERS_AND_SPLICE = (
 )
 """Systems whose pictures stand in the sequence as tokens."""
 
+FUSED = (openflamingo_9b, otter_9b, llama_adapter_7b, cogvlm_17b, cogvlm2_19b, crome_7b, crome_13b)
+"""Systems that change how the language model meets pictures."""
+
 RECIPES: dict[str, Callable[[], Recipe]] = {
     recipe.__name__: recipe
     for recipe in (
         *(vila_smoke, vila_real, vila_7b, vila_13b),
         *TOWERS_AND_SPLICE,
+        *FUSED,
         *(clip_b32, clip_b16, clip_l14, openclip_h14, siglip_b16, siglip_so400m),
         *(lenet5, alexnet, vgg16, vgg19, resnet50, resnet101, resnet152, vit_b16, vit_l16),
         *(mae_b16, mae_l16, beit_b16),

@@ -1,12 +1,18 @@
 """Decoders of every family are those of transformers, document by document, and documents in a pack are as alone."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
-from mllm.archs import OPT, Gemma, Llama, MiniCPM, Mistral, Qwen2, TextArch
+from mllm.archs import OPT, T5, Gemma, Llama, MiniCPM, Mistral, Qwen2, TextArch
+from mllm.fusion import CrossAttention
+from mllm.objectives import NextToken
+from mllm.recipe import Full, override
+from mllm.recipes import by_name
 from mllm.rope import NTK, LinearRope, Llama3Rope, RopeScaling, YaRN
+from mllm.tune import apply_tuning
 from tests.mllm.toys import PICTURE, Doc, built, logits, packed, toy
 
 LLAMA = Llama(vocab_size=32_000, hidden_size=4096, layers=32, heads=32, kv_heads=32, intermediate_size=11_008)
@@ -105,3 +111,69 @@ def test_scaled_rotary_positions_are_those_of_the_formulas(name: str) -> None:
             waves = 2 * torch.pi / plain
             torch.testing.assert_close(found[waves < 16], plain[waves < 16])
             torch.testing.assert_close(found[waves > 64], plain[waves > 64] / 8)
+
+
+FLAN_T5_XL = T5(hidden_size=2048, layers=24, heads=32, intermediate_size=5120)
+ANSWERED: list[Doc] = [[5, 6, 7, 8, 9, 10], [3, 20, 21], [2, 100, 101, 102, 103]]
+
+
+def test_prompts_are_read_and_answers_written_as_by_transformers() -> None:
+    """Teacher forcing on each document alone; ours in one pack, at the pack's own positions."""
+    from transformers import T5ForConditionalGeneration
+
+    vlm = toy(arch=FLAN_T5_XL.tiny(128))
+    model = built(vlm).eval()
+    theirs: T5ForConditionalGeneration = model.lm.model
+    ours, at = logits(model, packed(vlm, ANSWERED, learn_from=2)), 0
+    for doc in ANSWERED:
+        with torch.no_grad():
+            expected = theirs(input_ids=torch.tensor([doc[:2]]), labels=torch.tensor([doc[2:]])).logits[0]
+        # the last position of a document predicts what comes after it, and nothing is learned there
+        torch.testing.assert_close(ours[at + 1 : at + len(doc) - 1], expected, rtol=1e-4, atol=1e-4)
+        at += len(doc)
+    with torch.device("meta"):
+        whole = T5ForConditionalGeneration(FLAN_T5_XL.config())
+    shared = FLAN_T5_XL.vocab_size * FLAN_T5_XL.hidden_size
+    assert sum(p.numel() for p in whole.parameters()) in (2_849_757_184, 2_849_757_184 - shared)
+
+
+def test_an_encoder_decoder_sees_pictures_in_its_prompt_and_trains_on_any_pack() -> None:
+    vlm = toy(arch=FLAN_T5_XL.tiny(128))
+    docs: list[Doc] = [[3, PICTURE, 10, 11, 12], [5, 6, 7, 8]]
+    for chosen in (docs, docs[1:], []):
+        model = built(vlm)
+        apply_tuning(model, {"connector": Full(lr=1.0)})
+        output = NextToken()(model, packed(vlm, chosen, learn_from=6 if chosen == docs else 2))
+        output.sum.backward()
+        grads = [p.grad for p in model.connector.parameters()]
+        assert all(g is not None for g in grads)
+        assert any(bool(g.any()) for g in grads if g is not None) == (chosen == docs)
+    alone = logits(model, packed(vlm, docs[1:], learn_from=2))
+    beside = logits(model, packed(vlm, [[9, 8, 7], docs[1]], learn_from=2))
+    torch.testing.assert_close(beside[3:], alone, rtol=1e-4, atol=1e-4)
+
+
+def test_what_goes_between_layers_is_for_decoders() -> None:
+    with pytest.raises(ValueError, match="fusion 'cross_attention' works inside a decoder's layers, and 't5' is none"):
+        toy(CrossAttention(), arch=FLAN_T5_XL.tiny(128))
+
+
+def test_a_loaded_decoder_has_the_positions_that_the_recipe_says(tmp_path: Path) -> None:
+    arch = LLAMA.tiny(128)
+    built(toy(arch=arch)).lm.model.save_pretrained(tmp_path)
+    for wanted in (arch, replace(arch, rope_theta=1e6), replace(arch, rope_scaling=LinearRope(factor=2.0))):
+        spec = toy(arch=wanted).lm
+        found = replace(spec, weights="mine").build(lambda _: str(tmp_path)).decoder.rotary_emb.inv_freq
+        assert torch.equal(found, spec.build(str).decoder.rotary_emb.inv_freq)
+
+
+def test_a_stage_raises_the_rotary_base_for_all_that_come_after_it() -> None:
+    smoke = by_name("vila_smoke")
+    changed = override(smoke, ["stages.pretrain.rope_theta=1e6"])
+    bases = [changed.model_of(stage).lm.arch.rope_theta for stage in changed.stages]  # type: ignore[union-attr]  # a Llama
+    assert bases == [1e4, 1e6, 1e6]
+    assert [smoke.model_of(stage) for stage in smoke.stages] == [smoke.model] * 3
+    opt = OPT(hidden_size=64, layers=2, heads=4, intermediate_size=96)
+    stages = tuple(replace(stage, rope_theta=1e6) for stage in smoke.stages)
+    with pytest.raises(ValueError, match="rope_theta is the base of rotary positions, and 'opt' has none"):
+        replace(smoke, model=replace(smoke.model, lm=replace(smoke.model.lm, arch=opt)), stages=stages)
