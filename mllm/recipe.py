@@ -465,12 +465,18 @@ class Recipe:
     def _objective_fits(self, stage: Stage) -> None:
         """The model must be able to learn the objective, and the engine to train it so."""
         kind, parallel = stage.objective.kind, stage.parallel
-        for one in stage.objective.kinds if isinstance(stage.objective, Sum) else (kind,):
+        kinds = stage.objective.kinds if isinstance(stage.objective, Sum) else (kind,)
+        for one in kinds:
             if one in self.model.learns:
                 continue
             raise ValueError(
                 f"stage {stage.name!r}: a model of kind {self.model.kind!r} cannot learn {one!r}; it learns "
                 f"{', '.join(self.model.learns)}"
+            )
+        if "contrastive" in kinds and any(source.loss_weight != 1 for source in stage.mixture):
+            raise ValueError(
+                f"stage {stage.name!r}: contrastive compares all pairs with each other, and a source's loss_weight would count "
+                "for nothing; leave it at 1"
             )
         if isinstance(stage.objective, DPO) and not any(isinstance(a, ReferenceLogProbs) for a in stage.annotators):
             raise ValueError(

@@ -74,5 +74,5 @@ def crome_7b() -> Recipe:
 def crome_13b() -> Recipe:
     """The same before Vicuna-13B."""
     small = crome_7b()
-    lm = replace(small.model.lm, arch=VICUNA_13B, weights="lmsys/vicuna-13b-v1.5")
-    return replace(small, name="crome_13b", model=replace(small.model, lm=lm))
+    lm = replace(small.vlm.lm, arch=VICUNA_13B, weights="lmsys/vicuna-13b-v1.5")
+    return replace(small, name="crome_13b", model=replace(small.vlm, lm=lm))

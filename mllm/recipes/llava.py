@@ -162,7 +162,7 @@ def llava_next_video_7b() -> Recipe:
     return replace(
         base,
         name="llava_next_video_7b",
-        model=replace(base.model, connector=Pool(stride=2), join=llava_15_7b().model.join),
+        model=replace(base.model, connector=Pool(stride=2), join=llava_15_7b().vlm.join),
         tiling=Pad(size=336),
         stages=(align, sft, video),
     )

@@ -212,3 +212,6 @@ def test_a_model_learns_only_what_it_can() -> None:
         replace(recipe, stages=(stage,))
     with pytest.raises(ValueError, match="cannot be shared between ranks"):
         replace(recipe, stages=(replace(recipe.stages[0], parallel=FSDP(context=2)),))
+    heavier = replace(recipe.stages[0], mixture=(replace(recipe.stages[0].mixture[0], loss_weight=2.0),))
+    with pytest.raises(ValueError, match="loss_weight would count for nothing; leave it at 1"):
+        replace(recipe, stages=(heavier,))

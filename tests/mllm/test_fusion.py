@@ -169,7 +169,7 @@ def test_cromes_adapter_begins_as_the_identity_and_has_five_d_m_parameters() -> 
     model = fused("adapter", open_=False)
     assert torch.equal(logits(model, packed(toy(), DOCS)), logits(built(toy()), packed(toy(), DOCS)))
     recipe = by_name("vila_7b")
-    assert sum(p.numel() for p in PreLMAdapter(hidden=256).build(recipe.model.lm, 4096).parameters()) == 5_242_880
+    assert sum(p.numel() for p in PreLMAdapter(hidden=256).build(recipe.vlm.lm, 4096).parameters()) == 5_242_880
 
 
 def test_cromes_text_branch_is_given_what_is_said() -> None:

@@ -176,4 +176,4 @@ def test_a_stage_raises_the_rotary_base_for_all_that_come_after_it() -> None:
     opt = OPT(hidden_size=64, layers=2, heads=4, intermediate_size=96)
     stages = tuple(replace(stage, rope_theta=1e6) for stage in smoke.stages)
     with pytest.raises(ValueError, match="rope_theta is the base of rotary positions, and 'opt' has none"):
-        replace(smoke, model=replace(smoke.model, lm=replace(smoke.model.lm, arch=opt)), stages=stages)
+        replace(smoke, model=replace(smoke.model, lm=replace(smoke.vlm.lm, arch=opt)), stages=stages)
