@@ -69,6 +69,7 @@ class CLIP:
     def build(self) -> Any:
         from transformers import CLIPConfig, CLIPModel
 
+        register_documents()
         config = CLIPConfig(
             text_config={
                 **self.text.words(),
@@ -92,6 +93,7 @@ class CLIP:
     def load(self, folder: str) -> Any:
         from transformers import CLIPModel
 
+        register_documents()
         return load(CLIPModel, "AutoModel", folder, attn_implementation=ATTENTIONS, dtype=torch.float32)
 
 
@@ -208,7 +210,6 @@ class DualEncoder(Model):
 
     def __init__(self, spec: DualTower, folder: Folder) -> None:
         super().__init__()
-        register_documents()
         self.towers = spec.arch.build() if spec.weights is None else spec.arch.load(folder(spec.weights))
         config = self.towers.config
         for name, has, wanted in (

@@ -1,6 +1,7 @@
 """Dual towers: what they embed is what transformers' embeds; the contrast is of the step, however its packs are spread."""
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,14 +13,17 @@ from benchmarks.common import on_ranks
 from cluster.engines import alone, build_engine
 from cluster.site import Site
 from mllm.dual import CLIP, DualEncoder, DualTower, Layers, SigLIP
+from mllm.export import export, read_back
 from mllm.objectives import Contrastive, NextToken
 from mllm.pairs import texts_of
 from mllm.recipe import FSDP, Cosine, Full, Recipe, Source, Stage, Steps
+from mllm.recipes import by_name
 from ops.images import normalize
 from pipelines.corpora import Pairs, TextOnly
 from pipelines.tiling import Resize
 from pipelines.types import Batch, Pack, Sample
 from pipelines.windows import PackWindows
+from tests.conftest import ROOT
 
 TINY = Layers(hidden_size=32, layers=2, heads=2, intermediate_size=64)
 SMALL_CLIP = CLIP(vision=TINY, text=TINY, projection=24, patch=16, image=32, vocab_size=2048, context=20)
@@ -215,3 +219,35 @@ def test_a_model_learns_only_what_it_can() -> None:
     heavier = replace(recipe.stages[0], mixture=(replace(recipe.stages[0].mixture[0], loss_weight=2.0),))
     with pytest.raises(ValueError, match="loss_weight would count for nothing; leave it at 1"):
         replace(recipe, stages=(heavier,))
+
+
+@BOTH
+def test_it_begins_from_transformers_weights(arch: CLIP | SigLIP, loss: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    theirs = arch.build()
+    theirs.save_pretrained(tmp_path / "towers")
+    spec = recipe_of(arch, loss).model
+    assert isinstance(spec, DualTower)
+    named = replace(spec, weights="towers")
+    assert named.reads == ("towers",)
+    model = named.build(lambda name: str(tmp_path / name))
+    for name, value in theirs.state_dict().items():
+        torch.testing.assert_close(model.towers.state_dict()[name].reshape(value.shape), value)
+    wrong = replace(named, arch=replace(arch, vision=replace(arch.vision, hidden_size=16)))
+    with pytest.raises(ValueError, match="mend the arch"):
+        wrong.build(lambda name: str(tmp_path / name))
+
+
+@pytest.mark.parametrize("name", ["clip_b32", "vilt_b32", "mae_b16", "resnet50"])
+def test_an_export_is_read_back(name: str, tmp_path: Path) -> None:
+    recipe = by_name(name)
+    model = recipe.model.tiny()
+    recipe = replace(recipe, model=model, tiling=replace(recipe.tiling, size=model.side))
+    torch.manual_seed(0)
+    built = model.build()
+    words = str(ROOT / "examples" / "tokenizer") if model.words.tokenizer else None
+    folder = export(recipe, built, words, tmp_path / "export")
+    assert (folder / "tokenizer.json").is_file() == (words is not None)
+    again = read_back(folder).state_dict()
+    for key, value in built.state_dict().items():
+        assert again[key].equal(value), key
