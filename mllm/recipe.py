@@ -23,7 +23,9 @@ from pydantic import Discriminator, Field, Tag, TypeAdapter, ValidationError
 from mllm.annotators import Annotator, DiscreteCodes, FrozenFeatures, ReferenceLogProbs
 from mllm.archs import T5
 from mllm.care import Gate, Guard
+from mllm.fusion import UnifiedVocabulary
 from mllm.objectives import NextToken, Objective
+from mllm.two_vocabularies import TwoVocabularies
 from mllm.vlm import VLM
 from ops.attention import Backend
 from ops.context import ContextBy, heads_fit
@@ -304,7 +306,7 @@ class Stage:
     tokens_per_step: Positive
     max_tiles: Positive = 16
     duration: Duration = Epochs()
-    objective: Objective = NextToken()
+    objective: Annotated[Objective | TwoVocabularies, Field(discriminator="kind")] = NextToken()
     optimizer: Optimizer = AdamW()
     ema: Annotated[float, Field(gt=0, lt=1)] | None = None
     schedule: Schedule = Cosine()
@@ -454,6 +456,8 @@ class Recipe:
     def _annotators_fit(self) -> None:
         """What is made in the pipeline must be what the model takes."""
         vocabulary = self.model.lm.arch.vocab_size
+        if isinstance(self.model.fusion, UnifiedVocabulary):
+            vocabulary += self.model.fusion.rows
         for number, stage in enumerate(self.stages):
             of_packs = [one for one in stage.annotators if isinstance(one, (FrozenFeatures, ReferenceLogProbs))]
             kinds = [one.kind for one in of_packs]
