@@ -10,6 +10,7 @@ from cluster.schedule import accumulation, planned_steps
 from cluster.site import Site, SiteError
 from mllm.flops import Cost, cost_of, work_of
 from mllm.model import Model, ModelSpec
+from mllm.objectives import DPO, Gathered
 from mllm.recipe import Recipe, Stage, Tokens
 from mllm.tune import PartReport, apply_tuning, describe
 from mllm.vlm import VLM, VisionLanguageModel
@@ -108,8 +109,8 @@ def unpredicted(recipe: Recipe, stage: Stage) -> str:
     """Why a stage's memory and FLOPs are not predicted; an empty word where they are."""
     if not isinstance(recipe.model, VLM):
         return f"memory and FLOPs are not predicted: they are reckoned for kind 'vlm', and the model is {recipe.model.kind!r}"
-    if stage.objective.kind != "next_token":
-        return f"memory and FLOPs are not predicted: they are reckoned for next_token, not for {stage.objective.kind!r}"
+    if isinstance(stage.objective, Gathered | DPO):
+        return f"memory and FLOPs are not predicted: they are reckoned for one pack and one model, not for {stage.objective.kind!r}"
     return ""
 
 

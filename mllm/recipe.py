@@ -25,9 +25,11 @@ from mllm.archs import T5
 from mllm.care import Gate, Guard
 from mllm.classify import Classifier
 from mllm.dual import DualTower
+from mllm.fusion import UnifiedVocabulary
 from mllm.masked import MaskedImage
 from mllm.objectives import DPO, Gathered, NextToken, Objective, Sum
 from mllm.streams import SingleStream
+from mllm.two_vocabularies import TwoVocabularies
 from mllm.vlm import VLM
 from ops.attention import Backend
 from ops.context import ContextBy, heads_fit
@@ -308,7 +310,7 @@ class Stage:
     tokens_per_step: Positive
     max_tiles: Positive = 16
     duration: Duration = Epochs()
-    objective: Objective = NextToken()
+    objective: Annotated[Objective | TwoVocabularies, Field(discriminator="kind")] = NextToken()
     optimizer: Optimizer = AdamW()
     ema: Annotated[float, Field(gt=0, lt=1)] | None = None
     schedule: Schedule = Cosine()
@@ -496,6 +498,8 @@ class Recipe:
     def _annotators_fit(self) -> None:
         """What is made in the pipeline must be what the model takes."""
         vocabulary = self.model.words.vocabulary
+        if isinstance(self.model, VLM) and isinstance(self.model.fusion, UnifiedVocabulary):
+            vocabulary += self.model.fusion.rows
         for number, stage in enumerate(self.stages):
             of_packs = [one for one in stage.annotators if isinstance(one, (FrozenFeatures, ReferenceLogProbs))]
             kinds = [one.kind for one in of_packs]

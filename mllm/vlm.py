@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from mllm.archs import T5
 from mllm.connectors import SVA, Connector, CrossPool, PatchMining, bare, read_weights
 from mllm.encoders import Encoder, Encoders, Folder
-from mllm.fusion import Fusion, PreLMAdapter, Splice
+from mllm.fusion import Fusion, PreLMAdapter, Splice, UnifiedVocabulary
 from mllm.joins import Joined, Joining, Tiles, cuts_of, slice_grids, with_scales
 from mllm.lm import CausalLM
 from mllm.model import Model, ModelSpec, Words
@@ -45,7 +45,7 @@ class VLM(ModelSpec):
                 f"join {self.join.kind!r} is for one tower, and the encoder has {len(self.encoder.towers)}"
             )
 
-        if isinstance(self.lm.arch, T5) and not isinstance(self.fusion, Splice | PreLMAdapter):
+        if isinstance(self.lm.arch, T5) and not isinstance(self.fusion, Splice | PreLMAdapter | UnifiedVocabulary):
             raise ValueError(
                 f"fusion {self.fusion.kind!r} works inside a decoder's layers, and {self.lm.arch.kind!r} is none; take splice or "
                 "pre_lm_adapter, or a decoder"
@@ -70,7 +70,7 @@ class VLM(ModelSpec):
 
     @property
     def learns(self) -> tuple[str, ...]:
-        return ("next_token", "dpo")
+        return ("next_token", "two_vocabularies", "dpo")
 
     @property
     def heads(self) -> tuple[int, int]:
@@ -155,7 +155,8 @@ class VisionLanguageModel(Model):
         self.feature_width = spec.encoder.width
 
     def forward(self, batch: Batch) -> Float[Tensor, "T D"]:
-        return self.fusion(self.lm, self.lm.embed(batch.input_ids), self.visual(batch), batch)
+        visual = self.visual(batch)
+        return self.fusion(self.lm, self.lm.embed(self.fusion.words(batch.input_ids)), visual, batch)
 
     def visual(self, batch: Batch) -> Float[Tensor, "V D"]:
         """The batch's visual tokens in the order of their positions; without pictures some that mean nothing, of a blank tile."""

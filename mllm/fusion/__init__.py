@@ -22,7 +22,11 @@ from mllm.fusion.cross import CrossAttention
 from mllm.fusion.experts import RoutedExperts
 from mllm.fusion.prompts import PromptAdapter
 from mllm.fusion.splice import Splice
+from mllm.fusion.unified import UnifiedVocabulary
 
-Fusion = Annotated[Splice | CrossAttention | PreLMAdapter | RoutedExperts | PromptAdapter, Field(discriminator="kind")]
+Fusion = Annotated[
+    Splice | CrossAttention | PreLMAdapter | RoutedExperts | PromptAdapter | UnifiedVocabulary,
+    Field(discriminator="kind"),
+]
 
-__all__ = ["CrossAttention", "Fusion", "PreLMAdapter", "PromptAdapter", "RoutedExperts", "Splice"]
+__all__ = ["CrossAttention", "Fusion", "PreLMAdapter", "PromptAdapter", "RoutedExperts", "Splice", "UnifiedVocabulary"]

@@ -92,7 +92,7 @@ class Prompted(Fused):
         shown = each.new_zeros(len(batch.sources), *each.shape[1:])
         if batch.visual_count == 0:
             return shown + 0 * visual.sum()
-        owner = batch.document_of_token()[batch.visual]
+        owner = batch.document_of_token().index_select(0, batch.visual.nonzero().squeeze(1))
         counts = torch.zeros(len(shown), device=owner.device).index_add_(0, owner, torch.ones_like(owner).float())
         return shown.index_add(0, owner, each) / counts.clamp(min=1).to(each.dtype)[:, None, None]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal
 
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from mllm.lm import CausalLM, LanguageModel
@@ -48,6 +48,10 @@ class Fused(nn.Module):
     def units(self) -> list[nn.Module]:
         """Modules to be sharded (and recomputed) one by one."""
         return []
+
+    def words(self, ids: Int[Tensor, " T"]) -> Int[Tensor, " T"]:
+        """`ids` as the language model's table knows them."""
+        return ids
 
     def routed(self, batch: Batch) -> tuple[int, int]:  # noqa: ARG002 -- for fusions that route
         """How many positions of `batch` go through the language model's weights and through others; 0 where none chooses."""

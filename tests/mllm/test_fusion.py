@@ -7,19 +7,21 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from mllm.archs import OPT
 from mllm.flops import cost_of, work_of
-from mllm.fusion import CrossAttention, Fusion, PreLMAdapter, PromptAdapter, RoutedExperts, Splice
+from mllm.fusion import CrossAttention, Fusion, PreLMAdapter, PromptAdapter, RoutedExperts, Splice, UnifiedVocabulary
 from mllm.fusion.cross import sight_of
 from mllm.fusion.experts import borders, gathered_positions
 from mllm.objectives import NextToken
 from mllm.recipe import FSDP, Full, RecipeError, dump, load, override
 from mllm.recipes import by_name
 from mllm.tune import apply_tuning, describe
+from mllm.two_vocabularies import TwoVocabularies
 from ops.cross import Runs, cross_attention
 from tests.mllm.toys import PICTURE, TILING, Doc, built, logits, pack_of, packed, picture_tiles, randomize, toy
 
@@ -34,7 +36,7 @@ FUSIONS: dict[str, Fusion] = {
     "feed-forward experts": RoutedExperts(experts="feed_forward", last="image", one_position=False),
     "prompts": PROMPTS,
 }
-ADDED = {name: fusion for name, fusion in FUSIONS.items() if name != "splice"}
+ALL = FUSIONS | {"two vocabularies": UnifiedVocabulary(rows=40)}
 
 TEXT: Doc = [5, 6, 7, 8, 9]
 SHOWN: Doc = [3, PICTURE, 10, 11, 12]
@@ -44,15 +46,15 @@ DOCS = [TEXT, SHOWN, TWO, [2, *TEXT]]
 
 def fused(name: str, open_: bool = True) -> Any:
     """The model with everything that the fusion adds drawn anew, if gates are to be open."""
-    model = built(toy(FUSIONS[name]))
+    model = built(toy(ALL[name]))
     if open_:
         randomize(model.parts().get("fusion", []))
     return model
 
 
-@pytest.mark.parametrize("name", FUSIONS)
+@pytest.mark.parametrize("name", ALL)
 def test_a_document_in_a_pack_is_as_alone(name: str) -> None:
-    model, vlm = fused(name), toy(FUSIONS[name])
+    model, vlm = fused(name), toy(ALL[name])
     together = logits(model, packed(vlm, DOCS))
     tiles, at = picture_tiles(3), 0
     seen = 0
@@ -64,13 +66,14 @@ def test_a_document_in_a_pack_is_as_alone(name: str) -> None:
     assert at == len(together)
 
 
-@pytest.mark.parametrize("name", FUSIONS)
+@pytest.mark.parametrize("name", ALL)
 @pytest.mark.parametrize("docs", [DOCS, [TEXT], []], ids=["mixed", "text", "empty"])
 def test_gradients_are_where_the_stage_says_whatever_a_pack_holds(name: str, docs: list[Doc]) -> None:
     model = fused(name)
+    objective = TwoVocabularies() if name == "two vocabularies" else NextToken()
     tuned = ["connector", *(["fusion"] if name != "splice" else [])]
     apply_tuning(model, dict.fromkeys(tuned, Full(lr=1.0)))
-    NextToken()(model, packed(toy(FUSIONS[name]), docs)).sum.backward()
+    objective(model, packed(toy(ALL[name]), docs)).sum.backward()
     wanted = {id(p) for part in tuned for p in model.parts()[part]}
     for parameter_name, parameter in model.named_parameters():
         assert (parameter.grad is not None) == (id(parameter) in wanted), parameter_name
@@ -235,10 +238,10 @@ def test_prompts_see_the_pictures_of_their_document_alone() -> None:
         toy(PromptAdapter()).layout(TILING)
 
 
-@pytest.mark.parametrize("name", FUSIONS)
+@pytest.mark.parametrize("name", ALL)
 def test_recipes_say_it_and_refuse_what_cannot_be(name: str) -> None:
     smoke = by_name("vila_smoke")
-    fusion = FUSIONS[name]
+    fusion = ALL[name]
     if isinstance(fusion, PromptAdapter):
         fusion = PromptAdapter(prompts=36)
     recipe = replace(smoke, model=replace(smoke.model, fusion=fusion))
@@ -270,3 +273,31 @@ def test_its_operations_are_those_that_torch_counts(name: str) -> None:
     assert cost.of(every) == pytest.approx(counter.get_total_flops(), rel=1e-9)
     assert (cost.per_shown > 0) == isinstance(fusion, CrossAttention)
     assert (cost.per_document > 0) == isinstance(fusion, PromptAdapter)
+
+
+CODES: list[Doc] = [[5, 128, 140, 167, 6], [7, 8, 9], [130, 131, PICTURE, 20]]
+"""Ids from 128 on, the language model's vocabulary, are codes."""
+
+
+def test_codes_have_a_table_and_a_head_of_their_own_and_count_half() -> None:
+    vlm = toy(UnifiedVocabulary(rows=40))
+    model: Any = built(vlm)
+    batch = packed(vlm, CODES)
+    out = TwoVocabularies()(model, batch)
+    with torch.no_grad():
+        hidden = model(batch)
+    coded, told = batch.labels >= 128, (batch.labels >= 0) & (batch.labels < 128)
+    assert (int(coded.sum()), int(told.sum())) == (4, 4)
+    by_codes = F.cross_entropy(hidden[coded] @ model.fusion.head.weight.T, batch.labels[coded] - 128)
+    by_words = F.cross_entropy(hidden[told] @ model.lm.head.T, batch.labels[told])
+    assert (out.sum / out.weight).item() == pytest.approx(0.5 * (by_codes + by_words).item(), rel=1e-5)
+    assert out.documents[:, 1].tolist() == [4, 2, 2]
+    out.sum.backward()
+    rows = model.fusion.embedding.weight.grad.abs().sum(1).nonzero().flatten().tolist()
+    assert rows == [0, 2, 3, 12, 39]
+    for docs in ([TEXT], []):  # without a code every weight has its gradient all the same
+        model.zero_grad()
+        TwoVocabularies()(model, packed(vlm, docs)).sum.backward()
+        assert all(p.grad is not None for p in model.parts()["fusion"])
+    with pytest.raises(ValueError, match="take unified_vocabulary as its fusion"):
+        TwoVocabularies()(built(toy()), packed(toy(), [TEXT]))
