@@ -110,7 +110,7 @@ def unpredicted(recipe: Recipe, stage: Stage) -> str:
     if not isinstance(recipe.model, VLM):
         return f"memory and FLOPs are not predicted: they are reckoned for kind 'vlm', and the model is {recipe.model.kind!r}"
     if isinstance(stage.objective, Gathered | DPO):
-        return f"memory and FLOPs are not predicted: they are reckoned for one pack and one model, not for {stage.objective.kind!r}"
+        return f"memory and FLOPs are not predicted: they are reckoned for single packs and models, not {stage.objective.kind!r}"
     return ""
 
 
