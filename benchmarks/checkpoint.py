@@ -54,9 +54,9 @@ Seconds = dict[str, list[float]]
 
 def larger(recipe: Recipe) -> Recipe:
     """The smoke recipe with a language model of about 47 million parameters."""
-    lm = recipe.model.lm
+    lm = recipe.vlm.lm
     arch = replace(lm.arch, vocab_size=16384, hidden_size=512, layers=10, heads=8, kv_heads=8, intermediate_size=1365)
-    return replace(recipe, model=replace(recipe.model, lm=replace(lm, arch=arch)))
+    return replace(recipe, model=replace(recipe.vlm, lm=replace(lm, arch=arch)))
 
 
 def engine_of(large: bool) -> tuple[Engine, list[Pack]]:
@@ -67,7 +67,7 @@ def engine_of(large: bool) -> tuple[Engine, list[Pack]]:
     with scratch() as cache:
         windows = PackWindows(replace(load_site(str(EXAMPLE)), cache=str(cache)).stream(recipe, stage))
         packs = list(windows.packs(0))[: stage.packs_per_step]
-    return build_engine(recipe.model.build(), stage, len(stage.mixture), torch.device("cpu")), packs
+    return build_engine(recipe.vlm.build(), stage, len(stage.mixture), torch.device("cpu")), packs
 
 
 def timed(act: Callable[..., Any], *arguments: Any, **options: Any) -> float:

@@ -533,16 +533,16 @@ def recipe_of(
 def model_of(recipe: Recipe) -> VisionLanguageModel:
     torch.manual_seed(0)
     with DEVICE:
-        return recipe.model.build()
+        return recipe.vlm.build()
 
 
 def pack_of(recipe: Recipe) -> Pack:
     """A full pack: documents of mixed lengths, pictures in the first ones, all text learned."""
     stage, rng = recipe.stages[0], random.Random(0)
-    side, tiles, tokens = recipe.model.layout(recipe.tiling).tokens_per_tile, stage.max_tiles, stage.context
+    side, tiles, tokens = recipe.vlm.layout(recipe.tiling).tokens_per_tile, stage.max_tiles, stage.context
     texts = lengths(tokens - tiles * side, rng)
     pictures = [tiles // len(texts) + (i < tiles % len(texts)) for i in range(len(texts))]
-    words = np.random.default_rng(0).integers(0, recipe.model.lm.arch.vocab_size, tokens, np.int32)
+    words = np.random.default_rng(0).integers(0, recipe.vlm.lm.arch.vocab_size, tokens, np.int32)
     each = [n * side + text for n, text in zip(pictures, texts, strict=True)]
     visual = np.concatenate([np.arange(n * side + text) < n * side for n, text in zip(pictures, texts, strict=True)])
     count = len(each)
@@ -641,7 +641,7 @@ def bare_step(recipe: Recipe) -> Callable[[], Any]:
 
 def states(recipe: Recipe) -> int:
     """Bytes of weights in float32, and of gradients and moments of those that are trained."""
-    model = recipe.model.meta()
+    model = recipe.vlm.meta()
     trained = sum(p.numel() for group in apply_tuning(model, recipe.stages[0].tune) for p in group.parameters)
     return 4 * sum(p.numel() for p in model.parameters()) + 12 * trained
 
@@ -665,9 +665,9 @@ def mfu(recipe: Recipe, work: Work, times: Sequence[float]) -> Found:
     if not peak():
         return [], "nobody has told this device's peak; cluster/mfu.py has a table"
     stage = recipe.stages[0]
-    model = recipe.model.meta()
+    model = recipe.vlm.meta()
     apply_tuning(model, stage.tune)
-    layout = recipe.model.layout(recipe.tiling)
+    layout = recipe.vlm.layout(recipe.tiling)
     flops = cost_of(model, stage.objective, layout, stage.parallel.recompute).model_flops(work)
     return [flops / t / peak() for t in times], f"{flops / 1e12:.3g} TFLOP of {peak() / 1e12:.3g} TFLOP/s"
 

@@ -67,15 +67,15 @@ def measure(section: Section, quick: bool) -> None:
 
 def wider(recipe: Recipe) -> Recipe:
     """The smoke recipe with a language model of 11 million parameters and packs of 1,024 tokens."""
-    lm = recipe.model.lm
+    lm = recipe.vlm.lm
     arch = replace(lm.arch, hidden_size=384, layers=6, heads=6, kv_heads=2, intermediate_size=1024)
     stages = tuple(replace(stage, context=1024) for stage in recipe.stages)
-    return replace(recipe, model=replace(recipe.model, lm=replace(lm, arch=arch)), stages=stages)
+    return replace(recipe, model=replace(recipe.vlm, lm=replace(lm, arch=arch)), stages=stages)
 
 
 def model_of(recipe: Recipe) -> VisionLanguageModel:
     torch.manual_seed(0)
-    return recipe.model.build()
+    return recipe.vlm.build()
 
 
 def packs_of(recipe: Recipe, stage: Stage, count: int, cache: str) -> list[Pack]:
@@ -441,9 +441,9 @@ def shared_packs(section: Section) -> None:
 def step_bytes(context: int, by: ContextBy) -> int:
     """Peak bytes of a second step above what lies there before it, where `context` ranks share one full pack."""
     recipe = by_name("vila_smoke")
-    lm = recipe.model.lm
+    lm = recipe.vlm.lm
     arch = replace(lm.arch, hidden_size=256, kv_heads=4)
-    recipe = replace(recipe, model=replace(recipe.model, lm=replace(lm, arch=arch)))
+    recipe = replace(recipe, model=replace(recipe.vlm, lm=replace(lm, arch=arch)))
     parallel = FSDP(dtype="float32", recompute="none", context=context, context_by=by)
     tune = {"lm": Full(lr=1e-4)}
     stage = replace(recipe.stage("pretrain"), context=LONG, tokens_per_step=LONG, parallel=parallel, tune=tune)

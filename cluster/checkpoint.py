@@ -30,9 +30,9 @@ from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 
 from cluster.shards import INDEX, CorruptCheckpoint, Index, LoadPlanner, ShardReader, digest, parse_index
 from mllm.encoders import Folder
+from mllm.model import Model
 from mllm.recipe import Recipe, Stage
 from mllm.tune import add_adapters, merge_adapters
-from mllm.vlm import VisionLanguageModel
 from pipelines.place import Place
 from pipelines.types import Position, spec
 
@@ -345,13 +345,13 @@ def _cause(error: CheckpointException) -> BaseException:
     return next((cause for cause in causes if isinstance(cause, CorruptCheckpoint)), causes[0])
 
 
-def read_model(recipe: Recipe, stage: Stage, folder: Place, weights: Folder) -> VisionLanguageModel:
+def read_model(recipe: Recipe, stage: Stage, folder: Place, weights: Folder) -> Model:
     """The model that `stage` left in the checkpoint `folder`, whole, on CPU, float32, its adapters merged.
 
     `weights` finds what the recipe's parts name, for whatever the checkpoint does not hold.
     """
     torch.manual_seed(recipe.seed)
-    model = recipe.model.build(weights)
+    model = recipe.model_of(stage).build(weights)
     adapted = add_adapters(model, stage.tune)
     state = {"model": model.state_dict()}
     load(folder, state, alone=True)

@@ -84,11 +84,11 @@ class Plan:
             for part in stage.parts:
                 print(f"  {part.line()}")
             whole = f", {flop_words(stage.total_flops)} in all" if stage.total_flops is not None else ""
-            print(f"  {flop_words(stage.flops)} a full step{whole}")
+            print(f"  {stage.unknown}" if stage.flops is None else f"  {flop_words(stage.flops)} a full step{whole}")
             print(f"  {'workers':>10} {'packs each':>11} {'memory a GPU (estimate)':>25}")
             for world, packs in stage.accumulation.items():
                 bytes_ = stage.memory.get(world)
-                words = "cannot be" if bytes_ is None else bytes_words(bytes_)
+                words = ("not predicted" if stage.unknown else "cannot be") if bytes_ is None else bytes_words(bytes_)
                 print(f"  {world:>10} {packs:>11} {words:>25}")
         for why in result.refused:
             print(f"\nnot here: {why}")

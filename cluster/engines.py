@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from cluster.phases import Phases
-from mllm.objectives import LossOutput, Objective
+from mllm.model import Model
+from mllm.objectives import Gathered, LossOutput, Objective
 from mllm.recipe import DDP, FSDP, Stage, ZeRO
 from mllm.tune import PartReport
 from mllm.vlm import VisionLanguageModel
@@ -78,16 +79,22 @@ class Engine(Protocol):
 class Trained(nn.Module):
     """Model and objective as one module, so that sharded parameters -- the head above all -- are whole wherever they are used."""
 
-    def __init__(self, model: VisionLanguageModel, objective: Objective) -> None:
+    def __init__(self, model: Model, objective: Objective) -> None:
         super().__init__()
         self.model = model
         self.objective = objective
 
-    def forward(self, batch: Batch, next_logits: bool = False) -> Any:
-        if not next_logits:
-            return self.objective(self.model, batch)
-        last = self.model(batch)[batch.cu_seqlens[1:].long() - 1]
-        return last @ self.model.lm.head.to(last.dtype).T
+    def forward(self, batch: Batch, next_logits: bool = False, collect: bool = False, told: Any = None) -> Any:
+        """The loss; or the next tokens' logits; or what a `Gathered` objective collects, and its loss once it is `told`."""
+        if next_logits:
+            return self.model.next_logits(batch)
+        objective: Any = self.objective  # a recipe makes sure that the model is of a kind that can learn it
+        if isinstance(self.objective, Gathered):
+            if collect:
+                return objective.collect(self.model, batch)
+            if told is not None:
+                return objective.again(self.model, batch, told)
+        return objective(self.model, batch)
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -96,7 +103,7 @@ def local(tensor: Tensor) -> Tensor:
         return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()
 
 
-def build_engine(model: VisionLanguageModel, stage: Stage, sources: int, device: torch.device) -> Engine:
+def build_engine(model: Model, stage: Stage, sources: int, device: torch.device) -> Engine:
     """The engine that the stage asks for. Its weights are those that rank 0 brings, whatever the others bring."""
     match stage.parallel:
         case FSDP() | DDP() as parallel:
@@ -108,6 +115,8 @@ def build_engine(model: VisionLanguageModel, stage: Stage, sources: int, device:
             return engine
         case ZeRO() as parallel:
             from cluster.zero import ZeroEngine  # DeepSpeed is an extra
+
+            assert isinstance(model, VisionLanguageModel)  # as a recipe makes sure
 
             return ZeroEngine(model, stage, parallel, sources, device)
 

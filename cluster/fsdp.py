@@ -24,7 +24,8 @@ from cluster.engines import Guard, StepReport, Trained, finite, local
 from cluster.optimizers import build_optimizers, set_rate
 from cluster.phases import PhaseClock
 from cluster.recompute import named, recompute
-from mllm.objectives import LossOutput
+from mllm.model import Model
+from mllm.objectives import Gathered, LossOutput
 from mllm.recipe import DDP, FSDP, Dtype, Parallel, Stage
 from mllm.tune import apply_tuning, describe
 from mllm.vlm import VisionLanguageModel
@@ -42,16 +43,14 @@ class FSDPEngine:
     the packs alone, not on how many ranks or accumulation steps they were spread over.
     """
 
-    def __init__(
-        self, model: VisionLanguageModel, stage: Stage, parallel: FSDP | DDP, sources: int, device: torch.device
-    ) -> None:
+    def __init__(self, model: Model, stage: Stage, parallel: FSDP | DDP, sources: int, device: torch.device) -> None:
         self.device = device
         self.stage = stage
         self.sources = sources
         self.world = dist.get_world_size()
         groups = apply_tuning(model, stage.tune)
         self.parts = describe(model, stage.tune)
-        model.lm.backend = stage.attention
+        model.attend_by(stage.attention)
         model.train()
         matrices = {name for name, p in named(model).items() if p.ndim == 2 and _inside(p, model.units())}
         self.whole = model.state_dict() if self.world > 1 and dist.get_rank() == 0 else {}
@@ -85,7 +84,7 @@ class FSDPEngine:
         for buffer in self.module.buffers():
             dist.broadcast(buffer, 0)
 
-    def _shard(self, model: VisionLanguageModel, shape: tuple[int, ...], dtype: Dtype) -> FSDPModule:
+    def _shard(self, model: Model, shape: tuple[int, ...], dtype: Dtype) -> FSDPModule:
         computed = torch.bfloat16 if dtype == "bfloat16" else torch.float32
         how: dict[str, Any] = {
             "mesh": init_device_mesh(self.device.type, shape, mesh_dim_names=("copy", "shard")[-len(shape) :]),
@@ -103,10 +102,11 @@ class FSDPEngine:
         self._begin_averages()
         sums = torch.zeros(3 + 3 * self.sources, dtype=torch.float64, device=self.device)
         totals, square, by_source = sums[:2], sums[2], sums[3:].view(-1, 3)
-        for batch, last in self._batches(packs):
+        told = self._told(packs)
+        for number, (batch, last) in enumerate(self._batches(packs)):
             if self.sharded:
                 self.sharded.set_requires_all_reduce(last)
-            output: LossOutput = self.module(batch)
+            output: LossOutput = self.module(batch, told=told[number]) if told else self.module(batch)
             output.sum.backward()
             self.clock.backward_done()
             totals += torch.stack([output.sum.detach(), output.weight]).double()
@@ -146,6 +146,15 @@ class FSDPEngine:
             phases=self.clock.stop(),
             taken=taken,
         )
+
+    @torch.no_grad()
+    def _told(self, packs: Sequence[Pack]) -> list[Any]:
+        """What each pack is told of the whole step, where the objective must see all of it first; else nothing."""
+        objective = self.stage.objective
+        if not isinstance(objective, Gathered):
+            return []
+        collected = [self.module(batch, collect=True) for batch, _ in self._batches(packs)]
+        return objective.whole(collected, dist.group.WORLD if self.world > 1 else None)
 
     def _begin_averages(self) -> None:
         """Averages begin at the weights that are there before the first step, wherever they have come from."""
@@ -255,7 +264,7 @@ def _inside(parameter: nn.Parameter, units: Sequence[nn.Module]) -> bool:
     return any(parameter is other for unit in units for other in unit.parameters())
 
 
-def _prepare(model: VisionLanguageModel, parallel: FSDP | DDP) -> None:
+def _prepare(model: Model, parallel: FSDP | DDP) -> None:
     """Layers as the stage wants them, on however many ranks: in eight bits, computed again, compiled."""
     if isinstance(parallel, FSDP) and parallel.float8:
         _to_float8(model)
@@ -274,12 +283,13 @@ def _prefetch(units: Sequence[Any], ahead: int) -> None:
         unit.set_modules_to_backward_prefetch(list(units[max(begin, number - ahead) : max(begin, number)][::-1]))
 
 
-def _to_float8(model: VisionLanguageModel) -> None:
-    """Let the language model's layers multiply in eight bits; kernels take sides that are multiples of 16."""
+def _to_float8(model: Model) -> None:
+    """Let layers (a language model's alone, where there is one) multiply in eight bits, if sides are multiples of 16."""
     from torchao.float8 import convert_to_float8_training  # pyright: ignore[reportMissingImports] -- an extra
 
     def fits(module: nn.Module, _: str) -> bool:
         return isinstance(module, nn.Linear) and not (module.in_features % 16 or module.out_features % 16)
 
-    for layer in model.lm.units():
+    units = model.lm.units() if isinstance(model, VisionLanguageModel) else model.units()
+    for layer in units:
         convert_to_float8_training(layer, module_filter_fn=fits)

@@ -36,6 +36,7 @@ from torch.utils._pytree import tree_leaves
 
 from cluster.fsdp import FSDPEngine
 from mllm.annotators import FrozenFeatures
+from mllm.encoders import Encoder
 from mllm.recipe import (
     DDP,
     FSDP,
@@ -100,6 +101,7 @@ def _plain(recipe: Recipe, stage: Stage) -> Recipe:
         tune=_coarse(stage.tune),
         ema=None,
         attention=None,
+        rope_theta=None,
         context=-(-stage.context // share),
         max_tiles=-(-stage.max_tiles // share),
         tokens_per_step=stage.context,
@@ -169,8 +171,8 @@ def _peak(words: str, features: bool, ranks: int, alone: bool) -> float:
     stage = recipe.stages[0]
     simulated, world = _simulated(stage.parallel, ranks, alone)
     built = dump(replace(recipe, stages=(replace(stage, parallel=simulated),)))
-    full = _depths(recipe.model)
-    small = _small(recipe.model, stage)
+    full = _depths(recipe.vlm)
+    small = _small(recipe.vlm, stage)
 
     def peaks(depths: _Depths) -> dict[str, float]:
         course = _course(built, features, depths, world)
@@ -183,10 +185,11 @@ def _peak(words: str, features: bool, ranks: int, alone: bool) -> float:
         if not added:
             continue
         if part == "encoder" and not _encoder_learns(stage):
-            extra = {label: 4 * _layer(_shortened(recipe.model, small)) / ranks for label in base}  # it only lies there
+            extra = {label: 4 * _layer(_shortened(recipe.vlm, small)) / ranks for label in base}  # it only lies there
         else:
-            deeper = peaks(_Depths(small | {part: small[part] + 1}))
-            extra = {label: deeper[label] - base[label] for label in base}
+            step = _step(recipe.vlm, part)
+            deeper = peaks(_Depths(small | {part: small[part] + step}))
+            extra = {label: (deeper[label] - base[label]) / step for label in base}
         found = {label: peak + added * extra[label] for label, peak in found.items()}
     return _adjusted(found, recipe, ranks)
 
@@ -216,18 +219,31 @@ class _Depths(dict[str, int]):
 def _depths(model: VLM) -> _Depths:
     """Layers of the stacks that can be shortened: a tower only where the layer that is read counts from its end."""
     depths = _Depths(lm=model.lm.arch.layers)
-    layers = getattr(model.encoder.arch, "layers", None)
-    if layers is not None and model.encoder.layer in (-1, -2):
-        depths["encoder"] = layers
+    if isinstance(model.encoder, Encoder) and model.encoder.layer in (-1, -2):
+        layers = getattr(model.encoder.arch, "layers", None)
+        if layers is not None:
+            depths["encoder"] = layers
     return depths
 
 
 def _small(model: VLM, stage: Stage) -> _Depths:
-    unread = 1 if model.encoder.layer == -2 else 0
-    least = {"lm": DEPTH, "encoder": unread + (DEPTH if _encoder_learns(stage) else 2)}
+    unread = 1 if isinstance(model.encoder, Encoder) and model.encoder.layer == -2 else 0
+    period = model.fusion.period
+    least = {
+        "lm": DEPTH + (model.lm.arch.layers - DEPTH) % period,  # as many patterns of the fusion are left out as added
+        "encoder": unread + (DEPTH if _encoder_learns(stage) else 2),
+    }
     return _Depths(
-        {part: layers if layers <= least[part] + 1 else least[part] for part, layers in _depths(model).items()}
+        {
+            part: layers if layers <= least[part] + _step(model, part) else least[part]
+            for part, layers in _depths(model).items()
+        }
     )
+
+
+def _step(model: VLM, part: str) -> int:
+    """Layers after which a stack repeats itself."""
+    return model.fusion.period if part == "lm" else 1
 
 
 def _encoder_learns(stage: Stage) -> bool:
@@ -236,7 +252,7 @@ def _encoder_learns(stage: Stage) -> bool:
 
 def _shortened(model: VLM, depths: _Depths) -> VLM:
     encoder = model.encoder
-    if "encoder" in depths:
+    if "encoder" in depths and isinstance(encoder, Encoder):
         encoder = replace(encoder, arch=replace(encoder.arch, layers=depths["encoder"]))
     return replace(model, encoder=encoder, lm=replace(model.lm, arch=replace(model.lm.arch, layers=depths["lm"])))
 
@@ -244,15 +260,15 @@ def _shortened(model: VLM, depths: _Depths) -> VLM:
 def _layer(model: VLM) -> int:
     """Parameters of a tower's layer."""
     with torch.device("meta"):
-        tower = model.encoder.build(str).tower
-    return sum(p.numel() for p in tower.units()[0].parameters())
+        encoder = model.encoder.build(str)
+    return sum(p.numel() for p in encoder.units()[0].parameters())
 
 
 @cache
 def _counts(words: str) -> tuple[int, int]:
     """Parameters of the model, all and trained."""
     recipe = load(words)
-    module = recipe.model.meta()
+    module = recipe.vlm.meta()
     groups = apply_tuning(module, recipe.stages[0].tune)
     trained = sum(p.numel() for group in groups for p in group.parameters)
     return sum(p.numel() for p in module.parameters()), trained
@@ -271,7 +287,7 @@ def _course(words: str, features: bool, depths: _Depths, world: int) -> _Course:
     held = Held()
     pack = fullest(recipe, stage, features)
     with _nobody(world), FakeTensorMode(allow_non_fake_inputs=True), held:
-        model = _shortened(recipe.model, depths).build()
+        model = _shortened(recipe.vlm, depths).build()
         engine = FSDPEngine(model, stage, stage.parallel, 1, CPU)
         engine.whole = {}  # of rank 0's weights, which are spread before the first step
         (optimizer,) = engine.optimizers
@@ -288,14 +304,18 @@ def _course(words: str, features: bool, depths: _Depths, world: int) -> _Course:
 
 def fullest(recipe: Recipe, stage: Stage, features: bool = False) -> Pack:
     """The pack that takes the most memory: one document, as many tiles as fit, everything else learned."""
-    layout = recipe.model.layout(recipe.tiling)
+    layout = recipe.vlm.layout(recipe.tiling)
     tokens = stage.context
-    tiles = min(stage.max_tiles, (tokens - 1) // layout.tokens_per_tile)
+    tiling, encoder = recipe.tiling, recipe.vlm.encoder
+    large = 16 * tiling.size
+    cut = tiling.cut(tiling.size, tiling.size, single=True) if tiling.join == "tiles" else tiling.cut(large, large)
+    each = layout.tokens(cut)
+    pictures = min(stage.max_tiles // cut.tiles, (tokens - 1) // each)
+    tiles = pictures * cut.tiles
     ids = np.ones(tokens, np.int32)
-    ids[: tiles * layout.tokens_per_tile] = IMAGE_TOKEN
+    ids[: pictures * each] = IMAGE_TOKEN
     labels = np.where(ids == IMAGE_TOKEN, np.int32(-100), np.int32(1))
-    arch = recipe.model.encoder.arch
-    made = np.zeros((tiles, arch.tokens(recipe.tiling.size), arch.width), np.uint16) if features else None
+    made = np.zeros((tiles, encoder.tokens(tiling.size), encoder.width), np.uint16) if features else None  # type: ignore[arg-type]  # one tower, as features have
     return Pack(
         at=Position(),
         of=1,
@@ -309,7 +329,7 @@ def fullest(recipe: Recipe, stage: Stage, features: bool = False) -> Pack:
         weights=np.ones(1, np.float32),
         ids=(),
         tiles=np.zeros((0 if features else tiles, *layout.shape), np.uint8),
-        cuts=np.zeros((tiles, 7), np.int32),
+        cuts=np.array([(cut.tiles, each, *cut.numbers)] * pictures, np.int32).reshape(-1, 11),
         rows=(),
         features=made,
     )
@@ -317,7 +337,8 @@ def fullest(recipe: Recipe, stage: Stage, features: bool = False) -> Pack:
 
 def _mark(engine: FSDPEngine, optimizer: torch.optim.Optimizer, held: Held) -> None:
     """Name the moments of a step: which pack, forward or backward, at which end of which stack."""
-    model: VisionLanguageModel = engine.module.model
+    model = engine.module.model
+    assert isinstance(model, VisionLanguageModel)
     packs = 0
 
     def begin(*_: object) -> None:
@@ -329,7 +350,7 @@ def _mark(engine: FSDPEngine, optimizer: torch.optim.Optimizer, held: Held) -> N
         return lambda *_: held.moment(*(f"pack {packs} {place}" for place in places))
 
     engine.module.register_forward_pre_hook(begin)
-    for part, units in (("encoder", model.encoder.tower.units()), ("lm", model.lm.units())):
+    for part, units in (("encoder", model.encoder.units()), ("lm", model.lm.units())):
         for number, unit in enumerate(units):
             ends = [end for end in (number, number - len(units)) if -2 <= end < 2]
             unit.register_forward_pre_hook(at(*(f"forward {part} {end}" for end in ends)))

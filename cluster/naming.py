@@ -88,7 +88,11 @@ def known_corpora() -> dict[str, Corpus]:
 
 def tokenizer_folder(word: str, site: Site) -> str:
     """The tokenizer that `word` means: a recipe's, one under [weights], or a folder. Raises SiteError when there is none."""
-    name = RECIPES[word]().model.lm.text_codec if word in RECIPES else word
+    name = RECIPES[word]().model.words.tokenizer if word in RECIPES else word
+    if name is None:
+        raise SiteError(
+            f"--tokenizer {word}: the recipe's model reads no text; name a recipe with a tokenizer, or a folder"
+        )
     folder = site.folder(name)
     if not (Path(folder) / "tokenizer.json").is_file():
         raise SiteError(

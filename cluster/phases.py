@@ -15,7 +15,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from mllm.vlm import VisionLanguageModel
+from mllm.model import Model
 from pipelines.types import spec
 
 PhaseName = Literal["data", "vision", "lm", "communication"]
@@ -108,10 +108,15 @@ class PhaseClock:
         finally:
             self._go_on()
 
-    def follow(self, model: VisionLanguageModel) -> None:
-        """Tell vision from the language model. Where nothing of vision is trained, no gradient arrives there."""
-        model.register_forward_pre_hook(lambda *_: self.enter("vision"))
-        model.border.register_forward_hook(self._seen)
+    def follow(self, model: Model) -> None:
+        """Tell vision from the language model, where a model has a border between them.
+
+        Where nothing of vision is trained, no gradient arrives there.
+        """
+        border = getattr(model, "border", None)
+        if isinstance(border, nn.Module):
+            model.register_forward_pre_hook(lambda *_: self.enter("vision"))
+            border.register_forward_hook(self._seen)
 
     def follow_collectives(self, unit: nn.Module) -> None:
         """Time what FSDP2 does around a sharded unit: gather it, forward and backward, and reduce its gradients.

@@ -9,6 +9,8 @@ from cluster.preflight import refusals, this_machine, untrusted
 from cluster.schedule import accumulation, planned_steps
 from cluster.site import Site, SiteError
 from mllm.flops import Cost, cost_of, work_of
+from mllm.model import Model, ModelSpec
+from mllm.objectives import DPO, Gathered
 from mllm.recipe import Recipe, Stage, Tokens
 from mllm.tune import PartReport, apply_tuning, describe
 from mllm.vlm import VLM, VisionLanguageModel
@@ -17,7 +19,7 @@ from pipelines.types import spec
 WORLDS = (1, 2, 4, 8, 16, 64, 128)
 
 
-def meta_model(model: VLM) -> VisionLanguageModel:
+def meta_model(model: ModelSpec) -> Model:
     """The module without memory: shapes from the recipe, no weights read."""
     return model.meta()
 
@@ -26,7 +28,7 @@ def meta_model(model: VLM) -> VisionLanguageModel:
 class StagePlan:
     """One stage. `rows` and `windows` are None when its corpora are not on the site; `memory` is the peak bytes a GPU by world
     size, without sizes that cannot be; `flops` are the model's in a step of full packs, which is the most, and `total_flops`
-    those of all steps where their number is known.
+    those of all steps where their number is known. `unknown` says why memory and FLOPs are not predicted, where they are not.
     """
 
     name: str
@@ -37,8 +39,9 @@ class StagePlan:
     packs_per_step: int
     accumulation: dict[int, int]
     memory: dict[int, int]
-    flops: float
+    flops: float | None
     total_flops: float | None
+    unknown: str = ""
 
 
 @spec
@@ -72,8 +75,11 @@ def _stage(recipe: Recipe, stage: Stage, site: Site, worlds: tuple[int, ...], co
     apply_tuning(model, stage.tune)
     trained = tuple(name for name, parameter in model.named_parameters() if parameter.requires_grad)
     key = (trained, stage.objective, stage.parallel.recompute, takes_features(stage))
-    cost = costs.get(key) or costs.setdefault(key, _cost(model, recipe, stage))
-    flops = stage.packs_per_step * cost.model_flops(work_of(fullest(recipe, stage, takes_features(stage))))
+    unknown = unpredicted(recipe, stage)
+    flops = None
+    if not unknown:
+        cost = costs.get(key) or costs.setdefault(key, _cost(model, recipe, stage))
+        flops = stage.packs_per_step * cost.model_flops(work_of(fullest(recipe, stage, takes_features(stage))))
     count = planned_steps(stage)
     rows = None
     try:
@@ -92,23 +98,38 @@ def _stage(recipe: Recipe, stage: Stage, site: Site, worlds: tuple[int, ...], co
         steps=_steps(stage, rows),
         packs_per_step=stage.packs_per_step,
         accumulation={world: accumulation(stage.packs_per_step, world) for world in worlds},
-        memory=memory(recipe, stage, worlds),
+        memory={} if unknown else memory(recipe, stage, worlds),
         flops=flops,
-        total_flops=None if count is None else count * flops,
+        total_flops=None if count is None or flops is None else count * flops,
+        unknown=unknown,
     )
 
 
+def unpredicted(recipe: Recipe, stage: Stage) -> str:
+    """Why a stage's memory and FLOPs are not predicted; an empty word where they are."""
+    if not isinstance(recipe.model, VLM):
+        return f"memory and FLOPs are not predicted: they are reckoned for kind 'vlm', and the model is {recipe.model.kind!r}"
+    if isinstance(stage.objective, Gathered | DPO):
+        return f"memory and FLOPs are not predicted: they are reckoned for single packs and models, not {stage.objective.kind!r}"
+    return ""
+
+
 def stage_cost(recipe: Recipe, stage: Stage) -> Cost:
-    """FLOPs of a stage's packs, as `mllm.flops.cost_of` counts them."""
+    """FLOPs of a stage's packs, as `mllm.flops.cost_of` counts them. Raises ValueError where they are not predicted."""
+    if why := unpredicted(recipe, stage):
+        raise ValueError(why)
     model = meta_model(recipe.model)
     apply_tuning(model, stage.tune)
     return _cost(model, recipe, stage)
 
 
-def _cost(model: VisionLanguageModel, recipe: Recipe, stage: Stage) -> Cost:
-    patches = recipe.model.encoder.arch.tokens(recipe.tiling.size) if takes_features(stage) else None
-    layout = recipe.model.layout(recipe.tiling)
-    return cost_of(model, stage.objective, layout, stage.parallel.recompute, patches)
+def _cost(model: Model, recipe: Recipe, stage: Stage) -> Cost:
+    assert isinstance(model, VisionLanguageModel)
+    spec, tiling = recipe.vlm, recipe.tiling
+    features = spec.encoder.tokens(tiling.size) if takes_features(stage) else None
+    patches = features if isinstance(features, int) else None
+    cut = tiling.cut(tiling.size, tiling.size, single=True)
+    return cost_of(model, stage.objective, spec.layout(tiling), stage.parallel.recompute, patches, cut)
 
 
 def _steps(stage: Stage, rows: int | None) -> str:

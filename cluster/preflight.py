@@ -49,7 +49,7 @@ def untrusted(recipe: Recipe, site: Site, fetch: bool = True) -> tuple[str, ...]
     Nothing of them is run here. With `fetch` the configs of hub ids that are not on this machine are fetched, else passed over.
     """
     model = recipe.model
-    parts = dict.fromkeys(name for name in (model.encoder.weights, model.lm.weights) if name)
+    parts = dict.fromkeys(model.reads)
     annotators = (annotator for stage in recipe.stages for annotator in stage.annotators)
     theirs = dict.fromkeys(a.weights for a in annotators if isinstance(a, ScoreFilter | Recaption | DiscreteCodes))
     whys = [refusal(site.folder(name), site.trust_remote_code, fetch) for name in parts]

@@ -190,7 +190,7 @@ def cut_of(tiling: AnyTiling, tiles: int, numbers: tuple[int, ...]) -> Cut:
     A pack does not say how many tiles a picture was allowed, so each limit is tried; those that give the same grid cut alike.
     Raises ValueError when none does: the pack was made with another tiling.
     """
-    *_, height, width = numbers
+    height, width = numbers[3:5]
     most = getattr(tiling, "max_tiles", 1)
     tries = chain(
         (tiling.cut(height, width),),

@@ -16,8 +16,8 @@ from cluster.journal import Journal, RunState
 from cluster.local import quieten, ray_running
 from cluster.metrics import RunFolder
 from cluster.site import Site
+from mllm.model import Model
 from mllm.recipe import FSDP, Recipe, load
-from mllm.vlm import VisionLanguageModel
 from pipelines.place import Place
 
 
@@ -139,7 +139,7 @@ def evaluate_run(site: Site, name: str, console: Console) -> None:
         console.print(f"{probe.shots}-shot: {probe.accuracy:.0%} of {probe.questions} questions, chance {chance:.0%}")
 
 
-def trained_model(site: Site, recipe: Recipe, folder: RunFolder) -> VisionLanguageModel:
+def trained_model(site: Site, recipe: Recipe, folder: RunFolder) -> Model:
     """The model with the weights of the run's last finished stage, on CPU, float32.
 
     Raises RunError when no stage is finished.
@@ -164,7 +164,9 @@ def _export(site: Site, recipe: Recipe, folder: RunFolder, out: Place) -> Place:
 
     model = trained_model(site, recipe, folder)
     with TemporaryDirectory() as scratch:
-        made = export(recipe, model, site.folder(recipe.model.lm.text_codec), out.path if out.local else Path(scratch))
+        tokenizer = recipe.model.words.tokenizer
+        words = site.folder(tokenizer) if tokenizer else None
+        made = export(recipe, model, words, out.path if out.local else Path(scratch))
         if not out.local:
             for file in sorted(path for path in made.rglob("*") if path.is_file()):
                 (out / str(file.relative_to(made))).write(file.read_bytes())

@@ -179,23 +179,23 @@ class Site:
     def _stream(
         self, recipe: Recipe, stage: Stage, order: Order, corpora: tuple[Corpus, ...], weights: tuple[float, ...]
     ) -> Stream:
-        lm = recipe.model.lm
-        tokenizer = self.folder(lm.text_codec)
-        if not (Path(tokenizer) / "tokenizer.json").is_file():
+        words = recipe.model.words
+        tokenizer = self.folder(words.tokenizer) if words.tokenizer else ""
+        if words.tokenizer and not (Path(tokenizer) / "tokenizer.json").is_file():
             raise SiteError(
-                f"the recipe's tokenizer {lm.text_codec!r} should be a folder with a tokenizer.json and {tokenizer} is none; "
+                f"the recipe's tokenizer {words.tokenizer!r} should be a folder with a tokenizer.json and {tokenizer} is none; "
                 "map it under [weights] in the site file"
             )
         return Stream(
             order=order,
             corpora=corpora,
             tiling=recipe.tiling,
-            template=lm.chat,
+            template=words.chat,
             layout=recipe.model.layout(recipe.tiling),
             budget=stage.budget,
             tokenizer=tokenizer,
-            bos=lm.bos,
-            eos=lm.eos,
+            bos=words.bos,
+            eos=words.eos,
             loss_weights=weights,
             limits=self.limits,
             storage=self.storage,

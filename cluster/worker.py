@@ -33,9 +33,9 @@ from cluster.schedule import due, learning_rate_factor, progress, stale
 from cluster.shards import CorruptCheckpoint
 from mllm import evaluate
 from mllm.flops import Cost, Work, work_of
+from mllm.model import Model
 from mllm.recipe import LoRA, Recipe, Source, Stage
 from mllm.tune import peak_rate
-from mllm.vlm import VisionLanguageModel
 from pipelines import storage, trust
 from pipelines.annotate import OfPacks
 from pipelines.place import Place
@@ -442,18 +442,19 @@ def _device() -> torch.device:
     return ray.train.torch.get_device() if torch.cuda.is_available() else torch.device("cpu")
 
 
-def _build_model(job: StageJob, resumed: Place | None) -> VisionLanguageModel:
+def _build_model(job: StageJob, resumed: Place | None) -> Model:
     """The model to train: rank 0 reads weights, and the engine hands them on to the others."""
     if not torch.cuda.is_available():  # ranks of one machine share its cores instead of each taking all
         local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // local))
     torch.manual_seed(job.recipe.seed)
+    model = job.recipe.model_of(job.stage)
     if dist.get_rank() != 0:
-        return job.recipe.model.empty()
+        return model.empty()
     if job.previous and not resumed and job.adapted:
         assert job.before is not None  # whose checkpoint `previous` is
         return checkpoint.read_model(job.recipe, job.before, Place(job.previous), job.place)
-    return job.recipe.model.build(job.place)
+    return model.build(job.place)
 
 
 def _restore(engine: Engine, job: StageJob, resumed: Place | None) -> None:
@@ -636,14 +637,20 @@ def evaluation_of(engine: Engine, held_out: Stream, recipe: Recipe, stage: str, 
         if isinstance(document, Measured)
     ]
     documents.sort(key=lambda document: (document.source, document.id.shard, document.id.row))
-    questions = evaluate.few_shot_questions(documents, windows.encoder, recipe.shots, QUESTIONS)
-    probe = evaluate.probe_sums(engine.score, questions, windows.pixels, recipe.shots, engine.device)
+    # Without a language model's loss there is nothing to compare, and nothing to write.
+    speaks = recipe.stage(stage).objective.kind in (
+        "next_token",
+        "two_vocabularies",
+    )
+    shots = recipe.shots if speaks else ()
+    questions = evaluate.few_shot_questions(documents, windows.encoder, shots, QUESTIONS) if shots else []
+    probe = evaluate.probe_sums(engine.score, questions, windows.pixels, shots, engine.device)
     return Evaluation(
         stage=stage,
         when=when,
         scores=evaluate.source_scores(sums, held_out.sources),
-        probe=evaluate.probe_scores(probe, recipe.shots),
-        answers=tuple(_answers(engine, windows, documents)),
+        probe=evaluate.probe_scores(probe, shots),
+        answers=tuple(_answers(engine, windows, documents)) if speaks else (),
     )
 
 

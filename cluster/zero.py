@@ -42,8 +42,8 @@ WHOLE_BELOW = 10
 class Untangled(Trained):
     """`Trained` that returns tensors side by side: ZeRO-3 hooks itself to tensors, which it finds in tuples alone."""
 
-    def forward(self, batch: Batch, next_logits: bool = False) -> Any:
-        output = super().forward(batch, next_logits)
+    def forward(self, batch: Batch, next_logits: bool = False, collect: bool = False, told: Any = None) -> Any:
+        output = super().forward(batch, next_logits, collect, told)
         return output if next_logits else (output.sum, output.weight, output.documents)
 
 

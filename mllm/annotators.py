@@ -200,8 +200,8 @@ class FrozenFeatures:
         return annotate
 
     def empty(self, pack: Pack) -> Pack:
-        patches = self.encoder.arch.tokens(pack.tiles.shape[-1])
-        return replace(pack, features=np.zeros((0, patches, self.encoder.arch.width), np.uint16))
+        patches = self.encoder.tokens(pack.tiles.shape[-1])
+        return replace(pack, features=np.zeros((0, patches, self.encoder.width), np.uint16))
 
     def _fingerprint(self, tower: VisionEncoder) -> str:
         """Of all that decides features: how the tower is read, the numbers it computes in, its weights (not their name)."""
@@ -265,9 +265,12 @@ class ReferenceLogProbs:
     def packs(self, folder: Folder) -> Callable[[Pack], Pack]:
         """Load the reference. Raises FileNotFoundError when the folder is no export."""
         from mllm.export import read_back
+        from mllm.vlm import VisionLanguageModel
 
         device = _device()
         model = read_back(Path(folder(self.checkpoint)))
+        if not isinstance(model, VisionLanguageModel):
+            raise ValueError(f"reference_log_probs: the export {self.checkpoint!r} is no model with a language model")
         _settle(model, device)
 
         @torch.no_grad()

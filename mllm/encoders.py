@@ -1,165 +1,147 @@
 """Visual encoders: tiles -> patch features, through `transformers` towers.
 
-An `Encoder` says which tower (`arch`, its shape, known without a download), whose weights, and which layer is read. To add a
-tower: an architecture with `tokens`, `width` and `build`, its name in `VisionArch`.
+An `Encoder` says which tower (`arch`, its shape, known without a download), whose weights, and how it is read; `Encoders` are
+several that look at the same tile. To add a tower: an architecture with `tokens`, `width`, `build` and `tiny`, its name in
+`VisionArch`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Annotated, Any, Literal
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Annotated
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, UInt8
 from pydantic import Field
 from torch import Tensor, nn
 
-from mllm.weights import load
+from mllm.convnets import ConvNeXt, ConvTower, MobileNetV2, ResNet
+from mllm.towers import ClipVision, Cls, Dinov2, EvaClip, Grid, InternViT, SiglipVision, ViT, ViTTower
 from ops.images import normalize
 from pipelines.types import spec
+
+__all__ = [
+    "ClipVision",
+    "ConvNeXt",
+    "Dinov2",
+    "Encoder",
+    "Encoders",
+    "EvaClip",
+    "Folder",
+    "InternViT",
+    "MobileNetV2",
+    "ResNet",
+    "SiglipVision",
+    "ViT",
+    "VisionArch",
+    "VisionEncoder",
+    "VisionEncoders",
+]
 
 Folder = Callable[[str], str]
 """From a name of weights to the folder or hub id that the site keeps them under."""
 
+VisionArch = Annotated[
+    ClipVision | SiglipVision | Dinov2 | InternViT | EvaClip | ViT | ConvNeXt | ResNet | MobileNetV2,
+    Field(discriminator="kind"),
+]
 
-@spec
-class ClipVision:
-    """CLIP's vision transformer (arXiv:2103.00020): `patch` pixels a side, learned positions, a CLS token that is dropped."""
-
-    kind: Literal["clip_vision"] = "clip_vision"
-    hidden_size: int
-    layers: int
-    heads: int
-    intermediate_size: int
-    patch: int
-    image: int
-    activation: str = "quick_gelu"
-
-    @property
-    def width(self) -> int:
-        return self.hidden_size
-
-    def tokens(self, tile: int) -> int:
-        """Patches of a tile `tile` pixels a side. Raises ValueError when the tower was not made for that size."""
-        if tile != self.image:
-            raise ValueError(
-                f"tiling cuts tiles of {tile} pixels and the encoder takes {self.image}; set the tiling's size to {self.image}"
-            )
-        return (tile // self.patch) ** 2
-
-    def config(self) -> Any:
-        from transformers import CLIPVisionConfig
-
-        return CLIPVisionConfig(
-            hidden_size=self.hidden_size,
-            num_hidden_layers=self.layers,
-            num_attention_heads=self.heads,
-            intermediate_size=self.intermediate_size,
-            patch_size=self.patch,
-            image_size=self.image,
-            hidden_act=self.activation,
-        )
-
-    def build(self, weights: str | None, layer: int) -> ClipTower:
-        from transformers import CLIPVisionModel
-
-        if weights is None:
-            return ClipTower(CLIPVisionModel._from_config(self.config(), attn_implementation="sdpa"), layer)
-        tower = load(CLIPVisionModel, "AutoModel", weights, attn_implementation="sdpa", dtype=torch.float32)
-        _agree(weights, self.config(), tower.config, ("hidden_size", "num_hidden_layers", "patch_size", "image_size"))
-        return ClipTower(tower, layer)
-
-
-class ClipTower(nn.Module):
-    """Runs only the layers below the one that is read."""
-
-    def __init__(self, tower: Any, layer: int) -> None:
-        super().__init__()
-        self.tower = tower
-        total = len(tower.encoder.layers)
-        self.depth = total + 1 + layer if layer < 0 else layer
-        if not 0 <= self.depth <= total:
-            raise ValueError(f"encoder.layer={layer}: the tower has {total} layers; take one of {-total - 1} to -1")
-
-    def forward(self, pixels: Float[Tensor, "N 3 H W"]) -> Float[Tensor, "N P D"]:
-        x = self.tower.pre_layrnorm(self.tower.embeddings(pixels))
-        for layer in self.tower.encoder.layers[: self.depth]:
-            x = layer(x, attention_mask=None)
-        return x[:, 1:]
-
-    def unused(self) -> list[nn.Module]:
-        """Modules above the layer that is read: kept for export, never run, never trained."""
-        return [*self.tower.encoder.layers[self.depth :], self.tower.post_layernorm]
-
-    def units(self) -> list[nn.Module]:
-        return list(self.tower.encoder.layers[: self.depth])
-
-
-@spec
-class MobileNetV2:
-    """MobileNetV2 (arXiv:1801.04381) up to its last convolution: one token for each 32 x 32 pixels, 1280 wide."""
-
-    kind: Literal["mobilenet_v2"] = "mobilenet_v2"
-
-    @property
-    def width(self) -> int:
-        return 1280
-
-    def tokens(self, tile: int) -> int:
-        """Cells of the final grid. Raises ValueError when the tile is no multiple of 32."""
-        if tile % 32:
-            raise ValueError(f"tiling cuts tiles of {tile} pixels; MobileNetV2 takes multiples of 32")
-        return (tile // 32) ** 2
-
-    def build(self, weights: str | None, layer: int) -> MobileNetTower:
-        from transformers import MobileNetV2Config
-        from transformers import MobileNetV2Model as Tower
-
-        if layer != -1:
-            raise ValueError(f"encoder.layer={layer}: MobileNetV2 is read at its last layer, -1")
-        if weights is None:
-            return MobileNetTower(Tower(MobileNetV2Config()))
-        return MobileNetTower(load(Tower, "AutoModel", weights, dtype=torch.float32))
-
-
-class MobileNetTower(nn.Module):
-    """A convolutional tower; always in inference mode, since batch statistics would tie a tile to its neighbours."""
-
-    def __init__(self, tower: Any) -> None:
-        super().__init__()
-        self.tower = tower.eval()
-
-    def train(self, mode: bool = True) -> MobileNetTower:  # noqa: ARG002 -- see the class
-        return super().train(False)
-
-    def forward(self, pixels: Float[Tensor, "N 3 H W"]) -> Float[Tensor, "N P D"]:
-        return self.tower(pixels).last_hidden_state.flatten(2).transpose(1, 2)
-
-    def unused(self) -> list[nn.Module]:
-        return []
-
-    def units(self) -> list[nn.Module]:
-        return []
-
-
-VisionArch = Annotated[ClipVision | MobileNetV2, Field(discriminator="kind")]
+OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
+OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 @spec
 class Encoder:
     """A tower and how it is read. `weights` None trains it from scratch; `layer` counts as in LLaVA: -2 is the last but one.
 
-    `mean` and `std` normalise RGB in [0, 1].
+    `normed` applies the tower's final norm to what is read, and `cls` says whether the first feature is its CLS token.
+    `interpolate` stretches learned positions, bicubic, to tiles of another size than the tower was made for. `mean` and `std`
+    normalise RGB in [0, 1].
     """
 
     arch: VisionArch
     weights: str | None = None
     layer: int = -2
-    mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
-    std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
+    cls: Cls = "drop"
+    normed: bool = False
+    interpolate: bool = False
+    mean: tuple[float, float, float] = OPENAI_MEAN
+    std: tuple[float, float, float] = OPENAI_STD
+
+    @property
+    def width(self) -> int:
+        """Channels of a feature."""
+        return self.arch.width
+
+    @property
+    def towers(self) -> tuple[Encoder, ...]:
+        return (self,)
+
+    def tokens(self, tile: int) -> int:
+        """Features of a tile `tile` pixels a side. Raises ValueError when the tower does not take that size."""
+        return self.arch.tokens(tile, self.interpolate) + (self.cls == "keep")
+
+    def bare(self) -> Encoder:
+        """Without weights to be read."""
+        return replace(self, weights=None)
+
+    def tiny(self) -> Encoder:
+        """The same structure at a size for tests, from scratch."""
+        arch = self.arch.tiny()
+        layer = max(self.layer, -2) if self.layer < 0 else min(self.layer, 2)
+        return replace(self, arch=arch, weights=None, layer=layer)
 
     def build(self, folder: Folder) -> VisionEncoder:
-        return VisionEncoder(self, self.arch.build(folder(self.weights) if self.weights else None, self.layer))
+        place = folder(self.weights) if self.weights else None
+        return VisionEncoder(self, self.arch.build(place, self.layer, self.cls, self.normed))
+
+
+@spec
+class Encoders:
+    """Several towers on the same tiles, each at its own size (Cambrian-1, arXiv:2406.16860, 3.2; Mini-Gemini).
+
+    `sizes` are the pixels a side that each tower sees: a tile is resized to them on its device, so cut tiles as large as the
+    largest. The first tower is the one whose grid others are looked at from.
+    """
+
+    towers: tuple[Encoder, ...]
+    sizes: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if len(self.towers) < 2 or len(self.towers) != len(self.sizes):
+            raise ValueError(
+                f"{len(self.towers)} towers and {len(self.sizes)} sizes; give two towers or more, and each its size"
+            )
+        for tower, size in zip(self.towers, self.sizes, strict=True):
+            tower.tokens(size)  # each must take its size
+
+    @property
+    def width(self) -> tuple[int, ...]:
+        """Channels of each tower's features."""
+        return tuple(tower.width for tower in self.towers)
+
+    def tokens(self, tile: int) -> tuple[int, ...]:
+        """Features of each tower. Raises ValueError when the tile is smaller than what the towers look at."""
+        if tile < max(self.sizes):
+            raise ValueError(
+                f"tiling cuts tiles of {tile} pixels and a tower looks at {max(self.sizes)}; set the tiling's size to "
+                f"{max(self.sizes)}"
+            )
+        return tuple(tower.tokens(size) for tower, size in zip(self.towers, self.sizes, strict=True))
+
+    def bare(self) -> Encoders:
+        """Without weights to be read."""
+        return replace(self, towers=tuple(tower.bare() for tower in self.towers))
+
+    def tiny(self) -> Encoders:
+        """The same structure at a size for tests, from scratch."""
+        towers = tuple(tower.tiny() for tower in self.towers)
+        return Encoders(towers=towers, sizes=tuple(getattr(tower.arch, "image", 64) for tower in towers))
+
+    def build(self, folder: Folder) -> VisionEncoders:
+        return VisionEncoders([tower.build(folder) for tower in self.towers], self.sizes)
 
 
 class VisionEncoder(nn.Module):
@@ -168,27 +150,69 @@ class VisionEncoder(nn.Module):
     mean: Tensor
     std: Tensor
 
-    def __init__(self, spec: Encoder, tower: ClipTower | MobileNetTower) -> None:
+    def __init__(self, spec: Encoder, tower: ViTTower | ConvTower) -> None:
         super().__init__()
         self.tower = tower
         self.register_buffer("mean", torch.tensor(spec.mean), persistent=False)
         self.register_buffer("std", torch.tensor(spec.std), persistent=False)
 
-    def forward(self, tiles: UInt8[Tensor, "N 3 H W"]) -> Float[Tensor, "N P D"]:
-        """Patch features in row-major order, without CLS."""
-        dtype = next(self.tower.parameters()).dtype
-        pixels = normalize(tiles, self.mean, self.std).to(dtype)
+    def forward(self, tiles: UInt8[Tensor, "N ..."], grids: Sequence[Grid] | None = None) -> Float[Tensor, "N P D"]:
+        """Patch features in row-major order; CLS first, where it is kept.
+
+        With `grids`, rows and columns of slices, `tiles` are their patches one after the other, channels first inside, and each
+        slice's features are filled up to the longest. Raises ValueError where the tower reads whole tiles alone.
+        """
+        if grids is not None:
+            return self._slices(tiles, grids)
+        return self._run(lambda: self.tower(self._normalised(tiles)))
+
+    def _slices(self, patches: UInt8[Tensor, "R C"], grids: Sequence[Grid]) -> Float[Tensor, "N P D"]:
+        if not isinstance(self.tower, ViTTower):
+            raise ValueError(f"{type(self.tower).__name__} reads whole tiles, no slices of several shapes")
+        tower, lengths = self.tower, [rows * cols for rows, cols in grids]
+        pixels = self._normalised(patches.unflatten(1, (3, -1)).unsqueeze(-1)).flatten(1)
+        pieces = pixels[: sum(lengths)].split(lengths)
+        filled = nn.utils.rnn.pad_sequence(list(pieces), batch_first=True)
+        return self._run(lambda: tower.slices(filled, grids))
+
+    def _normalised(self, tiles: Tensor) -> Tensor:
+        return normalize(tiles, self.mean, self.std).to(next(self.tower.parameters()).dtype)
+
+    def _run(self, read: Callable[[], Tensor]) -> Tensor:
         if any(p.requires_grad for p in self.tower.parameters()):
-            return self.tower(pixels)
+            return read()
         with torch.no_grad():  # a frozen tower keeps no activations
-            return self.tower(pixels)
+            return read()
+
+    def units(self) -> list[nn.Module]:
+        return self.tower.units()
+
+    def unused(self) -> list[nn.Module]:
+        return self.tower.unused()
 
 
-def _agree(weights: str, expected: Any, found: Any, fields: tuple[str, ...]) -> None:
-    """Raise ValueError when downloaded weights are not of the shape that the recipe plans with."""
-    for field in fields:
-        wanted, has = getattr(expected, field), getattr(found, field)
-        if wanted != has:
-            raise ValueError(
-                f"weights {weights!r} have {field}={has} and the recipe's arch says {wanted}; mend the arch"
-            )
+class VisionEncoders(nn.Module):
+    """uint8 tiles -> each tower's features, every tower at its own size."""
+
+    def __init__(self, encoders: list[VisionEncoder], sizes: tuple[int, ...]) -> None:
+        super().__init__()
+        self.encoders = nn.ModuleList(encoders)
+        self.sizes = sizes
+
+    def forward(self, tiles: UInt8[Tensor, "N 3 H W"]) -> tuple[Float[Tensor, "N _ _"], ...]:
+        """Features of each tower, (N, P, D) with P and D its own."""
+        return tuple(encoder(_resized(tiles, size)) for encoder, size in zip(self.encoders, self.sizes, strict=True))
+
+    def units(self) -> list[nn.Module]:
+        return [unit for encoder in self.encoders for unit in encoder.units()]  # type: ignore[operator]  # VisionEncoders
+
+    def unused(self) -> list[nn.Module]:
+        return [module for encoder in self.encoders for module in encoder.unused()]  # type: ignore[operator]
+
+
+def _resized(tiles: UInt8[Tensor, "N 3 H W"], size: int) -> UInt8[Tensor, "N 3 h w"]:
+    """Tiles of `size` pixels a side, bicubic, smoothed where they shrink."""
+    if tiles.shape[-1] == size:
+        return tiles
+    pixels = F.interpolate(tiles.float(), size=(size, size), mode="bicubic", antialias=True, align_corners=False)
+    return pixels.round().clamp(0, 255).to(torch.uint8)

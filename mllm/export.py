@@ -1,7 +1,9 @@
 """A trained model as a folder that others read.
 
 llava: encoder CLIP, connector MLP of depth 2, a Llama decoder, Splice  ->  one `LlavaForConditionalGeneration` folder
-parts: anything else                                                    ->  encoder/, lm/ (transformers) and connector.safetensors
+parts: any other vision-language model                                  ->  encoder/, lm/ (transformers), connector.safetensors
+                                                                            and, where a fusion has weights, fusion.safetensors
+whole: a model of another kind                                          ->  model.safetensors under the model's own names
 """
 
 from __future__ import annotations
@@ -16,29 +18,45 @@ from safetensors.torch import load_file, save_file
 
 from mllm.connectors import MLP
 from mllm.encoders import ClipVision
-from mllm.lm import CausalLM
+from mllm.fusion import Splice
+from mllm.lm import CausalLM, Llama
+from mllm.model import Model
 from mllm.recipe import Recipe, dump, load
-from mllm.vlm import VisionLanguageModel
+from mllm.vlm import VLM, VisionLanguageModel
 from pipelines.tiling import Pad
 
 IMAGE = "<image>"
 
 
-def format_of(recipe: Recipe) -> Literal["llava", "parts"]:
+def format_of(recipe: Recipe) -> Literal["llava", "parts", "whole"]:
     """Which form a recipe's model has."""
     model = recipe.model
-    llava = isinstance(model.encoder.arch, ClipVision) and model.connector == MLP(depth=2)
+    if not isinstance(model, VLM):
+        return "whole"
+    llava = (
+        isinstance(model.encoder.arch, ClipVision)
+        and model.connector == MLP(depth=2)
+        and isinstance(model.lm.arch, Llama)
+        and model.fusion == Splice()
+    )
     return "llava" if llava else "parts"
 
 
-def export(recipe: Recipe, model: VisionLanguageModel, tokenizer: str, out: Path) -> Path:
-    """Write `model` to the folder `out`, with the tokenizer of the folder `tokenizer`; replaces what was there."""
+def export(recipe: Recipe, model: Model, tokenizer: str | None, out: Path) -> Path:
+    """Write `model` to the folder `out`, with the tokenizer of the folder `tokenizer`, if any; replaces what was there."""
     scratch = out.with_name(f".{out.name}.part")
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)
-    if format_of(recipe) == "llava":
+    if not isinstance(model, VisionLanguageModel) or not isinstance(recipe.model, VLM):
+        save_file({name: value.clone() for name, value in model.state_dict().items()}, scratch / "model.safetensors")
+        for file in ("tokenizer.json", "tokenizer_config.json") if tokenizer else ():
+            if (Path(tokenizer or "") / file).is_file():
+                shutil.copyfile(Path(tokenizer or "") / file, scratch / file)
+    elif format_of(recipe) == "llava":
+        assert tokenizer is not None
         _llava(recipe, model, tokenizer, scratch)
     else:
+        assert tokenizer is not None
         _parts(model, tokenizer, recipe.model.lm, scratch)
     (scratch / "recipe.json").write_text(dump(recipe))
     shutil.rmtree(out, ignore_errors=True)
@@ -51,6 +69,7 @@ def _llava(recipe: Recipe, model: VisionLanguageModel, tokenizer: str, out: Path
     from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
     spec = recipe.model
+    assert isinstance(spec, VLM)
     text = _tokenizer(tokenizer, spec.lm)
     image_id = text.convert_tokens_to_ids(IMAGE)
     layout = spec.layout(recipe.tiling)
@@ -108,12 +127,24 @@ def _llava_names(model: VisionLanguageModel) -> dict[str, torch.Tensor]:
 def _parts(model: VisionLanguageModel, tokenizer: str, lm: CausalLM, out: Path) -> None:
     tower: Any = model.encoder.tower
     tower.tower.save_pretrained(out / "encoder")
-    model.lm.model.save_pretrained(out / "lm")
+    fused = _of_fusion(model)
+    attached = {id(value) for value in fused.values()}
+    names = dict(model.lm.model.named_parameters(remove_duplicate=False))
+    alone = {name: value for name, value in model.lm.model.state_dict().items() if id(names.get(name)) not in attached}
+    model.lm.model.save_pretrained(out / "lm", state_dict=alone)
     _tokenizer(tokenizer, lm).save_pretrained(out / "lm")
     save_file(
         {name: value.contiguous() for name, value in model.connector.state_dict().items()},
         out / "connector.safetensors",
     )
+    if fused:
+        save_file({name: value.detach().contiguous() for name, value in fused.items()}, out / "fusion.safetensors")
+
+
+def _of_fusion(model: VisionLanguageModel) -> dict[str, torch.nn.Parameter]:
+    """The fusion's parameters by the model's names, wherever they lie."""
+    own = {id(p) for p in model.parts().get("fusion", [])}
+    return {name: p for name, p in model.named_parameters() if id(p) in own}
 
 
 def _tokenizer(folder: str, lm: CausalLM) -> Any:
@@ -131,7 +162,7 @@ def _tokenizer(folder: str, lm: CausalLM) -> Any:
     return text
 
 
-def read_back(folder: Path) -> VisionLanguageModel:
+def read_back(folder: Path) -> Model:
     """The model that `export` wrote to `folder`, float32, on CPU. Raises FileNotFoundError when it is no export of ours.
 
     Transformers itself reads its files: names on disk are not those of its modules.
@@ -139,6 +170,10 @@ def read_back(folder: Path) -> VisionLanguageModel:
     if not (folder / "recipe.json").is_file():
         raise FileNotFoundError(f"{folder} has no recipe.json; name a folder that `mllm export` wrote")
     recipe = load((folder / "recipe.json").read_bytes())
+    if format_of(recipe) == "whole":
+        model = recipe.model.bare().build()
+        model.load_state_dict(load_file(folder / "model.safetensors"), strict=True)
+        return model
     return _from_llava(folder, recipe) if format_of(recipe) == "llava" else _from_parts(folder, recipe)
 
 
@@ -158,12 +193,17 @@ def _from_llava(folder: Path, recipe: Recipe) -> VisionLanguageModel:
 def _from_parts(folder: Path, recipe: Recipe) -> VisionLanguageModel:
     model = _with_weights(recipe, str(folder / "encoder"), str(folder / "lm"))
     model.connector.load_state_dict(load_file(folder / "connector.safetensors"), strict=True)
+    stored = load_file(folder / "fusion.safetensors") if _of_fusion(model) else {}
+    with torch.no_grad():
+        for name, parameter in _of_fusion(model).items():
+            parameter.copy_(stored[name])
     return model
 
 
 def _with_weights(recipe: Recipe, encoder: str | None, lm: str | None) -> VisionLanguageModel:
     """The recipe's model built from these weights in place of its own."""
     spec = recipe.model
+    assert isinstance(spec, VLM)
     tower = replace(spec.encoder, weights=encoder)
     return replace(spec, encoder=tower, lm=replace(spec.lm, weights=lm, tokenizer=spec.lm.text_codec)).build()
 

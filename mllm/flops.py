@@ -29,20 +29,23 @@ from torch.utils.flop_counter import flop_registry
 from mllm.objectives import Objective
 from mllm.recipe import Recompute
 from mllm.vlm import VisionLanguageModel
-from pipelines.types import NOT_LEARNED, Batch, Pack, VisionLayout, spec
+from pipelines.types import IMAGE_TOKEN, NOT_LEARNED, Batch, Cut, Pack, VisionLayout, spec
 
-TOKENS, TILES, LEARNED = (1_000_003, 1_000_033), (1009, 1013), (101, 103)
+TOKENS, TILES, LEARNED, DOCUMENTS = (1_000_003, 1_000_033), (1009, 1013), (101, 103), (13, 17, 19, 23, 29)
 """Sizes of the pack that is counted: primes, the first of each that divides no size of the model."""
 
 
-Grows = Literal["tiles", "tokens", "pairs", "learned"]
+Grows = Literal["tiles", "tokens", "pairs", "learned", "shown", "documents", "text", "image"]
+"""`shown`: positions times the tiles that they look at beside their own document. `text` and `image`: positions that a fusion
+leads through weights of their own."""
 
 
 @spec
 class Work:
     """What a pack asks of a model: tiles, positions, pairs of positions that see each other, positions with loss.
 
-    `blanks` are tiles that no pack has and the model sees all the same: one in each pack without pictures.
+    `shown` are pairs of a position and a tile of the latest picture before it in its document. `blanks` are tiles that no pack
+    has and the model sees all the same: one in each pack without pictures.
     """
 
     tiles: int = 0
@@ -50,6 +53,8 @@ class Work:
     pairs: int = 0
     learned: int = 0
     blanks: int = 0
+    shown: int = 0
+    documents: int = 0
 
     def __add__(self, other: Work) -> Work:
         return Work(
@@ -58,6 +63,8 @@ class Work:
             pairs=self.pairs + other.pairs,
             learned=self.learned + other.learned,
             blanks=self.blanks + other.blanks,
+            shown=self.shown + other.shown,
+            documents=self.documents + other.documents,
         )
 
 
@@ -71,17 +78,33 @@ def work_of(pack: Pack) -> Work:
         pairs=int((lengths * (lengths + 1) // 2).sum()),
         learned=pack.learned,
         blanks=int(tiles == 0),
+        shown=_shown(pack),
+        documents=len(lengths),
     )
+
+
+def _shown(pack: Pack) -> int:
+    """Positions from each picture's first on to the next picture or its document's end, times its tiles."""
+    places = np.flatnonzero(pack.input_ids == IMAGE_TOKEN)
+    if not len(places):
+        return 0
+    counts = pack.cuts[:, 1].astype(np.int64)
+    starts = places[np.cumsum(counts) - counts]
+    stops = pack.cu_seqlens[np.searchsorted(pack.cu_seqlens, starts, side="right")]
+    following = np.append(starts[1:], len(pack.input_ids))
+    return int(((np.minimum(following, stops) - starts) * pack.cuts[:, 0]).sum())
 
 
 @spec
 class Flops:
-    """FLOPs of one tile, one position, one pair of positions that see each other, one position with loss."""
+    """FLOPs of one tile, one position, one pair of positions that see each other, one position with loss, ..."""
 
     per_tile: float
     per_token: float
     per_pair: float
     per_learned: float
+    per_shown: float = 0.0
+    per_document: float = 0.0
 
     def of(self, work: Work) -> float:
         """FLOPs of `work`, without its blanks."""
@@ -90,6 +113,8 @@ class Flops:
             + self.per_token * work.tokens
             + self.per_pair * work.pairs
             + self.per_learned * work.learned
+            + self.per_shown * work.shown
+            + self.per_document * work.documents
         )
 
 
@@ -113,26 +138,31 @@ def cost_of(
     layout: VisionLayout,
     recompute: Recompute = "none",
     patches: int | None = None,
+    cut: Cut | None = None,
 ) -> Cost:
     """Count a forward and a backward of `model`, a module on the meta device whose `requires_grad` says what is trained.
 
-    `patches` are those of a tile where its features come with the pack, and the encoder does not run. Hardware FLOPs have
+    `patches` are those of a tile where its features come with the pack, and the encoder does not run. `cut` is how a picture
+    lies in tiles, one tile each if it is not told. Hardware FLOPs have
     each unit's forward again where `recompute` is "full"; "selective" keeps all that is counted here. They also have the
     scores that attention's backward computes again (arXiv:2205.14135, 3: five products for four). Both take an attention
     kernel for one that passes over what is masked. Raises ValueError where a product grows with something else than tiles,
     positions, pairs or learned positions.
     """
     sizes = {size for parameter in model.parameters() for size in parameter.shape}
-    tokens, tiles, learned = (_free(primes, sizes) for primes in (TOKENS, TILES, LEARNED))
-    batch = _batch(model, layout, tokens, tiles, learned, patches)
-    count = _Count(tokens, tiles, learned)
+    tokens, tiles, learned, documents = (_free(primes, sizes) for primes in (TOKENS, TILES, LEARNED, DOCUMENTS))
+    cut = cut or Cut(height=layout.tile, width=layout.tile, rows=1, cols=1, canvas=(layout.tile, layout.tile))
+    batch = _batch(model, layout, tokens, tiles, learned, documents, patches, cut)
+    count = _Count(tokens, tiles, learned, documents, cut.tiles, model.fusion.routed(batch))
     with _computed_again(model, count) if recompute == "full" else ExitStack(), count:
-        sum_ = objective(model, batch).sum
+        learned_by: Any = objective
+        sum_ = learned_by(model, batch).sum
         count.backward = True
         sum_.backward()
     for parameter in model.parameters():
         parameter.grad = None
-    return Cost(model=count.needed.flops(), hardware=count.computed.flops())
+    a_tile = layout.tokens(cut) / cut.tiles
+    return Cost(model=count.needed.flops(a_tile), hardware=count.computed.flops(a_tile))
 
 
 def _free(primes: tuple[int, ...], sizes: set[int]) -> int:
@@ -140,31 +170,42 @@ def _free(primes: tuple[int, ...], sizes: set[int]) -> int:
 
 
 def _batch(
-    model: VisionLanguageModel, layout: VisionLayout, tokens: int, tiles: int, learned: int, patches: int | None
+    model: VisionLanguageModel,
+    layout: VisionLayout,
+    tokens: int,
+    pictures: int,
+    learned: int,
+    documents: int,
+    patches: int | None,
+    cut: Cut,
 ) -> Batch:
-    """One document, every number of it of its own size. Whole numbers are real; what is large is on the meta device."""
-    visual = min(tiles * layout.tokens_per_tile, tokens)
+    """One document and some that are empty, every number of it of its own size. Whole numbers are real; what is large is on the
+    meta device. Where a fusion tells pictures apart, they are one picture of many tiles."""
+    each, tiles = layout.tokens(cut), pictures * cut.tiles
+    visual = min(pictures * each, tokens)
+    cuts = [(cut.tiles, each, *cut.numbers)] * pictures
+    if model.fusion.sees_pictures:
+        cuts = [(tiles, pictures * each, *cut.numbers)]
     labels = torch.full((tokens,), NOT_LEARNED)
     labels[:learned] = 0
     features = None
     if patches is not None:
-        width = next(model.connector.parameters()).shape[-1]
-        features = torch.zeros(tiles, patches, width, dtype=torch.bfloat16, device="meta")
+        features = torch.zeros(tiles, patches, model.feature_width, dtype=torch.bfloat16, device="meta")
     return Batch(
         input_ids=torch.zeros(tokens, dtype=torch.long),
         labels=labels,
         positions=torch.arange(tokens),
         visual=torch.arange(tokens) < visual,
-        visual_count=tiles * layout.tokens_per_tile,
-        cu_seqlens=torch.tensor([0, tokens], dtype=torch.int32),
+        visual_count=pictures * each,
+        cu_seqlens=torch.tensor([0, *[tokens] * documents], dtype=torch.int32),
         max_seqlen=tokens,
-        sources=torch.zeros(1, dtype=torch.long),
-        branches=torch.zeros(1, dtype=torch.int8),
-        classes=torch.full((1,), -1),
-        weights=torch.ones(1),
-        pictured=torch.ones(1, dtype=torch.bool),
+        sources=torch.zeros(documents, dtype=torch.long),
+        branches=torch.zeros(documents, dtype=torch.int8),
+        classes=torch.full((documents,), -1),
+        weights=torch.ones(documents),
+        pictured=torch.ones(documents, dtype=torch.bool),
         tiles=torch.zeros(tiles, *layout.shape, dtype=torch.uint8, device="meta"),
-        cuts=torch.zeros(tiles, 7, dtype=torch.int32),
+        cuts=torch.tensor(cuts, dtype=torch.int32),
         features=features,
     )
 
@@ -172,16 +213,20 @@ def _batch(
 class _Sums:
     """FLOPs by what they grow with."""
 
-    def __init__(self, tokens: int, tiles: int, learned: int) -> None:
-        self.tokens, self.tiles, self.learned = tokens, tiles, learned
-        self.sums = dict.fromkeys(get_args(Grows), 0.0)
+    def __init__(self, sizes: dict[Grows, int]) -> None:
+        self.sizes = sizes
+        self.sums: dict[Grows, float] = dict.fromkeys(get_args(Grows), 0.0)
 
-    def flops(self) -> Flops:
+    def flops(self, a_tile: float) -> Flops:
+        """By one of each; a tile has `a_tile` positions, and each of them is no text."""
+        one = {what: self.sums[what] / size if size else 0.0 for what, size in self.sizes.items()}
         return Flops(
-            per_tile=self.sums["tiles"] / self.tiles,
-            per_token=self.sums["tokens"] / self.tokens,
-            per_pair=self.sums["pairs"] / self.tokens**2,
-            per_learned=self.sums["learned"] / self.learned,
+            per_tile=one["tiles"] + a_tile * (one["image"] - one["text"]),
+            per_token=one["tokens"] + one["text"],
+            per_pair=one["pairs"],
+            per_learned=one["learned"],
+            per_shown=one["shown"],
+            per_document=one["documents"],
         )
 
 
@@ -191,11 +236,22 @@ class _Count(TorchDispatchMode):
     What is on the meta device stays there and draws the rest after it; whole numbers alone are computed for real.
     """
 
-    def __init__(self, tokens: int, tiles: int, learned: int) -> None:
+    def __init__(
+        self, tokens: int, pictures: int, learned: int, documents: int, each: int, routed: tuple[int, int]
+    ) -> None:
         super().__init__()
-        self.primes = {"tokens": tokens, "tiles": tiles, "learned": learned}
-        self.needed = _Sums(tokens, tiles, learned)
-        self.computed = _Sums(tokens, tiles, learned)
+        self.primes = {"tokens": tokens, "tiles": pictures, "learned": learned, "documents": documents}
+        self.routed: dict[Grows, int] = {"text": routed[0], "image": routed[1]}
+        sizes: dict[Grows, int] = {
+            "tiles": pictures * each,
+            "tokens": tokens,
+            "pairs": tokens**2,
+            "learned": learned,
+            "shown": tokens * pictures * each,
+            "documents": documents,
+            **self.routed,
+        }
+        self.needed, self.computed = _Sums(sizes), _Sums(sizes)
         self.backward = False
         self.again = False
 
@@ -223,20 +279,27 @@ class _Count(TorchDispatchMode):
     def _grows_with(self, func: Any, flops: int) -> Grows:
         powers = {name: _power(flops, prime) for name, prime in self.primes.items()}
         match tuple(powers.values()):
-            case (0, 1, 0):
+            case (0, 1, 0, 0):
                 return "tiles"
-            case (1, 0, 0):
+            case (1, 0, 0, 0):
                 return "tokens"
-            case (2, 0, 0):
+            case (2, 0, 0, 0):
                 return "pairs"
-            case (0, 0, 1):
+            case (0, 0, 1, 0):
                 return "learned"
+            case (1, 1, 0, 0):
+                return "shown"
+            case (0, 0, 0, 1):
+                return "documents"
         if not flops:
             return "tokens"
+        for what, rows in self.routed.items():
+            if rows and flops % rows == 0:
+                return what
         grown = ", ".join(f"{name} to the power of {power}" for name, power in powers.items() if power) or "nothing"
         raise ValueError(
             f"{func} makes {flops:,} operations that grow with {grown}; this counter knows products that grow with tiles, "
-            "tokens, pairs of tokens or learned tokens, so give it a place for this one"
+            "tokens, pairs of tokens, learned tokens or documents, so give it a place for this one"
         )
 
 

@@ -1,73 +1,39 @@
-"""Language models: `transformers` decoders over packs, with this project's attention.
-
-To add a family: an architecture with `config`, its name in `TextArch`.
-"""
+"""Language models: `transformers` decoders over packs, with this project's attention. Their shapes are in `archs.py`."""
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from mllm.archs import T5, Llama, TextArch
 from mllm.encoders import Folder
 from mllm.weights import load
 from ops.attention import Backend, varlen_attention
 from ops.context import Share
 from pipelines.chat import ChatML, Template
-from pipelines.types import spec
+from pipelines.types import Batch, spec
+
+__all__ = ["CausalLM", "LanguageModel", "Llama", "TextArch", "register_attention"]
 
 ATTENTION = "mllm_varlen"
 
+Before = Callable[[int, Tensor], tuple[Tensor, dict[str, Any]]]
+"""What a fusion does before layer `i`: takes hidden states (T, D), gives them on, with more words for the layer."""
 
-@spec
-class Llama:
-    """The shape of a Llama-family decoder (arXiv:2302.13971): RMSNorm, rotary positions, SwiGLU, grouped queries.
-
-    `init_std` is the deviation of weights that are trained from scratch.
-    """
-
-    kind: Literal["llama"] = "llama"
-    vocab_size: int
-    hidden_size: int
-    layers: int
-    heads: int
-    kv_heads: int
-    intermediate_size: int
-    context: int = 4096
-    rope_theta: float = 10_000.0
-    norm_eps: float = 1e-5
-    tied: bool = False
-    init_std: float = 0.02
-
-    def config(self) -> Any:
-        from transformers import LlamaConfig
-
-        return LlamaConfig(
-            vocab_size=self.vocab_size,
-            hidden_size=self.hidden_size,
-            num_hidden_layers=self.layers,
-            num_attention_heads=self.heads,
-            num_key_value_heads=self.kv_heads,
-            intermediate_size=self.intermediate_size,
-            max_position_embeddings=self.context,
-            rope_parameters={"rope_type": "default", "rope_theta": self.rope_theta},
-            rms_norm_eps=self.norm_eps,
-            tie_word_embeddings=self.tied,
-            initializer_range=self.init_std,
-            use_cache=False,
-        )
-
-
-TextArch = Llama
+Beside = Callable[[Any, Tensor, float], Tensor]
+"""What a layer's attention adds to its own: of the attention module, its queries (T, H, E) and their scale, (T, H, E)."""
 
 
 @spec
 class CausalLM:
-    """A decoder, its tokenizer and the way conversations are written for it.
+    """A decoder (or T5's encoder and decoder), its tokenizer and the way conversations are written for it.
 
-    `weights` None trains it from scratch. `tokenizer` names a folder with a `tokenizer.json` and defaults to `weights`.
+    `weights` None trains it from scratch; rotary positions are the arch's, whatever the weights' own folder says. `tokenizer`
+    names a folder with a `tokenizer.json` and defaults to `weights`.
     """
 
     arch: TextArch
@@ -87,15 +53,19 @@ class CausalLM:
         return self.tokenizer or self.weights or ""
 
     def build(self, folder: Folder) -> LanguageModel:
-        from transformers import LlamaForCausalLM
+        import transformers
 
         register_attention()
+        family = getattr(transformers, self.arch.family)
+        module, auto, attention = LanguageModel, "AutoModelForCausalLM", ATTENTION
+        if isinstance(self.arch, T5):
+            from mllm.seq2seq import EncoderDecoder
+
+            module, auto, attention = EncoderDecoder, "AutoModelForSeq2SeqLM", "sdpa"
         if self.weights is None:
-            return LanguageModel(LlamaForCausalLM._from_config(self.arch.config(), attn_implementation=ATTENTION))
+            return module(family._from_config(self.arch.config(), attn_implementation=attention))
         place = folder(self.weights)
-        model = load(
-            LlamaForCausalLM, "AutoModelForCausalLM", place, attn_implementation=ATTENTION, dtype=torch.float32
-        )
+        model = load(family, auto, place, attn_implementation=attention, dtype=torch.float32)
         if self.arch.vocab_size > model.config.vocab_size:  # rows for new words, drawn like the old ones
             model.resize_token_embeddings(self.arch.vocab_size)
         for field in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"):
@@ -104,7 +74,17 @@ class CausalLM:
                 raise ValueError(
                     f"weights {place!r} have {field}={has} and the recipe's arch says {wanted}; mend the arch"
                 )
-        return LanguageModel(model)
+        _positions_as_said(model, self.arch.config())
+        return module(model)
+
+
+def _positions_as_said(model: Any, said: Any) -> None:
+    """Give a model that was loaded the rotary positions of the recipe's arch, where its own folder says something else."""
+    asked, has = getattr(said, "rope_parameters", None), getattr(model.config, "rope_parameters", None)
+    if asked and {word: (has or {}).get(word) for word in asked} != asked:
+        model.config.rope_parameters = asked
+        decoder = model.get_decoder()
+        decoder.rotary_emb = type(decoder.rotary_emb)(config=model.config)
 
 
 class LanguageModel(nn.Module):
@@ -123,6 +103,19 @@ class LanguageModel(nn.Module):
         return self.model.config.hidden_size
 
     @property
+    def decoder(self) -> Any:
+        """The stack of layers with what is before and after it, as transformers has it."""
+        return self.model.get_decoder()
+
+    @property
+    def layers(self) -> nn.ModuleList:
+        return self.decoder.layers
+
+    @property
+    def embedding(self) -> nn.Embedding:
+        return self.model.get_input_embeddings()
+
+    @property
     def head(self) -> Tensor:
         """The output matrix (C, D); the embedding itself where they are tied."""
         weight = self.model.lm_head.weight
@@ -130,7 +123,9 @@ class LanguageModel(nn.Module):
 
     def embed(self, ids: Int[Tensor, " T"]) -> Float[Tensor, "T D"]:
         """Embeddings; positions that hold no vocabulary id (images) get row 0, to be replaced."""
-        embedded = self.model.model.embed_tokens(ids.clamp(min=0))
+        embedded = self.embedding(ids.clamp(min=0))
+        if (scale := getattr(self.model.config, "embedding_multiplier", 1.0)) != 1.0:
+            embedded = embedded * scale  # Granite's own forward would do it to visual tokens too
         if not self.first_embedded:
             return embedded
         return torch.where((ids >= self.first_embedded).unsqueeze(1), embedded, embedded.detach())
@@ -138,26 +133,47 @@ class LanguageModel(nn.Module):
     def forward(
         self,
         embeddings: Float[Tensor, "T D"],
-        positions: Int[Tensor, " T"],
-        cu_seqlens: Int[Tensor, " bounds"],
-        max_seqlen: int,
-        share: Share | None = None,
+        batch: Batch,
+        positions: Int[Tensor, " T"] | None = None,
+        before: Before | None = None,
     ) -> Float[Tensor, "T D"]:
-        """Final hidden states, after the last norm; of this rank's positions, where ranks share the pack."""
-        output = self.model.model(
-            inputs_embeds=embeddings.unsqueeze(0),
-            position_ids=positions.unsqueeze(0),
-            attention_mask=None,
-            use_cache=False,
-            documents=cu_seqlens,
-            longest=max_seqlen,
-            share=share,
-            backend=self.backend,
-        )
-        return output.last_hidden_state.squeeze(0)
+        """Final hidden states, after the last norm; of this rank's positions, where ranks share the pack.
+
+        `positions` stand in place of the batch's, and `before` is called before each layer. Layers are called one by one
+        and not by the decoder of transformers, which would let nothing between them.
+        """
+        places = (batch.positions if positions is None else positions).unsqueeze(0)
+        decoder = self.decoder
+        hidden = embeddings.unsqueeze(0)
+        words: dict[str, Any] = {}
+        if hasattr(decoder, "rotary_emb"):
+            words["position_embeddings"] = decoder.rotary_emb(hidden, position_ids=places)
+        else:  # learned positions
+            hidden = hidden + decoder.embed_positions(None, position_ids=places)
+        for number, layer in enumerate(decoder.layers):
+            more: dict[str, Any] = {}
+            if before is not None:
+                states, more = before(number, hidden.squeeze(0))
+                hidden = states.unsqueeze(0)
+            hidden = layer(
+                hidden,
+                attention_mask=None,
+                position_ids=places,
+                use_cache=False,
+                documents=batch.cu_seqlens,
+                longest=batch.max_seqlen,
+                share=batch.share,
+                backend=self.backend,
+                **words,
+                **more,
+            )
+        norm = decoder.norm if hasattr(decoder, "norm") else decoder.final_layer_norm
+        out = norm(hidden).squeeze(0)
+        scale = getattr(self.model.config, "logits_scaling", 1.0)
+        return out if scale == 1.0 else out / scale
 
     def units(self) -> list[nn.Module]:
-        return list(self.model.model.layers)
+        return list(self.layers)
 
 
 class _Rows(torch.autograd.Function):
@@ -175,28 +191,31 @@ class _Rows(torch.autograd.Function):
         return slope, None
 
 
-def _attend(
-    module: nn.Module,  # noqa: ARG001 -- the signature is transformers'
+def attend(
+    module: nn.Module,
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: Tensor | None,  # noqa: ARG001 -- documents stand in `documents`
+    attention_mask: Tensor | None = None,  # noqa: ARG001 -- documents stand in `documents`
+    *,
     scaling: float,
     documents: Tensor,
     longest: int,
     share: Share | None = None,
     backend: Backend | None = None,
+    beside: Beside | None = None,
     **_: object,
 ) -> tuple[Tensor, None]:
-    """transformers' attention call, (1, H, T, E), over the documents of a pack."""
+    """transformers' attention call, (1, H, T, E), over the documents of a pack; what `beside` sees is added to it."""
     q, k, v = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
     if share is not None:
         return share.attend(q, k, v, scaling).unsqueeze(0), None
-    return varlen_attention(q, k, v, documents, longest, scale=scaling, backend=backend).unsqueeze(0), None
+    seen = varlen_attention(q, k, v, documents, longest, scale=scaling, backend=backend)
+    return (seen if beside is None else seen + beside(module, q, scaling)).unsqueeze(0), None
 
 
 def register_attention() -> None:
     """Make `varlen_attention` known to transformers under the name `ATTENTION`; no mask is built for it."""
     from transformers import AttentionInterface
 
-    AttentionInterface.register(ATTENTION, _attend)
+    AttentionInterface.register(ATTENTION, attend)

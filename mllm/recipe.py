@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable
+from dataclasses import replace
 from difflib import get_close_matches
 from functools import cache
 from typing import Annotated, Any, Literal
@@ -20,8 +21,15 @@ from typing import Annotated, Any, Literal
 from pydantic import Discriminator, Field, Tag, TypeAdapter, ValidationError
 
 from mllm.annotators import Annotator, DiscreteCodes, FrozenFeatures, ReferenceLogProbs
+from mllm.archs import T5
 from mllm.care import Gate, Guard
-from mllm.objectives import NextToken, Objective
+from mllm.classify import Classifier
+from mllm.dual import DualTower
+from mllm.fusion import UnifiedVocabulary
+from mllm.masked import MaskedImage
+from mllm.objectives import DPO, Gathered, NextToken, Objective, Sum
+from mllm.streams import SingleStream
+from mllm.two_vocabularies import TwoVocabularies
 from mllm.vlm import VLM
 from ops.attention import Backend
 from ops.context import ContextBy, heads_fit
@@ -291,7 +299,8 @@ class Stage:
     `evaluate_every` steps have gone by since the last that was.
 
     The stage goes on from the weights of the stage `after`, by default the one that stands before it, and with
-    `carry_optimizer` from its moments too; it begins when its `entry` is open. `guard` judges its steps.
+    `carry_optimizer` from its moments too; it begins when its `entry` is open. `guard` judges its steps. `rope_theta` is the base
+    of rotary positions from this stage on, which longer contexts want greater (LWM, arXiv:2402.08268, 3.1).
     """
 
     name: str
@@ -301,7 +310,7 @@ class Stage:
     tokens_per_step: Positive
     max_tiles: Positive = 16
     duration: Duration = Epochs()
-    objective: Objective = NextToken()
+    objective: Annotated[Objective | TwoVocabularies, Field(discriminator="kind")] = NextToken()
     optimizer: Optimizer = AdamW()
     ema: Annotated[float, Field(gt=0, lt=1)] | None = None
     schedule: Schedule = Cosine()
@@ -319,6 +328,7 @@ class Stage:
     entry: Gate | None = None
     carry_optimizer: bool = False
     guard: Guard = Guard()
+    rope_theta: Rate | None = None
 
     def __post_init__(self) -> None:
         if not self.mixture:
@@ -351,6 +361,9 @@ class Stage:
         return Budget(tokens=self.context, tiles=self.max_tiles)
 
 
+ModelKind = Annotated[VLM | DualTower | Classifier | MaskedImage | SingleStream, Field(discriminator="kind")]
+
+
 @spec
 class Recipe:
     """A run's science, portable: it names corpora and weights, and the site says where they are.
@@ -359,7 +372,7 @@ class Recipe:
     """
 
     name: str
-    model: VLM
+    model: ModelKind
     tiling: Tiling
     stages: tuple[Stage, ...]
     held_out: tuple[Corpus, ...] = ()
@@ -380,14 +393,41 @@ class Recipe:
                     f"stage {stage.name!r}: one tile is {layout.tokens_per_tile} tokens and a pack holds {stage.context}; "
                     "raise context or choose a smaller tiling"
                 )
-            parallel, arch = stage.parallel, self.model.lm.arch
+            self._objective_fits(stage)
+            parallel, heads = stage.parallel, self.model.heads
             by, ranks = (parallel.context_by, parallel.context) if isinstance(parallel, FSDP) else ("ring", 1)
-            if reason := heads_fit(by, ranks, arch.heads, arch.kv_heads):
-                raise ValueError(f"stage {stage.name!r}: {reason}")
-            if stage.context > self.model.lm.arch.context:
+            if ranks > 1 and isinstance(self.model, VLM) and not self.model.fusion.shares:
                 raise ValueError(
-                    f"stage {stage.name!r}: context={stage.context} exceeds the language model's {self.model.lm.arch.context}"
+                    f"stage {stage.name!r}: context={ranks} ranks share each pack, and under the fusion "
+                    f"{self.model.fusion.kind!r} a rank must see all of it; take context=1"
                 )
+            arch = self.model.lm.arch if isinstance(self.model, VLM) else None
+            if stage.rope_theta is not None and not hasattr(arch, "rope_theta"):
+                raise ValueError(
+                    f"stage {stage.name!r}: rope_theta is the base of rotary positions, and "
+                    f"{self.model.kind if arch is None else arch.kind!r} has none; leave it away"
+                )
+            if ranks > 1 and isinstance(arch, T5):
+                raise ValueError(
+                    f"stage {stage.name!r}: context={ranks} ranks share each pack, which {arch.kind!r} cannot; take context=1"
+                )
+            if heads and (reason := heads_fit(by, ranks, *heads)):
+                raise ValueError(f"stage {stage.name!r}: {reason}")
+            longest = self.model.words.longest
+            if longest is not None and stage.context > longest:
+                raise ValueError(
+                    f"stage {stage.name!r}: context={stage.context} exceeds the language model's {longest}"
+                )
+
+    def model_of(self, stage: Stage) -> ModelKind:
+        """The model as `stage` trains it, and as it is after it: with the rotary base that was last asked for."""
+        asking: Stage | None = stage
+        while asking is not None and asking.rope_theta is None:
+            asking = self.before(asking)
+        if asking is None or asking.rope_theta is None:
+            return self.model
+        lm = self.vlm.lm
+        return replace(self.vlm, lm=replace(lm, arch=replace(lm.arch, rope_theta=asking.rope_theta)))  # type: ignore[call-arg]  # it has one, see __post_init__
 
     def before(self, stage: Stage) -> Stage | None:
         """The stage whose weights `stage` goes on from; None for one that begins with the model's own."""
@@ -424,9 +464,42 @@ class Recipe:
                     f"stage {stage.name!r}: its entry looks at {stage.entry.source!r}, and held out are {held}"
                 )
 
+    def _objective_fits(self, stage: Stage) -> None:
+        """The model must be able to learn the objective, and the engine to train it so."""
+        kind, parallel = stage.objective.kind, stage.parallel
+        kinds = stage.objective.kinds if isinstance(stage.objective, Sum) else (kind,)
+        for one in kinds:
+            if one in self.model.learns:
+                continue
+            raise ValueError(
+                f"stage {stage.name!r}: a model of kind {self.model.kind!r} cannot learn {one!r}; it learns "
+                f"{', '.join(self.model.learns)}"
+            )
+        if "contrastive" in kinds and any(source.loss_weight != 1 for source in stage.mixture):
+            raise ValueError(
+                f"stage {stage.name!r}: contrastive compares all pairs with each other, and a source's loss_weight would count "
+                "for nothing; leave it at 1"
+            )
+        if isinstance(stage.objective, DPO) and not any(isinstance(a, ReferenceLogProbs) for a in stage.annotators):
+            raise ValueError(
+                f"stage {stage.name!r}: dpo compares with a reference; add reference_log_probs to the stage's annotators"
+            )
+        plain = isinstance(self.model, VLM) and not isinstance(stage.objective, Gathered)
+        if isinstance(parallel, ZeRO) and not plain:
+            raise ValueError(
+                f"stage {stage.name!r}: ZeRO trains language models by objectives that see one pack; take FSDP or DDP for "
+                f"{self.model.kind} with {kind}"
+            )
+        if isinstance(parallel, FSDP) and parallel.context > 1 and (not plain or isinstance(stage.objective, DPO)):
+            raise ValueError(
+                f"stage {stage.name!r}: packs of {self.model.kind} with {kind} cannot be shared between ranks; set context to 1"
+            )
+
     def _annotators_fit(self) -> None:
         """What is made in the pipeline must be what the model takes."""
-        vocabulary = self.model.lm.arch.vocab_size
+        vocabulary = self.model.words.vocabulary
+        if isinstance(self.model, VLM) and isinstance(self.model.fusion, UnifiedVocabulary):
+            vocabulary += self.model.fusion.rows
         for number, stage in enumerate(self.stages):
             of_packs = [one for one in stage.annotators if isinstance(one, (FrozenFeatures, ReferenceLogProbs))]
             kinds = [one.kind for one in of_packs]
@@ -450,6 +523,10 @@ class Recipe:
     def _features_are_the_models(self, number: int, features: FrozenFeatures) -> None:
         """Features made in the pipeline must be those that the model's own encoder would make."""
         stage = self.stages[number]
+        if not isinstance(self.model, VLM):
+            raise ValueError(
+                f"stage {stage.name!r}: frozen_features are for a model of kind 'vlm', not {self.model.kind!r}"
+            )
         if features.encoder != self.model.encoder or features.encoder.weights is None:
             raise ValueError(
                 f"stage {stage.name!r}: frozen_features must have the model's own encoder, with weights; it has "
@@ -461,6 +538,15 @@ class Recipe:
                     f"stage {stage.name!r} takes frozen features and stage {before.name!r} tunes the encoder; "
                     "leave one of them away"
                 )
+
+    @property
+    def vlm(self) -> VLM:
+        """The model, for what is of vision-language models alone. Raises ValueError for another kind."""
+        if not isinstance(self.model, VLM):
+            raise ValueError(
+                f"recipe {self.name!r} has a model of kind {self.model.kind!r}, and this is for vision-language models"
+            )
+        return self.model
 
     def stage(self, name: str) -> Stage:
         return next(stage for stage in self.stages if stage.name == name)
@@ -556,7 +642,15 @@ def _steps(key: str) -> list[str]:
     steps = key.split(".")
     if "tune" in steps:
         at = steps.index("tune") + 1
-        if len(steps) > at + 1 and steps[at + 1] in ("embeddings", "layers", "head"):
+        if len(steps) > at + 1 and steps[at + 1] in (
+            "embeddings",
+            "layers",
+            "head",
+            "gates",
+            "mark",
+            "adapter",
+            "experts",
+        ):
             steps[at : at + 2] = [".".join(steps[at : at + 2])]
     return steps
 

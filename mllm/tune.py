@@ -15,6 +15,7 @@ from fnmatch import fnmatchcase
 
 from torch import nn
 
+from mllm.model import Model
 from mllm.recipe import Frozen, Full, LoRA, Tuning
 from mllm.vlm import VisionLanguageModel
 from pipelines.types import spec
@@ -31,7 +32,7 @@ class Group:
     parameters: list[nn.Parameter]
 
 
-def apply_tuning(model: VisionLanguageModel, tune: Mapping[str, Tuning]) -> list[Group]:
+def apply_tuning(model: Model, tune: Mapping[str, Tuning]) -> list[Group]:
     """Add adapters, set `requires_grad` on all parameters and return the trained groups, each parameter in one of them.
 
     Raises ValueError for a part that the model does not have, naming those it has, and for a pattern that matches nothing.
@@ -63,7 +64,7 @@ def apply_tuning(model: VisionLanguageModel, tune: Mapping[str, Tuning]) -> list
     return [group for group in groups if group.names]
 
 
-def add_adapters(model: VisionLanguageModel, tune: Mapping[str, Tuning]) -> bool:
+def add_adapters(model: Model, tune: Mapping[str, Tuning]) -> bool:
     """Give `model` the adapters that a stage with `tune` trains, so that its checkpoint fits; whether there are any."""
     if not any(isinstance(how, LoRA) for how in tune.values()):
         return False
@@ -71,7 +72,7 @@ def add_adapters(model: VisionLanguageModel, tune: Mapping[str, Tuning]) -> bool
     return True
 
 
-def merge_adapters(model: VisionLanguageModel) -> None:
+def merge_adapters(model: Model) -> None:
     """Add each adapter to the weights it belongs to and take it away; what the model computes stays the same."""
     from peft.tuners.lora.layer import LoraLayer
 
@@ -100,7 +101,7 @@ def _is_pattern(key: str) -> bool:
     return any(sign in key for sign in "*?[")
 
 
-def _chosen(model: VisionLanguageModel, tune: Mapping[str, Tuning]) -> dict[str, dict[str, nn.Parameter]]:
+def _chosen(model: Model, tune: Mapping[str, Tuning]) -> dict[str, dict[str, nn.Parameter]]:
     """Each key's parameters by name: those for which it is the most exact word."""
     parts = model.parts()
     check_parts(list(parts), tune)
@@ -130,10 +131,11 @@ def _adapter(key: str) -> str:
     return re.sub(r"\W", "_", key)
 
 
-def _adapt(model: VisionLanguageModel, key: str, how: LoRA, inside: set[int]) -> None:
+def _adapt(model: Model, key: str, how: LoRA, inside: set[int]) -> None:
     from peft import LoraConfig, inject_adapter_in_model
 
-    head = id(model.lm.model.lm_head)  # the objective takes its matrix, and would never see an adapter
+    # The objective takes the head's matrix, and would never see an adapter.
+    head = id(model.lm.model.lm_head) if isinstance(model, VisionLanguageModel) else None
     layers = [
         name
         for name, module in model.named_modules()
@@ -147,8 +149,12 @@ def _adapt(model: VisionLanguageModel, key: str, how: LoRA, inside: set[int]) ->
     del model.peft_config  # else the next part's adapters would be warned about
 
 
-def _first_row(model: VisionLanguageModel, key: str, row: int, parameters: Mapping[str, nn.Parameter]) -> None:
-    embedding, head = model.lm.model.model.embed_tokens.weight, model.lm.head
+def _first_row(model: Model, key: str, row: int, parameters: Mapping[str, nn.Parameter]) -> None:
+    if not isinstance(model, VisionLanguageModel):
+        raise ValueError(
+            f"tune.{key}: first_row={row} is for a language model's embeddings and head, and there is none"
+        )
+    embedding, head = model.lm.embedding.weight, model.lm.head
     for name, parameter in parameters.items():
         if parameter is not embedding and parameter is not head:
             raise ValueError(
@@ -198,12 +204,12 @@ class PartReport:
         return f"{self.part:<10} {self.trained + self.frozen:>15,} parameters, {state}{some}"
 
 
-def describe(model: VisionLanguageModel, tune: Mapping[str, Tuning]) -> list[PartReport]:
+def describe(model: Model, tune: Mapping[str, Tuning]) -> list[PartReport]:
     """The model's main parts, with what is trained and what is frozen. Call it after `apply_tuning`."""
     reports = []
-    for name, module in (("encoder", model.encoder), ("connector", model.connector), ("lm", model.lm)):
-        trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
-        frozen = sum(p.numel() for p in module.parameters() if not p.requires_grad)
+    for name, parameters in model.main().items():
+        trained = sum(p.numel() for p in parameters if p.requires_grad)
+        frozen = sum(p.numel() for p in parameters if not p.requires_grad)
         mine = {key: how for key, how in tune.items() if key.split(".")[0] == name and not isinstance(how, Frozen)}
         reports.append(PartReport(part=name, trained=trained, frozen=frozen, lr=peak_rate(mine) if mine else None))
     return reports

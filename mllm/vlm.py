@@ -9,33 +9,113 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from mllm.connectors import Connector
-from mllm.encoders import Encoder, Folder
-from mllm.fusion import Fusion, Splice
+from mllm.archs import T5
+from mllm.connectors import SVA, Connector, CrossPool, PatchMining, bare, read_weights
+from mllm.encoders import Encoder, Encoders, Folder
+from mllm.fusion import Fusion, PreLMAdapter, Splice, UnifiedVocabulary
+from mllm.joins import Joined, Joining, Tiles, cuts_of, slice_grids, with_scales
 from mllm.lm import CausalLM
+from mllm.model import Model, ModelSpec, Words
+from ops.attention import Backend
 from pipelines.tiling import Tiling
-from pipelines.types import Batch, VisionLayout, spec
+from pipelines.types import Batch, Cut, VisionLayout, spec
 
 
 @spec
-class VLM:
+class VLM(ModelSpec):
     """The model's axes as values. Building it needs no network when no part names weights."""
 
     kind: Literal["vlm"] = "vlm"
-    encoder: Encoder
+    encoder: Encoder | Encoders
     connector: Connector
     lm: CausalLM
     fusion: Fusion = Splice()
+    join: Joining = Tiles()
+
+    def __post_init__(self) -> None:
+        several = isinstance(self.encoder, Encoders)
+        if several != isinstance(self.connector, SVA | PatchMining):
+            number = len(self.encoder.towers)
+            raise ValueError(
+                f"connector {self.connector.kind!r} takes {'one tower' if several else 'several towers'} and the encoder has "
+                f"{number}; take {'sva or patch_mining, or one encoder' if several else 'another connector, or encoders'}"
+            )
+        if several and self.join.kind in ("scales", "slices"):
+            raise ValueError(
+                f"join {self.join.kind!r} is for one tower, and the encoder has {len(self.encoder.towers)}"
+            )
+
+        if isinstance(self.lm.arch, T5) and not isinstance(self.fusion, Splice | PreLMAdapter | UnifiedVocabulary):
+            raise ValueError(
+                f"fusion {self.fusion.kind!r} works inside a decoder's layers, and {self.lm.arch.kind!r} is none; take splice or "
+                "pre_lm_adapter, or a decoder"
+            )
+
+    @property
+    def words(self) -> Words:
+        lm = self.lm
+        return Words(
+            tokenizer=lm.text_codec,
+            chat=lm.chat,
+            bos=lm.bos,
+            eos=lm.eos,
+            vocabulary=lm.arch.vocab_size,
+            longest=lm.arch.context,
+        )
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        named = [*(tower.weights for tower in self.encoder.towers), self.lm.weights]
+        return tuple(name for name in named if name)
+
+    @property
+    def learns(self) -> tuple[str, ...]:
+        return ("next_token", "two_vocabularies", "dpo")
+
+    @property
+    def heads(self) -> tuple[int, int]:
+        return self.lm.arch.heads, self.lm.arch.kv_heads
 
     def layout(self, tiling: Tiling) -> VisionLayout:
-        """The numbers that the pipeline needs. Raises ValueError when tiling and encoder do not fit."""
-        if tiling.join != "tiles":
+        """The numbers that the pipeline needs. Raises ValueError when tiling and model do not fit."""
+        self._joins(tiling)
+        if tiling.join == "slices":
+            patch = getattr(self.encoder.towers[0].arch, "patch", None)
+            if patch != getattr(tiling, "patch", None):
+                raise ValueError(
+                    f"tiling cuts patches of {getattr(tiling, 'patch', None)} pixels and the encoder takes {patch}; "
+                    "set the tiling's patch to that"
+                )
+            tokens = self.connector.tokens((tiling.size // tiling.patch) ** 2)  # type: ignore[union-attr]  # Slices has it
+        else:
+            tokens = self.connector.tokens(self.encoder.tokens(tiling.size))  # type: ignore[arg-type]  # both fit, see above
+        return VisionLayout(
+            shape=tiling.shape,
+            tokens_per_tile=self.fusion.positions(tokens),
+            join=tiling.join,
+            separators=self.join.separators,
+        )
+
+    def _joins(self, tiling: Tiling) -> None:
+        if tiling.join != self.join.kind:
             raise ValueError(
-                f"tiling {tiling.kind!r} needs features joined as {tiling.join!r}, and this model lays tiles one after the "
-                "other; take resize, pad or dynamic_tiles"
+                f"tiling {tiling.kind!r} needs features joined as {tiling.join!r}, and this model joins {self.join.kind!r}; "
+                "change model.join or the tiling"
             )
-        patches = self.encoder.arch.tokens(tiling.size)
-        return VisionLayout(shape=tiling.shape, tokens_per_tile=self.connector.tokens(patches))
+        if getattr(tiling, "scales", (1,)) != self.join.scales:
+            raise ValueError(
+                f"tiling {tiling.kind!r} has scales {getattr(tiling, 'scales', (1,))} and the model joins {self.join.scales}; "
+                "set model.join.scales to them"
+            )
+        if self.join.kind == "slices" and not isinstance(self.connector, CrossPool):
+            raise ValueError(
+                f"slices have shapes of their own, and connector {self.connector.kind!r} takes square tiles; take cross_pool"
+            )
+        if self.fusion.sees_pictures and tiling.join != "tiles":
+            raise ValueError(
+                f"fusion {self.fusion.kind!r} tells pictures apart by their tiles, and tiling {tiling.kind!r} joins them as "
+                f"{tiling.join!r}; take resize, pad or dynamic_tiles"
+            )
 
     def build(self, folder: Folder = str) -> VisionLanguageModel:
         """The module, float32, on the current default device; `folder` finds the weights that the parts name."""
@@ -55,27 +135,60 @@ class VLM:
     def bare(self) -> VLM:
         """The same without what must be read: no weights, no tokenizer."""
         lm = replace(self.lm, weights=None, tokenizer=self.lm.text_codec)
-        return replace(self, encoder=replace(self.encoder, weights=None), lm=lm)
+        return replace(self, encoder=self.encoder.bare(), connector=bare(self.connector), lm=lm)
 
 
-class VisionLanguageModel(nn.Module):
+class VisionLanguageModel(Model):
     """`model(batch)` -> hidden states float (T, D); the objective turns them into a loss."""
 
     def __init__(self, spec: VLM, folder: Folder) -> None:
         super().__init__()
         self.encoder = spec.encoder.build(folder)
         self.lm = spec.lm.build(folder)
-        self.connector = spec.connector.build(spec.encoder.arch.width, self.lm.width)
-        self.fusion = spec.fusion
+        width = spec.fusion.width(_one(spec.encoder.width), self.lm.width)
+        self.connector = spec.connector.build(_widened(spec), width)  # type: ignore[arg-type]  # as the spec says
+        read_weights(spec.connector, self.connector, folder)
+        self.fusion = spec.fusion.build(spec.lm, width)
+        self.fusion.attach(self.lm)
         self.border = nn.Flatten(0, 1)  # a module, so that whoever measures can hook on where vision ends
+        self.join = Joined(spec.join, self.lm.width)
+        self.feature_width = spec.encoder.width
 
     def forward(self, batch: Batch) -> Float[Tensor, "T D"]:
-        visual = self.border(self.connector(self._features(batch)))
-        if batch.share is not None:  # each rank has seen some of the tiles, and has positions for others
-            visual = batch.share.context.gather(visual)[batch.share.visual]
-        text = self.lm.embed(batch.input_ids)
-        fused = self.fusion.merge(text, visual, batch.visual, batch.visual_count)
-        return self.lm(fused, batch.positions, batch.cu_seqlens, batch.max_seqlen, batch.share)
+        visual = self.visual(batch)
+        return self.fusion(self.lm, self.lm.embed(self.fusion.words(batch.input_ids)), visual, batch)
+
+    def visual(self, batch: Batch) -> Float[Tensor, "V D"]:
+        """The batch's visual tokens in the order of their positions; without pictures some that mean nothing, of a blank tile."""
+        cuts = [] if self.join.trivial else cuts_of(batch.cuts.tolist(), batch.tiles.shape[1:])
+        share = batch.share
+        tokens = self._tokens(batch, cuts)
+        visual = self.border(tokens)
+        if share is not None and self.join.spec.kind != "scales":  # each rank has seen some of the tiles
+            visual = share.context.gather(visual)
+        if not self.join.trivial:
+            visual = self.join(visual, tokens.shape[1], cuts)
+        return visual if share is None else visual[share.visual]
+
+    def _tokens(self, batch: Batch, cuts: list[Cut]) -> Float[Tensor, "N P D"]:
+        """The connector's tokens of the tiles that are here."""
+        share = batch.share
+        match self.join.spec.kind:
+            case "slices":
+                if share is not None:
+                    raise ValueError(
+                        "ranks share this pack, and a slice's patches must stay together; set parallel.context to 1, or take a "
+                        "tiling of square tiles"
+                    )
+                grids = slice_grids(cuts)
+                return self.connector(self.encoder(batch.tiles, grids), grids)
+            case "scales":
+                features = self._features(batch)
+                if share is not None:  # the connector needs all of a picture's scales: each rank does all pictures
+                    features = share.context.gather(features.flatten(0, 1)).unflatten(0, (-1, features.shape[1]))
+                return self.connector(with_scales(features, self.join.spec.scales))
+            case _:
+                return self.connector(self._features(batch))
 
     def _features(self, batch: Batch) -> Float[Tensor, "N P Dv"]:
         """The encoder's features: computed here, or by an annotator in the pipeline, where it is frozen."""
@@ -88,17 +201,51 @@ class VisionLanguageModel(nn.Module):
 
         `encoder` leaves out the layers above the one that is read: nothing could ever train them.
         """
-        idle = {id(p) for module in self.encoder.tower.unused() for p in module.parameters()}
-        model = self.lm.model
+        idle = {id(p) for module in self.encoder.unused() for p in module.parameters()}
+        fusion = self.fusion.parts(self.lm)
+        attached = {id(p) for p in fusion.get("fusion", [])}
+
+        def own(module: nn.Module) -> list[nn.Parameter]:
+            return [p for p in module.parameters() if id(p) not in attached]
+
         return {
             "encoder": [p for p in self.encoder.parameters() if id(p) not in idle],
-            "connector": list(self.connector.parameters()),
-            "lm": list(self.lm.parameters()),
-            "lm.embeddings": list(model.model.embed_tokens.parameters()),
-            "lm.layers": list(model.model.layers.parameters()),
-            "lm.head": list(model.lm_head.parameters()),
+            "connector": [*self.connector.parameters(), *self.join.parameters()],
+            **fusion,
+            "lm": own(self.lm),
+            "lm.embeddings": own(self.lm.embedding),
+            "lm.layers": own(self.lm.layers),
+            "lm.head": own(self.lm.model.lm_head),
         }
+
+    def main(self) -> dict[str, list[nn.Parameter]]:
+        attached = {id(p) for p in self.parts().get("fusion", [])}
+        lm = [p for p in self.lm.parameters() if id(p) not in attached]
+        fusion = [p for p in self.parameters() if id(p) in attached]
+        own = {
+            "encoder": list(self.encoder.parameters()),
+            "connector": [*self.connector.parameters(), *self.join.parameters()],
+        }
+        return own | ({"fusion": fusion} if fusion else {}) | {"lm": lm}
+
+    def attend_by(self, backend: Backend | None) -> None:
+        self.lm.backend = backend
+
+    def next_logits(self, batch: Batch) -> Float[Tensor, "S C"]:
+        last = self(batch)[batch.cu_seqlens[1:].long() - 1]
+        return last @ self.lm.head.to(last.dtype).T
 
     def units(self) -> list[nn.Module]:
         """Modules to be sharded (and recomputed) one by one."""
-        return [*self.encoder.tower.units(), self.connector, *self.lm.units()]
+        return [*self.encoder.units(), self.connector, *self.fusion.units(), *self.lm.units()]
+
+
+def _one(width: int | tuple[int, ...]) -> int:
+    """Width of one tower's features, the first's of several."""
+    return width if isinstance(width, int) else width[0]
+
+
+def _widened(spec: VLM) -> int | tuple[int, ...]:
+    """Width of what the connector gets: the encoder's, once for each scale."""
+    width = spec.encoder.width
+    return width * len(spec.join.scales) if isinstance(width, int) else width

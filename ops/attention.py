@@ -114,7 +114,7 @@ def varlen_attention(
         return _plain(q, k, v, _documents(cu_seqlens, len(q)), scale, causal, blocks)
     if backend == "flex":
         return _flex(q, k, v, cu_seqlens, scale, causal, blocks)
-    return _flash(backend, q, k, v, cu_seqlens.to(torch.int32), max_seqlen, scale, causal)
+    return flash(backend, q, k, v, cu_seqlens.to(torch.int32), max_seqlen, scale, causal)
 
 
 def _lengths(cu_seqlens: Tensor, positions: int) -> list[int]:
@@ -216,7 +216,7 @@ def _flex(
     return _compiled_flex()(*heads, block_mask=mask, scale=scale, enable_gqa=grouped)[0].transpose(0, 1)
 
 
-def _flash(
+def flash(
     backend: Backend,
     q: Tensor,
     k: Tensor,
@@ -225,27 +225,34 @@ def _flash(
     longest: int,
     scale: float | None,
     causal: bool,
+    key_bounds: Tensor | None = None,
+    longest_keys: int | None = None,
 ) -> Tensor:
-    """Kernels that read the bounds themselves. Imported here: none of them is on every machine."""
+    """Kernels that read the bounds themselves, int32; keys may have bounds of their own where the view is not causal.
+
+    Imported here: none of them is on every machine.
+    """
+    of_keys = bounds if key_bounds is None else key_bounds
+    most = longest if longest_keys is None else longest_keys
     match backend:
         case "flash4":
             from flash_attn.cute import flash_attn_varlen_func as flash4
 
-            out = flash4(q, k, v, cu_seqlens_q=bounds, cu_seqlens_k=bounds, softmax_scale=scale, causal=causal)
+            out = flash4(q, k, v, cu_seqlens_q=bounds, cu_seqlens_k=of_keys, softmax_scale=scale, causal=causal)
         case "flash3":
             from flash_attn_interface import flash_attn_varlen_func as flash3
 
-            out = flash3(q, k, v, bounds, bounds, longest, longest, softmax_scale=scale, causal=causal)
+            out = flash3(q, k, v, bounds, of_keys, longest, most, softmax_scale=scale, causal=causal)
         case "flash2":
             from flash_attn import flash_attn_varlen_func as flash2
 
-            out = flash2(q, k, v, bounds, bounds, longest, longest, softmax_scale=scale, causal=causal)
+            out = flash2(q, k, v, bounds, of_keys, longest, most, softmax_scale=scale, causal=causal)
         case _:
             from torch.nn.attention.varlen import varlen_attn
 
             window = (-1, 0) if causal else (-1, -1)
             grouped = q.shape[1] != k.shape[1]
             out = varlen_attn(
-                q, k, v, bounds, bounds, longest, longest, scale=scale, window_size=window, enable_gqa=grouped
+                q, k, v, bounds, of_keys, longest, most, scale=scale, window_size=window, enable_gqa=grouped
             )
     return out[0] if isinstance(out, tuple) else out

@@ -6,6 +6,8 @@ gradients: those that others' rows have by this rank's columns come back through
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -14,25 +16,73 @@ from torch import Tensor
 from torch.distributed._functional_collectives import all_gather_tensor_autograd
 
 
+class Rows(NamedTuple):
+    """`sum` () with gradient; of each of this rank's pairs its loss (N,) and whether its text is the nearest (N,), without."""
+
+    sum: Float[Tensor, ""]
+    each: Float[Tensor, " N"]
+    right: Bool[Tensor, " N"]
+
+
+def contrastive_rows(
+    images: Float[Tensor, "N D"],
+    texts: Float[Tensor, "N D"],
+    scale: Float[Tensor, ""],
+    group: dist.ProcessGroup | None = None,
+) -> Rows:
+    """InfoNCE both ways (CLIP, arXiv:2103.00020, fig. 3), of this rank's pairs; to be divided by all ranks' pairs.
+
+    Rows are of unit length, and row i of `images` belongs to row i of `texts`. Ranks may have different numbers of pairs, or
+    none. A collective: every rank of `group` must call it; None is a rank by itself.
+    """
+    losses, unused = [], scale.new_zeros(())
+    right = torch.zeros(len(images), dtype=torch.bool, device=images.device)
+    for number, (rows, columns) in enumerate(((images, texts), (texts, images))):
+        everyone, first, there = _gather(columns, group)
+        logits = (scale * rows @ everyone.T).float().masked_fill(~there, -torch.inf)
+        labels = torch.arange(first, first + len(rows), device=rows.device)
+        losses.append(F.cross_entropy(logits, labels, reduction="none") / 2 if len(rows) else logits.new_zeros(0))
+        unused = (
+            unused + 0 * everyone.sum()
+        )  # without rows of its own a rank still takes part in the exchange's backward
+        if number == 0 and len(rows):
+            right = logits.argmax(1) == labels
+    each = losses[0] + losses[1]
+    return Rows(each.sum() + unused, each.detach(), right)
+
+
 def contrastive_loss(
     images: Float[Tensor, "N D"],
     texts: Float[Tensor, "N D"],
     scale: Float[Tensor, ""],
     group: dist.ProcessGroup | None = None,
 ) -> Float[Tensor, ""]:
-    """InfoNCE both ways (CLIP, arXiv:2103.00020, fig. 3), summed over this rank's pairs; to be divided by all ranks' pairs.
+    """The sum of `contrastive_rows`."""
+    return contrastive_rows(images, texts, scale, group).sum
 
-    Rows are of unit length, and row i of `images` belongs to row i of `texts`. Ranks may have different numbers of pairs, or
-    none. A collective: every rank of `group` must call it; None is a rank by itself.
+
+def sigmoid_rows(
+    images: Float[Tensor, "N D"],
+    texts: Float[Tensor, "N D"],
+    scale: Float[Tensor, ""],
+    bias: Float[Tensor, ""],
+    group: dist.ProcessGroup | None = None,
+) -> Rows:
+    """Each pair for itself, right or wrong (SigLIP, arXiv:2303.15343, alg. 1): this rank's images against all texts.
+
+    To be divided by all ranks' pairs; otherwise as `contrastive_rows`.
     """
-    total = scale.new_zeros(())
-    for rows, columns in ((images, texts), (texts, images)):
-        everyone, first, there = _gather(columns, group)
-        logits = (scale * rows @ everyone.T).float().masked_fill(~there, -torch.inf)
-        labels = torch.arange(first, first + len(rows), device=rows.device)
-        # Without rows of its own a rank still takes part in the exchange's backward.
-        total = total + (F.cross_entropy(logits, labels, reduction="sum") if len(rows) else 0 * everyone.sum())
-    return total / 2
+    everyone, first, there = _gather(texts, group)
+    logits = (scale * images @ everyone.T + bias).float()
+    signs = -torch.ones_like(logits)
+    own = torch.arange(len(images), device=images.device)
+    signs[own, first + own] = 1
+    each = -(F.logsigmoid(signs * logits) * there).sum(1)
+    if len(images):
+        right = logits.masked_fill(~there, -torch.inf).argmax(1) == first + own
+    else:
+        right = torch.zeros(0, dtype=torch.bool, device=images.device)
+    return Rows(each.sum() + 0 * everyone.sum(), each.detach(), right)
 
 
 def sigmoid_loss(
@@ -42,16 +92,8 @@ def sigmoid_loss(
     bias: Float[Tensor, ""],
     group: dist.ProcessGroup | None = None,
 ) -> Float[Tensor, ""]:
-    """Each pair for itself, right or wrong (SigLIP, arXiv:2303.15343, alg. 1): this rank's images against all texts, summed.
-
-    To be divided by all ranks' pairs; otherwise as `contrastive_loss`.
-    """
-    everyone, first, there = _gather(texts, group)
-    logits = (scale * images @ everyone.T + bias).float()
-    signs = -torch.ones_like(logits)
-    own = torch.arange(len(images), device=images.device)
-    signs[own, first + own] = 1
-    return -(F.logsigmoid(signs * logits) * there).sum() + 0 * everyone.sum()
+    """The sum of `sigmoid_rows`."""
+    return sigmoid_rows(images, texts, scale, bias, group).sum
 
 
 def _gather(

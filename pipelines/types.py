@@ -134,6 +134,11 @@ class RowId:
         piece = f" piece {self.piece}" if self.piece else ""
         return f"{self.corpus}/{self.shard} row {self.row}{piece}"
 
+    @property
+    def seed(self) -> int:
+        """A number below 2 ** 32 for all chance that concerns the row on this pass: wherever and however often it is drawn."""
+        return zlib.crc32(f"{self.epoch} {self.label()}".encode())
+
 
 @spec
 class Rejected:
@@ -270,9 +275,10 @@ class Cut:
     scales: tuple[int, ...] = ()
 
     @property
-    def numbers(self) -> tuple[int, int, int, int, int]:
-        """Rows, columns, whether an overview comes too, height, width."""
-        return self.rows, self.cols, int(self.overview is not None), self.height, self.width
+    def numbers(self) -> tuple[int, ...]:
+        """Rows, columns, whether an overview comes too, height, width; height and width of the canvas and of the overview."""
+        shown = self.overview is not None
+        return self.rows, self.cols, int(shown), self.height, self.width, *self.canvas, *(self.overview or (0, 0))
 
     @property
     def tiles(self) -> int:
@@ -466,11 +472,10 @@ class Pack:
     `input_ids`, `labels`, `positions` int32 (T,), positions restarting at every document; `cu_seqlens` int32 (S+1,).
     Of each document: `sources` int16 (S,); `branches` int8 (S,), of `Branch`; `classes` int32 (S,), -1 where it has none;
     `weights` float32 (S,), what the loss of its tokens is multiplied by; `ids` (S,), its row. `tiles` uint8 (N, *shape of
-    a tile); `cuts` int32 (I, 7) of each picture: its tiles, its positions, rows and columns of its grid, whether an
-    overview comes too, its height and width. `at` is the pack's place in the order and `of` the number of packs in its
-    window; `rows` were trained on here, `dropped` rows are named by the pack that they would have been in, or by the
-    window's first. Annotators may add `features`, bfloat16 as uint16 (N, P, D), of the frozen encoder in place of the tiles,
-    and `references` float32 (S,), each document's log-probability under a reference model.
+    a tile); `cuts` int32 (I, 11) of each picture: its tiles, its positions and `Cut.numbers`. `at` is the pack's place in the
+    order and `of` the number of packs in its window; `rows` were trained on here, `dropped` rows are named by the pack that they
+    would have been in, or by the window's first. Annotators may add `features`, bfloat16 as uint16 (N, P, D), of the frozen
+    encoder in place of the tiles, and `references` float32 (S,), each document's log-probability under a reference model.
     """
 
     at: Position
@@ -520,7 +525,7 @@ class Pack:
             weights=np.array([s.weight for s in samples for _ in s.lengths], np.float32),
             ids=tuple(s.id for s in samples for _ in s.lengths),
             tiles=tiles,
-            cuts=np.array([(p.cut.tiles, n, *p.cut.numbers) for p, n in cuts], np.int32).reshape(-1, 7),
+            cuts=np.array([(p.cut.tiles, n, *p.cut.numbers) for p, n in cuts], np.int32).reshape(-1, 11),
             rows=tuple(row for s in samples for row in s.rows),
             dropped=dropped,
         )
@@ -576,10 +581,11 @@ class Batch:
 
     `input_ids`, `labels`, `positions` int64 (T,); `visual` bool (T,) marks positions that hold visual features;
     `cu_seqlens` int32 (S+1,); `sources`, `classes` int64, `branches` int8, `weights` float32 and `pictured` bool (whether it
-    has pictures), all (S,); `cuts` int32 (I, 7) as in `Pack`; `tiles` uint8 (max(N, 1), 3, H, W) -- a batch without images
-    carries one blank tile, whose features the model multiplies by zero, so that every rank runs the same modules. `features`
-    bfloat16 (max(N, 1), P, D) and `references` float32 (S,) where annotators made them. With a `share` the batch holds some
-    positions of its pack and some of its tiles, as many on each rank that shares it; what is said of documents stays whole.
+    has pictures), all (S,), and so are `seeds` int64, those of their rows; `cuts` int32 (I, 11) as in `Pack`; `tiles` uint8
+    (max(N, 1), 3, H, W) -- a batch without images carries one blank tile, whose features the model multiplies by zero, so that
+    every rank runs the same modules. `features` bfloat16 (max(N, 1), P, D) and `references` float32 (S,) where annotators made
+    them. With a `share` the batch holds some positions of its pack and some of its tiles, as many on each rank that shares it;
+    what is said of documents stays whole.
     """
 
     input_ids: Tensor
@@ -596,6 +602,7 @@ class Batch:
     pictured: Tensor
     tiles: Tensor
     cuts: Tensor
+    seeds: Tensor | None = None
     features: Tensor | None = None
     references: Tensor | None = None
     share: Share | None = None
@@ -626,6 +633,11 @@ class Batch:
             pictured=on(np.logical_or.reduceat(ids == IMAGE_TOKEN, cu_seqlens[:-1])),
             tiles=on(tiles),
             cuts=on(pack.cuts),
+            seeds=on(
+                np.array([row.seed for row in pack.ids], np.int64)
+                if pack.ids
+                else np.zeros(len(cu_seqlens) - 1, np.int64)
+            ),
             features=None if pack.features is None else on(_lively(pack.features).view(np.int16)).view(torch.bfloat16),
             references=None if pack.references is None else on(np.zeros(1) if blank else pack.references),
         )

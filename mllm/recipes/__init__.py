@@ -6,12 +6,90 @@ from collections.abc import Callable
 from difflib import get_close_matches
 
 from mllm.recipe import Recipe, RecipeError
+from mllm.recipes.adapter import llama_adapter_7b
+from mllm.recipes.blip import bliva_7b, instructblip_7b, minigpt4_7b
+from mllm.recipes.clip import clip_b16, clip_b32, clip_l14, openclip_h14
+from mllm.recipes.cogvlm import cogvlm2_19b, cogvlm_17b
+from mllm.recipes.crome import crome_7b, crome_13b
+from mllm.recipes.flamingo import openflamingo_9b, otter_9b
+from mllm.recipes.gemini import mini_gemini_7b
+from mllm.recipes.internvl import internvl_12_40b, internvl_15_26b
+from mllm.recipes.llava import (
+    llava_7b,
+    llava_15_7b,
+    llava_15_7b_lora,
+    llava_15_13b,
+    llava_next_7b,
+    llava_next_13b,
+    llava_next_34b,
+    llava_next_llama3_8b,
+    llava_next_video_7b,
+)
+from mllm.recipes.masked import beit_b16, mae_b16, mae_l16
+from mllm.recipes.minicpm import llava_uhd_13b, minicpm_llama3_v_25, minicpm_v_20
+from mllm.recipes.owl import kosmos_1, mplug_owl_7b, shikra_7b
 from mllm.recipes.real import vila_real
+from mllm.recipes.siglip import siglip_b16, siglip_so400m
 from mllm.recipes.smoke import vila_smoke
+from mllm.recipes.supervised import (
+    alexnet,
+    lenet5,
+    resnet50,
+    resnet101,
+    resnet152,
+    vgg16,
+    vgg19,
+    vit_b16,
+    vit_l16,
+)
 from mllm.recipes.vila import vila_7b, vila_13b
+from mllm.recipes.vila15 import vila_15_3b, vila_15_3b_s2, vila_15_8b, vila_15_13b, vila_15_40b
+from mllm.recipes.vilt import vilt_b32
+
+TOWERS_AND_SPLICE = (
+    llava_7b,
+    llava_15_7b,
+    llava_15_13b,
+    llava_15_7b_lora,
+    llava_next_7b,
+    llava_next_13b,
+    llava_next_34b,
+    llava_next_llama3_8b,
+    llava_next_video_7b,
+    vila_15_3b,
+    vila_15_3b_s2,
+    vila_15_8b,
+    vila_15_13b,
+    vila_15_40b,
+    internvl_12_40b,
+    internvl_15_26b,
+    minicpm_v_20,
+    minicpm_llama3_v_25,
+    llava_uhd_13b,
+    minigpt4_7b,
+    instructblip_7b,
+    bliva_7b,
+    mplug_owl_7b,
+    shikra_7b,
+    kosmos_1,
+    mini_gemini_7b,
+)
+"""Systems whose pictures stand in the sequence as tokens."""
+
+FUSED = (openflamingo_9b, otter_9b, llama_adapter_7b, cogvlm_17b, cogvlm2_19b, crome_7b, crome_13b)
+"""Systems that change how the language model meets pictures."""
 
 RECIPES: dict[str, Callable[[], Recipe]] = {
-    recipe.__name__: recipe for recipe in (vila_smoke, vila_real, vila_7b, vila_13b)
+    recipe.__name__: recipe
+    for recipe in (
+        *(vila_smoke, vila_real, vila_7b, vila_13b),
+        *TOWERS_AND_SPLICE,
+        *FUSED,
+        *(clip_b32, clip_b16, clip_l14, openclip_h14, siglip_b16, siglip_so400m),
+        *(lenet5, alexnet, vgg16, vgg19, resnet50, resnet101, resnet152, vit_b16, vit_l16),
+        *(mae_b16, mae_l16, beit_b16),
+        *(vilt_b32,),
+    )
 }
 
 

@@ -66,5 +66,5 @@ def vila_7b() -> Recipe:
 def vila_13b() -> Recipe:
     """The same with Vicuna-13B."""
     small = vila_7b()
-    lm = replace(small.model.lm, arch=VICUNA_13B, weights="lmsys/vicuna-13b-v1.5")
-    return replace(small, name="vila_13b", model=replace(small.model, lm=lm))
+    lm = replace(small.vlm.lm, arch=VICUNA_13B, weights="lmsys/vicuna-13b-v1.5")
+    return replace(small, name="vila_13b", model=replace(small.vlm, lm=lm))

@@ -30,7 +30,7 @@ CPU = torch.device("cpu")
 
 def engine_of(recipe: Recipe, stage: Stage) -> Engine:
     torch.manual_seed(0)
-    return build_engine(recipe.model.build(), stage, len(stage.mixture), CPU)
+    return build_engine(recipe.vlm.build(), stage, len(stage.mixture), CPU)
 
 
 def share(packs: list[Pack], per_step: int, step: int) -> list[Pack]:
@@ -138,7 +138,7 @@ def trained_with(
     """Losses of steps, the last of them after a checkpoint was written and a fresh engine has read it, or `other`."""
     packs = list(PackWindows(stream).packs(0))
     torch.manual_seed(dist.get_rank())  # only rank 0's weights may count
-    engine = build_engine(recipe.model.build() if dist.get_rank() == 0 else recipe.model.empty(), stage, 2, CPU)
+    engine = build_engine(recipe.vlm.build() if dist.get_rank() == 0 else recipe.vlm.empty(), stage, 2, CPU)
     losses = [engine.train_step(share(packs, 4, step), 1.0).loss for step in range(steps - 1)]
     manifest = Manifest(
         run="r", stage=stage.name, fingerprint="f", order="o", step=1, world=1, final=False, versions={}
@@ -272,10 +272,10 @@ def steps_of_features(recipe: Recipe, stage: Stage, stream: Stream) -> list[tupl
 def with_features(recipe: Recipe, stream: Stream, folder: Path) -> tuple[Recipe, Stream]:
     """Both with an encoder that has weights, whose features the stream's packs carry."""
     torch.manual_seed(0)
-    tower: Any = recipe.model.build().encoder.tower
+    tower: Any = recipe.vlm.build().encoder.tower
     tower.tower.save_pretrained(folder)
-    frozen = replace(recipe.model.encoder, weights=str(folder))
-    named = replace(recipe, model=replace(recipe.model, encoder=frozen))
+    frozen = replace(recipe.vlm.encoder, weights=str(folder))
+    named = replace(recipe, model=replace(recipe.vlm, encoder=frozen))
     return named, replace(stream, annotators=(FrozenFeatures(encoder=frozen),))
 
 

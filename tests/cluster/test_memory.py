@@ -37,7 +37,7 @@ def _measured(recipe: Recipe, stage: Stage, packs: int) -> int:
     gc.collect()
     pack = fullest(recipe, stage)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        engine = build_engine(recipe.model.build(), stage, 1, torch.device("cpu"))
+        engine = build_engine(recipe.vlm.build(), stage, 1, torch.device("cpu"))
         engine.train_step([pack] * packs, 1.0)  # weights that were spread, whole on rank 0, have gone by then
         for step in STEPS:
             with torch.profiler.record_function(step):
@@ -58,11 +58,11 @@ def _measured(recipe: Recipe, stage: Stage, packs: int) -> int:
 def deep() -> Recipe:
     """The smoke model with more layers, so that activations outweigh all else."""
     recipe = by_name("vila_smoke")
-    encoder = replace(recipe.model.encoder, arch=replace(recipe.model.encoder.arch, layers=9))
-    lm = replace(recipe.model.lm, arch=replace(recipe.model.lm.arch, layers=8))
+    encoder = replace(recipe.vlm.encoder, arch=replace(recipe.vlm.encoder.arch, layers=9))
+    lm = replace(recipe.vlm.lm, arch=replace(recipe.vlm.lm.arch, layers=8))
     return replace(
         recipe,
-        model=replace(recipe.model, encoder=encoder, lm=lm),
+        model=replace(recipe.vlm, encoder=encoder, lm=lm),
         stages=tuple(replace(stage, context=512, tokens_per_step=1024, parallel=KEPT) for stage in recipe.stages),
     )
 

@@ -124,7 +124,7 @@ def kept(recipe: Recipe, stage: Stage, cache: str) -> tuple[float, str, list[str
     """How far a bfloat16 engine's weights are from those it was given, what it says to others, what it compiled."""
     os.environ["TORCH_EXTENSIONS_DIR"] = cache
     torch.manual_seed(0)
-    given = {name: weight.clone() for name, weight in recipe.model.build().named_parameters()}
+    given = {name: weight.clone() for name, weight in recipe.vlm.build().named_parameters()}
     engine = engine_of(recipe, stage)
     state = engine.model_state()
     far = max(float((weight.full_tensor() - given[name]).abs().max()) for name, weight in state.items())
@@ -156,4 +156,4 @@ def test_engines_come_without_deepspeed_and_say_so_when_it_is_asked_for(
     monkeypatch.setitem(sys.modules, "deepspeed", None)
     stage = replace(small.stages[0], parallel=ZeRO())
     with pytest.raises(ValueError, match=r"pip install mllm\[zero\]; the nearest choice without it is parallel=FSDP"):
-        build_engine(small.model.build(), stage, 1, CPU)
+        build_engine(small.vlm.build(), stage, 1, CPU)

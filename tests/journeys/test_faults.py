@@ -42,7 +42,7 @@ def undisturbed(recipe: Recipe, stream: Stream, steps: int) -> list[tuple[list[i
     """Digests and loss of each step of the recipe's only stage, trained in this process alone."""
     stage = recipe.stages[0]
     torch.manual_seed(recipe.seed)
-    engine = build_engine(recipe.model.build(), stage, len(stage.mixture), torch.device("cpu"))
+    engine = build_engine(recipe.vlm.build(), stage, len(stage.mixture), torch.device("cpu"))
     assert dist.get_world_size() == 1
     packs = (pack for k in range(10_000) for pack in PackWindows(stream).packs(k))
     curve = []

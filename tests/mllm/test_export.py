@@ -10,6 +10,7 @@ from PIL import Image
 
 from mllm.connectors import MLP
 from mllm.export import export, format_of, read_back
+from mllm.fusion import CrossAttention, Fusion, PreLMAdapter, RoutedExperts
 from mllm.recipe import Recipe
 from mllm.recipes import by_name
 from mllm.vlm import VisionLanguageModel
@@ -24,7 +25,7 @@ TOKENIZER = str(ROOT / "examples" / "tokenizer")
 @pytest.fixture(scope="module")
 def exported(recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> tuple[VisionLanguageModel, Path]:
     torch.manual_seed(0)
-    model = recipe.model.build().eval()
+    model = recipe.vlm.build().eval()
     return model, export(recipe, model, TOKENIZER, tmp_path_factory.mktemp("run") / "export")
 
 
@@ -75,10 +76,8 @@ def test_a_model_that_is_no_llava_is_exported_in_parts(tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 
     real, small = by_name("vila_real"), by_name("vila_smoke")
-    spec = replace(
-        real, model=replace(small.model, encoder=replace(real.model.encoder, weights=None)), tiling=real.tiling
-    )
-    model = spec.model.build().eval()
+    spec = replace(real, model=replace(small.vlm, encoder=replace(real.vlm.encoder, weights=None)), tiling=real.tiling)
+    model = spec.vlm.build().eval()
     folder = export(spec, model, TOKENIZER, tmp_path / "export")
     lm = AutoModelForCausalLM.from_pretrained(folder / "lm")
     assert torch.equal(lm.lm_head.weight, model.lm.head)
@@ -89,11 +88,30 @@ def test_a_model_that_is_no_llava_is_exported_in_parts(tmp_path: Path) -> None:
 @pytest.mark.parametrize("depth", [1, 2])
 def test_what_was_written_is_read_back(recipe: Recipe, tmp_path: Path, depth: int) -> None:
     """As one LLaVA folder, and part by part."""
-    changed = replace(recipe, model=replace(recipe.model, connector=MLP(depth=depth)))
+    changed = replace(recipe, model=replace(recipe.vlm, connector=MLP(depth=depth)))
     assert format_of(changed) == {1: "parts", 2: "llava"}[depth]
     torch.manual_seed(0)
-    model = changed.model.build()
+    model = changed.vlm.build()
     again = read_back(export(changed, model, TOKENIZER, tmp_path / "export"))
     ours, theirs = model.state_dict(), again.state_dict()
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+@pytest.mark.parametrize("fusion", [CrossAttention(every=2), PreLMAdapter(hidden=8), RoutedExperts()], ids=str)
+def test_a_fusions_weights_are_written_and_read_back(recipe: Recipe, tmp_path: Path, fusion: Fusion) -> None:
+    """Beside the language model's, which stays a folder of its own kind, wherever they lie in the model."""
+    from transformers import AutoModelForCausalLM
+
+    changed = replace(recipe, model=replace(recipe.model, fusion=fusion))
+    assert format_of(changed) == "parts"
+    torch.manual_seed(0)
+    model = changed.model.build()
+    for parameter in model.parts()["fusion"]:
+        torch.nn.init.normal_(parameter)
+    folder = export(changed, model, TOKENIZER, tmp_path / "export")
+    ours, theirs = model.state_dict(), read_back(folder).state_dict()
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    lm = AutoModelForCausalLM.from_pretrained(folder / "lm")
+    assert sum(p.numel() for p in lm.parameters()) == sum(p.numel() for p in model.parts()["lm"])

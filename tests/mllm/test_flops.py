@@ -11,10 +11,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from cluster.memory import fullest
-from cluster.plan import meta_model
 from cluster.recompute import recompute as computed_again
 from mllm.encoders import Encoder, MobileNetV2
 from mllm.flops import Cost, Flops, Work, cost_of, work_of
+from mllm.objectives import NextToken
 from mllm.recipe import Full, Recipe, Recompute, Stage
 from mllm.recipes import by_name
 from mllm.tune import apply_tuning
@@ -37,26 +37,26 @@ def recipe_of(tower: str) -> Recipe:
     recipe = by_name("vila_smoke")
     if tower == "clip":
         return recipe
-    model: VLM = replace(recipe.model, encoder=Encoder(arch=MobileNetV2(), layer=-1))
+    model: VLM = replace(recipe.vlm, encoder=Encoder(arch=MobileNetV2(), layer=-1))
     return replace(recipe, model=model, tiling=Pad(size=96))
 
 
 def told(recipe: Recipe, tune: str, recompute: Recompute = "none", patches: int | None = None) -> Cost:
-    model = meta_model(recipe.model)
+    model = recipe.vlm.meta()
     apply_tuning(model, dict.fromkeys(TUNES[tune], RATE))
-    return cost_of(model, recipe.stages[0].objective, recipe.model.layout(recipe.tiling), recompute, patches)
+    return cost_of(model, recipe.stages[0].objective, recipe.vlm.layout(recipe.tiling), recompute, patches)
 
 
 def counted(recipe: Recipe, tune: str, pack: Pack, recompute: str = "none") -> int:
     """By torch's counter, which knows neither the kernels of a CPU's attention nor the causal mask: plain products, all pairs."""
-    model = recipe.model.build()
+    model = recipe.vlm.build()
     apply_tuning(model, dict.fromkeys(TUNES[tune], RATE))
     model.train()
     if recompute == "full":
         for unit in model.units():
             computed_again(model, unit, "full")
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        recipe.stages[0].objective(model, Batch.of(pack)).sum.backward()
+        NextToken()(model, Batch.of(pack)).sum.backward()
     return counter.get_total_flops()
 
 
@@ -108,7 +108,7 @@ def test_what_is_computed_again_is_in_the_hardware_s_flops_alone(tune: str) -> N
 
 def test_attention_s_backward_makes_five_products_where_four_are_needed() -> None:
     cost = told(recipe_of("clip"), "all")
-    arch = recipe_of("clip").model.lm.arch
+    arch = recipe_of("clip").vlm.lm.arch
     product = 2 * arch.hidden_size * arch.layers
     assert cost.model.per_pair == 6 * product
     assert cost.hardware.per_pair == 7 * product
@@ -122,7 +122,7 @@ def test_what_is_frozen_costs_less() -> None:
     assert 3 * align.per_learned == 2 * everything.per_learned == 3 * head.per_learned
     assert head.per_token == everything.per_token
     assert align.per_tile < encoder.per_tile < everything.per_tile
-    patches = recipe.model.encoder.arch.tokens(recipe.tiling.size)
+    patches = recipe.vlm.encoder.arch.tokens(recipe.tiling.size)
     assert (
         told(recipe, "align", patches=patches).model.per_tile < align.per_tile / 2
     )  # the encoder's features come along
@@ -141,6 +141,7 @@ def test_work_adds_up_over_documents_and_packs() -> None:
         labels=np.concatenate([pack.labels, other.labels]),
         cu_seqlens=lengths,
         tiles=np.concatenate([pack.tiles, other.tiles]),
+        cuts=np.concatenate([pack.cuts, other.cuts]),
     )
     assert work_of(both) == one + two
     for flops in (cost.model_flops, cost.hardware_flops):
@@ -151,9 +152,9 @@ def test_work_adds_up_over_documents_and_packs() -> None:
 def test_seven_billion_parameters_take_six_flops_each_a_token() -> None:
     """Kaplan et al. (arXiv:2001.08361, 2.1): 6 N a token, and attention's share on top."""
     recipe = by_name("vila_7b")
-    model = meta_model(recipe.model)
+    model = recipe.vlm.meta()
     apply_tuning(model, {"connector": RATE, "lm": RATE})
-    flops: Flops = cost_of(model, recipe.stages[0].objective, recipe.model.layout(recipe.tiling)).model
+    flops: Flops = cost_of(model, recipe.stages[0].objective, recipe.vlm.layout(recipe.tiling)).model
     length = 4096
     work = Work(tokens=length, learned=length, pairs=length * (length + 1) // 2)
     weights = sum(layer.weight.numel() for layer in model.lm.modules() if isinstance(layer, nn.Linear))
@@ -169,7 +170,7 @@ def test_a_product_that_grows_with_something_else_is_named() -> None:
             return super().forward(features) * (self.weight @ self.weight.T).sum()
 
     recipe = recipe_of("clip")
-    model = meta_model(recipe.model)
+    model = recipe.vlm.meta()
     model.connector = Odd(128, model.lm.width, device="meta")
     with pytest.raises(ValueError, match="grow with nothing"):
-        cost_of(model, recipe.stages[0].objective, recipe.model.layout(recipe.tiling))
+        cost_of(model, recipe.stages[0].objective, recipe.vlm.layout(recipe.tiling))

@@ -4,7 +4,7 @@ import shlex
 
 import pytest
 
-from cluster.plan import meta_model, plan
+from cluster.plan import plan
 from cluster.site import load_site
 from mllm.recipe import Full, Recipe, RecipeError, Steps, dump, fingerprint, load, override
 from mllm.recipes import RECIPES, by_name
@@ -14,7 +14,9 @@ from tests.conftest import ROOT
 SITE = load_site(str(ROOT / "examples" / "site.toml"))
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize(
+    "name", [name for name in RECIPES if name.startswith("vila_") and not name.startswith("vila_15")]
+)
 def test_it_builds_round_trips_and_is_planned(name: str) -> None:
     recipe = by_name(name)
     assert recipe.name == name
@@ -27,6 +29,7 @@ def test_it_builds_round_trips_and_is_planned(name: str) -> None:
         assert memory == sorted(memory, reverse=True)
         known = isinstance(recipe.stage(stage.name).duration, Steps)
         assert (stage.total_flops is not None) == known
+        assert stage.flops is not None
         assert stage.flops > 0
 
 
@@ -35,9 +38,9 @@ def test_it_builds_round_trips_and_is_planned(name: str) -> None:
 )
 def test_vila_is_the_papers(name: str, language: int, steps: int) -> None:
     recipe = by_name(name)
-    model = meta_model(recipe.model)
+    model = recipe.vlm.meta()
     assert sum(p.numel() for p in model.lm.parameters()) == language
-    assert recipe.model.layout(recipe.tiling).tokens_per_tile == 576
+    assert recipe.vlm.layout(recipe.tiling).tokens_per_tile == 576
     rates = [(s.name, sorted(s.tune), peak_rate(s.tune), s.context) for s in recipe.stages]
     assert rates == [
         ("align", ["connector"], 1e-3, 2048),

@@ -15,7 +15,7 @@ from pipelines.windows import PackWindows
 @pytest.fixture
 def model(recipe: Recipe) -> VisionLanguageModel:
     torch.manual_seed(0)
-    return recipe.model.build()
+    return recipe.vlm.build()
 
 
 @pytest.fixture

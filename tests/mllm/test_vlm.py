@@ -22,7 +22,7 @@ from pipelines.windows import PackWindows
 @pytest.fixture(scope="module")
 def model(recipe: Recipe) -> VisionLanguageModel:
     torch.manual_seed(0)
-    return recipe.model.build()
+    return recipe.vlm.build()
 
 
 def samples_of(packs: PackWindows) -> list[Sample]:
@@ -92,8 +92,8 @@ def test_modalities_count_as_often_as_they_are_said_to(model: VisionLanguageMode
 
 
 def test_packs_hold_the_visual_tokens_that_the_layout_counts(recipe: Recipe, packs: PackWindows) -> None:
-    layout = recipe.model.layout(recipe.tiling)
-    tower = recipe.model.build().encoder
+    layout = recipe.vlm.layout(recipe.tiling)
+    tower = recipe.vlm.build().encoder
     for pack in islice(packs.packs(1), 4):
         batch = Batch.of(pack)
         assert int((batch.input_ids == IMAGE_TOKEN).sum()) == batch.visual_count == pack.cuts[:, 1].sum()
@@ -106,7 +106,7 @@ def test_packs_hold_the_visual_tokens_that_the_layout_counts(recipe: Recipe, pac
 def test_gradients_exist_exactly_where_the_stage_says(
     recipe: Recipe, packs: PackWindows, stage: str, kind: str
 ) -> None:
-    model = recipe.model.build()
+    model = recipe.vlm.build()
     apply_tuning(model, recipe.stage(stage).tune)
     samples = samples_of(packs)
     chosen = {"mixed": samples, "text": [s for s in samples if not s.tiles], "empty": []}[kind]
@@ -134,7 +134,7 @@ def test_a_pipeline_of_another_model_is_refused(model: VisionLanguageModel, pack
 
 def test_over_fitting_two_documents_learns_them(recipe: Recipe, packs: PackWindows) -> None:
     torch.manual_seed(0)
-    model = recipe.model.build()
+    model = recipe.vlm.build()
     groups = apply_tuning(model, recipe.stage("sft").tune)
     optimizer = torch.optim.AdamW([p for g in groups for p in g.parameters], lr=3e-3)
     batch = Batch.of(together(packs, samples_of(packs)[:2]))
@@ -150,12 +150,12 @@ def test_over_fitting_two_documents_learns_them(recipe: Recipe, packs: PackWindo
 
 
 def test_weights_of_another_shape_are_refused(recipe: Recipe, tmp_path: Path) -> None:
-    model = recipe.model.build()
+    model = recipe.vlm.build()
     model.lm.model.save_pretrained(tmp_path)
-    wider = replace(recipe.model.lm, weights="mine", arch=replace(recipe.model.lm.arch, layers=5))
+    wider = replace(recipe.vlm.lm, weights="mine", arch=replace(recipe.vlm.lm.arch, layers=5))
     with pytest.raises(ValueError, match=r"num_hidden_layers=4 and the recipe's arch says 5"):
         wider.build(lambda _: str(tmp_path))
-    same = replace(recipe.model.lm, weights="mine").build(lambda _: str(tmp_path))
+    same = replace(recipe.vlm.lm, weights="mine").build(lambda _: str(tmp_path))
     assert torch.equal(same.head, model.lm.head)
 
 

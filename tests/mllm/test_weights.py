@@ -56,7 +56,7 @@ def add_code(folder: Path, auto: str, name: str, base: str, mark: Path) -> str:
 @pytest.fixture
 def strange(small: Recipe, site: Site, tmp_path: Path, mark: Path) -> tuple[Recipe, Site]:
     """The small recipe, whose encoder and language model begin with weights that bring code."""
-    model = small.model.build()
+    model = small.vlm.build()
     tower, decoder = model.encoder.tower, model.lm.model
     assert hasattr(tower, "tower")
     tower.tower.save_pretrained(tmp_path / "tower")  # type: ignore[operator]
@@ -65,8 +65,8 @@ def strange(small: Recipe, site: Site, tmp_path: Path, mark: Path) -> tuple[Reci
         "tower": add_code(tmp_path / "tower", "AutoModel", "Tower", "CLIPVisionModel", mark),
         "lm": add_code(tmp_path / "lm", "AutoModelForCausalLM", "Decoder", "LlamaForCausalLM", mark),
     }
-    lm = replace(small.model.lm, weights="lm")
-    spec = replace(small.model, encoder=replace(small.model.encoder, weights="tower"), lm=lm)
+    lm = replace(small.vlm.lm, weights="lm")
+    spec = replace(small.vlm, encoder=replace(small.vlm.encoder, weights="tower"), lm=lm)
     return replace(small, model=spec), replace(site, weights=site.weights | there)
 
 
@@ -79,7 +79,7 @@ def test_code_that_is_not_trusted_is_refused_before_a_worker_starts(
     assert str(tmp_path / "lm") in str(refused.value)
     assert "set trust_remote_code = true in the site file" in str(refused.value)
     assert len(plan(recipe, site, [1]).refused) == 2
-    for part in (recipe.model.encoder, recipe.model.lm):
+    for part in (recipe.vlm.encoder, recipe.vlm.lm):
         with pytest.raises(UntrustedCode):
             part.build(site.folder)
     assert not mark.exists(), "it was run"
@@ -91,7 +91,7 @@ def test_code_that_is_trusted_is_run(strange: tuple[Recipe, Site], mark: Path) -
     assert Controller(recipe, site, None).prepare().stage is None
     assert not mark.exists(), "asking alone runs nothing"
     trust.use(site.stream(recipe, recipe.stages[0]).trust_remote_code)
-    model = recipe.model.build(site.folder)
+    model = recipe.vlm.build(site.folder)
     assert mark.exists()
     assert model.lm.model.theirs
     assert model.encoder.tower.tower.theirs  # type: ignore[union-attr]
@@ -104,7 +104,7 @@ def test_a_class_that_is_none_of_the_arch_is_refused(strange: tuple[Recipe, Site
     trust.use(True)
     add_code(tmp_path / "lm", "AutoModelForCausalLM", "Other", "CLIPVisionModel", mark)
     with pytest.raises(ValueError, match=r"theirs\.Other .* is no LlamaForCausalLM"):
-        recipe.model.lm.build(site.folder)
+        recipe.vlm.lm.build(site.folder)
 
 
 def test_an_annotators_code_is_never_run(strange: tuple[Recipe, Site], mark: Path) -> None:

@@ -132,9 +132,9 @@ def models(recipe: Recipe, folder: Path) -> tuple[Annotator, ...]:
     text = {**shape, "vocab_size": len(tokenizer), "max_position_embeddings": 24}
     vision = {**shape, "image_size": 32, "patch_size": 8}
     CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=16)).save_pretrained(folder / "clip")
-    tower: Any = recipe.model.build().encoder.tower
+    tower: Any = recipe.vlm.build().encoder.tower
     tower.tower.save_pretrained(folder / "tower")
-    frozen = replace(recipe.model.encoder, weights=str(folder / "tower"))
+    frozen = replace(recipe.vlm.encoder, weights=str(folder / "tower"))
     return ScoreFilter(weights=str(folder / "clip"), at_least=0.0), FrozenFeatures(encoder=frozen)
 
 

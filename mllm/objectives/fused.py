@@ -1,0 +1,166 @@
+"""Objectives of encoders that see a text and its picture together: does it belong to it, and what are its masked words."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Annotated, Any, Literal
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from jaxtyping import Float
+from pydantic import Field
+from torch import Tensor
+
+from mllm.chance import chosen
+from mllm.objectives.base import Collected, Gathered, LossOutput, no_documents
+from mllm.streams import Paired, PairEncoder, with_texts
+from ops.transport import transport_cost
+from pipelines.types import NOT_LEARNED, Batch, spec
+
+TURN, HIDE, HOW, WHAT = range(4)
+"""Salts: whether a pair is torn apart, which tokens are masked, in which way, by which words."""
+
+Share = Annotated[float, Field(gt=0, lt=1)]
+
+
+@spec
+class MaskedTokens:
+    """Cross-entropy of masked words, seen with their picture; the weight is their number (BERT, arXiv:1810.04805, 3.1).
+
+    `share` of a text's tokens, without its first and last, are masked: eight in ten become the mask, one another word, one stays.
+    Which ones is a function of the row and the epoch. Whole words are not kept together, which needs the tokenizer's word.
+    """
+
+    kind: Literal["masked_tokens"] = "masked_tokens"
+    share: Share = 0.15
+
+    def __call__(self, model: PairEncoder, batch: Batch) -> LossOutput:
+        paired = model.pairs(batch)
+        texts = paired.texts
+        masked = self.masked(batch, paired)
+        ids = self._hidden(model, batch, paired, masked)
+        seen = Paired(replace(texts, ids=ids), paired.tiles)
+        logits = model.words_of(model.fuse(batch, seen).texts[masked]).float()
+        right = texts.ids[masked]
+        each = F.cross_entropy(logits, right, reduction="none")
+        documents = no_documents(batch)
+        owner = texts.documents[texts.owner[masked]] if len(texts.documents) else right
+        told = torch.stack([each.detach(), torch.ones_like(each), (logits.argmax(-1) == right).to(each)], dim=1)
+        documents.index_add_(0, owner, told)
+        often = batch.weights[owner]
+        return LossOutput(sum=(each * often).sum(), weight=often.sum(), documents=documents)
+
+    def counted(self, model: PairEncoder, batch: Batch) -> Tensor:
+        """The weight, without asking the model."""
+        paired = model.pairs(batch)
+        masked = self.masked(batch, paired)
+        texts = paired.texts
+        return (
+            batch.weights[texts.documents[texts.owner[masked]]].sum()
+            if len(texts.documents)
+            else batch.weights.new_zeros(())
+        )
+
+    def masked(self, batch: Batch, paired: Paired) -> Tensor:
+        """Which tokens of the pairs' texts are masked, bool (T,)."""
+        texts = paired.texts
+        if not len(texts.documents):
+            return torch.zeros_like(texts.ids, dtype=torch.bool)
+        last = texts.cu_seqlens[1:].long() - 1
+        inner = texts.positions > 0
+        inner[last] = False
+        return inner & (self._draw(batch, paired, HIDE) < self.share)
+
+    def _hidden(self, model: PairEncoder, batch: Batch, paired: Paired, masked: Tensor) -> Tensor:
+        texts = paired.texts
+        if not len(texts.documents):
+            return texts.ids
+        how = self._draw(batch, paired, HOW)
+        other = (self._draw(batch, paired, WHAT) * model.vocabulary).long()
+        stands = torch.where(
+            how < 0.8, torch.full_like(texts.ids, model.mask), torch.where(how < 0.9, other, texts.ids)
+        )
+        return torch.where(masked, stands, texts.ids)
+
+    def _draw(self, batch: Batch, paired: Paired, salt: int) -> Float[Tensor, " T"]:
+        texts = paired.texts
+        return chosen(_seeds(batch)[texts.documents], texts.owner, texts.positions, salt)
+
+
+@spec
+class Matching(Gathered):
+    """Does the text belong to the picture? Cross-entropy of two answers (ViLT, arXiv:2102.03334, 3.2) over pairs.
+
+    `torn` is the share of pairs that get another pair's text: the next one's, all pairs of the step standing in an order that is
+    chance but depends on rows alone, so that neither packs nor ranks matter. With `alignment` the cost of moving words onto
+    patches is added for pairs that belong together and taken away for others, so many times (word-patch alignment).
+    """
+
+    kind: Literal["matching"] = "matching"
+    torn: Share = 0.5
+    alignment: Annotated[float, Field(ge=0)] = 0.0
+
+    def collect(self, model: PairEncoder, batch: Batch) -> Collected:
+        texts = model.pairs(batch).texts
+        count = len(texts.documents)
+        ids = torch.full((max(count, 1), model.context), NOT_LEARNED, device=texts.ids.device)
+        ids[texts.owner, texts.positions] = texts.ids
+        seeds = _seeds(batch)[texts.documents]
+        zero = torch.zeros_like(seeds)
+        turn = chosen(seeds, torch.arange(count, device=seeds.device), zero, TURN) if count else zero.float()
+        return ids[:count], seeds, turn < self.torn
+
+    def whole(self, packs: Sequence[Collected], group: dist.ProcessGroup | None) -> list[list[tuple[list[int], bool]]]:
+        mine = [list(zip(*(x.tolist() for x in pack), strict=True)) for pack in packs]
+        everyone: list[Any] = [mine]
+        if group is not None:
+            everyone = [None] * group.size()
+            dist.all_gather_object(everyone, mine, group=group)
+        ring = sorted({(seed, tuple(ids)) for packs in everyone for pack in packs for ids, seed, _ in pack})
+        after = {pair: ring[(place + 1) % len(ring)][1] for place, pair in enumerate(ring)}
+        told = []
+        for pack in mine:
+            rows = []
+            for ids, seed, torn in pack:
+                text = after[seed, tuple(ids)] if torn else ids
+                rows.append(([i for i in text if i != NOT_LEARNED], list(text) == list(ids)))
+            told.append(rows)
+        return told
+
+    def again(self, model: PairEncoder, batch: Batch, told: list[tuple[list[int], bool]]) -> LossOutput:
+        paired = model.pairs(batch)
+        fused = model.fuse(batch, with_texts(paired, [words for words, _ in told]))
+        count = len(told)
+        logits = model.match(fused.pooled[:count]).float()
+        belongs = torch.tensor([right for _, right in told], dtype=torch.long, device=logits.device)
+        each = F.cross_entropy(logits, belongs, reduction="none")
+        if self.alignment:
+            each = each + self.alignment * self._moved(fused, told) * (2 * belongs - 1)
+        documents = no_documents(batch)
+        rows = paired.texts.documents
+        right = (logits.argmax(-1) == belongs).to(each) if count else each.detach()
+        documents[rows] = torch.stack([each.detach(), torch.ones_like(each), right], dim=1)
+        often = batch.weights[rows]
+        return LossOutput(sum=(each * often).sum(), weight=often.sum(), documents=documents)
+
+    def counted(self, model: PairEncoder, batch: Batch) -> Tensor:
+        """The weight, without asking the model."""
+        return batch.weights[model.pairs(batch).texts.documents].sum()
+
+    def _moved(self, fused: Any, told: list[tuple[list[int], bool]]) -> Float[Tensor, " P"]:
+        """The cost of moving words onto patches, without the first and last token and the picture's CLS."""
+        lengths = torch.tensor([len(words) for words, _ in told], device=fused.texts.device)
+        if not len(lengths):
+            return fused.texts[:0, 0].float()
+        spread = torch.nn.utils.rnn.pad_sequence(list(fused.texts.split(lengths.tolist())), batch_first=True)
+        places = torch.arange(spread.shape[1], device=lengths.device)[None]
+        there = (places > 0) & (places < lengths[:, None] - 1)
+        return transport_cost(spread, fused.pictures[:, 1:], there)
+
+
+def _seeds(batch: Batch) -> Tensor:
+    if batch.seeds is None:
+        raise ValueError("the batch knows no seeds of its rows; make it with Batch.of")
+    return batch.seeds

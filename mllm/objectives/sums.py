@@ -1,0 +1,83 @@
+"""Several objectives at once, each divided by its own weight over the whole step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal
+
+import torch
+import torch.distributed as dist
+from pydantic import Field
+from torch import Tensor
+
+from mllm.objectives.base import Gathered, LossOutput
+from mllm.objectives.contrast import Contrastive
+from mllm.objectives.fused import MaskedTokens, Matching
+from mllm.objectives.language import NextToken
+from pipelines.types import Batch, spec
+
+Single = Annotated[NextToken | Contrastive | Matching | MaskedTokens, Field(discriminator="kind")]
+
+
+@spec
+class Term:
+    """An objective of a sum, and how often its mean counts."""
+
+    objective: Single
+    weight: Annotated[float, Field(gt=0)] = 1.0
+
+
+@spec
+class Sum(Gathered):
+    """The sum of the means of several objectives: each one's sum by its own weight, both over the whole step, times `weight`.
+
+    Its own weight is the first term's, and so are learned and right positions in its table; losses there are the sum's.
+    """
+
+    kind: Literal["sum"] = "sum"
+    terms: tuple[Term, ...]
+
+    def __post_init__(self) -> None:
+        if not self.terms:
+            raise ValueError("a sum of no objectives teaches nothing; give it terms")
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """Kinds of its terms."""
+        return tuple(term.objective.kind for term in self.terms)
+
+    def collect(self, model: Any, batch: Batch) -> Any:
+        """Of each term its weight in the pack, and what it collects itself."""
+        found = []
+        for term in self.terms:
+            own = term.objective.collect(model, batch) if isinstance(term.objective, Gathered) else ()
+            found.append((term.objective.counted(model, batch).double(), own))
+        return tuple(found)
+
+    def whole(self, packs: Sequence[Any], group: dist.ProcessGroup | None) -> list[Any]:
+        totals = torch.stack(
+            [torch.stack([pack[place][0] for pack in packs]).sum() for place in range(len(self.terms))]
+        )
+        if group is not None:
+            dist.all_reduce(totals, group=group)
+        told: list[list[Any]] = []
+        for place, term in enumerate(self.terms):
+            if isinstance(term.objective, Gathered):
+                told.append(term.objective.whole([pack[place][1] for pack in packs], group))
+            else:
+                told.append([None] * len(packs))
+        base = totals[0].clamp(min=1)
+        factors = [
+            term.weight * float(base / total.clamp(min=1)) for term, total in zip(self.terms, totals, strict=True)
+        ]
+        return [(factors, [each[number] for each in told]) for number in range(len(packs))]
+
+    def again(self, model: Any, batch: Batch, told: tuple[list[float], list[Any]]) -> LossOutput:
+        outputs = []
+        for term, own in zip(self.terms, told[1], strict=True):
+            one = term.objective
+            outputs.append(one.again(model, batch, own) if isinstance(one, Gathered) else one(model, batch))
+        losses: list[Tensor] = [factor * output.sum for factor, output in zip(told[0], outputs, strict=True)]
+        documents = outputs[0].documents.clone()
+        documents[:, 0] = sum(f * output.documents[:, 0] for f, output in zip(told[0], outputs, strict=True))
+        return LossOutput(sum=torch.stack(losses).sum(), weight=outputs[0].weight, documents=documents)

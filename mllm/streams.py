@@ -1,0 +1,279 @@
+"""Single-stream encoders: a text and the patches of its picture in one transformer that sees both ways (ViLT)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, Literal, Self
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from mllm.dual import Layers
+from mllm.encoders import Folder
+from mllm.model import Model, ModelSpec, Words, check_tiles
+from mllm.pairs import Texts, first_pictures, texts_of
+from mllm.weights import load
+from ops.attention import Backend, varlen_attention
+from ops.images import normalize
+from pipelines.tiling import Tiling
+from pipelines.types import Batch, VisionLayout, spec
+
+
+@spec
+class ViLT:
+    """ViLT (arXiv:2102.03334): word embeddings as in BERT, patches by one matrix, a ViT over both, each marked by a vector.
+
+    `context` is the longest text, bos and eos with it.
+    """
+
+    kind: Literal["vilt"] = "vilt"
+    shape: Layers
+    patch: int = 32
+    image: int = 384
+    vocab_size: int = 30_522
+    context: int = 40
+
+    def config(self) -> Any:
+        from transformers import ViltConfig
+
+        return ViltConfig(
+            **self.shape.words(),
+            patch_size=self.patch,
+            image_size=self.image,
+            vocab_size=self.vocab_size,
+            max_position_embeddings=self.context,
+        )
+
+    def build(self, weights: str | None) -> Any:
+        from transformers import ViltForMaskedLM
+
+        if weights is None:
+            return ViltForMaskedLM(self.config())
+        return load(ViltForMaskedLM, "AutoModelForMaskedLM", weights, dtype=torch.float32)
+
+
+@spec
+class SingleStream(ModelSpec):
+    """A pair encoder and the way text is written for it. `weights` None trains it from scratch.
+
+    A pair's picture is its document's first. `mask` is the id that stands for a masked token. `mean` and `std` normalise RGB in
+    [0, 1].
+    """
+
+    kind: Literal["single_stream"] = "single_stream"
+    arch: ViLT
+    weights: str | None = None
+    tokenizer: str | None = None
+    bos: str = "[CLS]"
+    eos: str = "[SEP]"
+    mask: int = 103
+    mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    std: tuple[float, float, float] = (0.5, 0.5, 0.5)
+
+    def __post_init__(self) -> None:
+        if self.tokenizer is None and self.weights is None:
+            raise ValueError(
+                "an encoder of texts without weights needs a tokenizer; set model.tokenizer to a folder's name"
+            )
+        if self.mask >= self.arch.vocab_size:
+            raise ValueError(
+                f"mask={self.mask} is none of the {self.arch.vocab_size} words of the vocabulary; mend one"
+            )
+
+    @property
+    def words(self) -> Words:
+        name = self.tokenizer or self.weights
+        return Words(tokenizer=name, bos=self.bos, eos=self.eos, vocabulary=self.arch.vocab_size)
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        return (self.weights,) if self.weights else ()
+
+    @property
+    def learns(self) -> tuple[str, ...]:
+        return ("matching", "masked_tokens")
+
+    @property
+    def side(self) -> int:
+        return self.arch.image
+
+    def tiny(self) -> Self:
+        shape = Layers(hidden_size=32, layers=2, heads=2, intermediate_size=64)
+        arch = replace(self.arch, shape=shape, patch=16, image=32, vocab_size=2048, context=24)
+        bos, eos = "<|im_start|>", "<|im_end|>"
+        return replace(self, arch=arch, weights=None, tokenizer="example-bpe", bos=bos, eos=eos, mask=3)
+
+    def layout(self, tiling: Tiling) -> VisionLayout:
+        check_tiles(tiling, self.arch.image, "the single stream")
+        return VisionLayout(shape=tiling.shape, tokens_per_tile=(self.arch.image // self.arch.patch) ** 2)
+
+    def build(self, folder: Folder = str) -> PairEncoder:
+        return PairEncoder(self, folder)
+
+    def bare(self) -> Self:
+        return replace(self, weights=None, tokenizer=self.words.tokenizer)
+
+    def empty(self) -> PairEncoder:
+        model = self.meta().to_empty(device="cpu")
+        assert isinstance(model, PairEncoder)
+        model.net.tie_weights()  # which memory of their own has parted
+        return model
+
+
+@dataclass(slots=True)
+class Paired:
+    """Texts of documents that have a picture, and the tile of each, int64 (P,). Without any, one blank text that is no pair's."""
+
+    texts: Texts
+    tiles: Int[Tensor, " P"]
+
+
+@dataclass(slots=True)
+class Fused:
+    """Hidden states of texts float (T, D) and of pictures float (P, 1 + patches, D), CLS first; the pooled first token (P, D)."""
+
+    texts: Float[Tensor, "T D"]
+    pictures: Float[Tensor, "P N D"]
+    pooled: Float[Tensor, "P D"]
+
+
+def pairs_of(batch: Batch, longest: int) -> Paired:
+    """The pairs of a batch: documents with a picture and text."""
+    pictures, texts = first_pictures(batch), texts_of(batch, longest)
+    kept = torch.isin(texts.documents, pictures.documents)
+    tiles = pictures.tiles[torch.isin(pictures.documents, texts.documents)]
+    lengths = texts.cu_seqlens.diff()
+    if not kept.any():
+        return Paired(
+            _laid_out(texts.ids[:1], texts.positions[:1], lengths[:0], texts.documents[:0], texts.at[:0]), tiles
+        )
+    words = kept[texts.owner]
+    return Paired(
+        _laid_out(texts.ids[words], texts.positions[words], lengths[kept], texts.documents[kept], texts.at[words]),
+        tiles,
+    )
+
+
+def _laid_out(ids: Tensor, positions: Tensor, lengths: Tensor, documents: Tensor, at: Tensor) -> Texts:
+    if not len(lengths):
+        lengths = torch.ones(1, dtype=torch.int32, device=ids.device)
+        ids, positions = torch.zeros_like(ids), torch.zeros_like(positions)
+    bounds = nn.functional.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
+    return Texts(ids, positions, bounds, int(lengths.max()), documents, at)
+
+
+def with_texts(paired: Paired, words: list[list[int]]) -> Paired:
+    """The same pictures with other texts."""
+    texts = paired.texts
+    if not words:
+        return paired
+    device = texts.ids.device
+    lengths = torch.tensor([len(each) for each in words], dtype=torch.int32, device=device)
+    ids = torch.tensor([i for each in words for i in each], device=device)
+    positions = torch.tensor([n for each in words for n in range(len(each))], device=device)
+    return Paired(_laid_out(ids, positions, lengths, texts.documents, torch.zeros_like(ids)), paired.tiles)
+
+
+class PairEncoder(Model):
+    """`fuse(batch, paired)`; `model(batch)` gives the pooled states of a batch's own pairs, (P, D)."""
+
+    net: Any
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, spec: SingleStream, folder: Folder) -> None:
+        super().__init__()
+        self.net = spec.arch.build(folder(spec.weights) if spec.weights else None)
+        for layer in self.net.vilt.encoder.layer:
+            layer.attention.attention = _Attention(layer.attention.attention)
+        self.match = nn.Linear(spec.arch.shape.hidden_size, 2)
+        self.context = spec.arch.context
+        self.vocabulary = spec.arch.vocab_size
+        self.mask = spec.mask
+        self.backend: Backend | None = None
+        self.register_buffer("mean", torch.tensor(spec.mean), persistent=False)
+        self.register_buffer("std", torch.tensor(spec.std), persistent=False)
+
+    def forward(self, batch: Batch) -> Float[Tensor, "P D"]:
+        paired = pairs_of(batch, self.context)
+        return self.fuse(batch, paired).pooled[: len(paired.texts.documents)]
+
+    def pairs(self, batch: Batch) -> Paired:
+        return pairs_of(batch, self.context)
+
+    def fuse(self, batch: Batch, paired: Paired) -> Fused:
+        """Each text with its picture through the transformer; packed as text, then CLS and patches, pair after pair."""
+        texts = paired.texts
+        tiles = paired.tiles if len(paired.tiles) else torch.zeros(1, dtype=torch.long, device=texts.ids.device)
+        words, patches = self._words(texts), self._patches(batch.tiles)[tiles]
+        count, each, width = patches.shape
+        lengths = texts.cu_seqlens.diff().long()
+        bounds = nn.functional.pad((lengths + each).cumsum(0), (1, 0))
+        of_text = bounds[:-1][texts.owner] + texts.positions
+        of_picture = (bounds[:-1] + lengths)[:, None] + torch.arange(each, device=bounds.device)
+        order = torch.cat([of_text, of_picture.flatten()]).argsort()
+        x = torch.cat([words, patches.reshape(count * each, width)])[order][None]
+        where = bounds.to(torch.int32), texts.max_seqlen + each, self.backend
+        for layer in self.net.vilt.encoder.layer:
+            x = layer(x, where)[0]
+        hidden = self.net.vilt.layernorm(x[0])
+        pooled = self.net.vilt.pooler(hidden[bounds[:-1]][:, None])
+        return Fused(hidden[of_text], hidden[of_picture], pooled)
+
+    def words_of(self, hidden: Float[Tensor, "M D"]) -> Float[Tensor, "M C"]:
+        """Scores of the vocabulary at some positions."""
+        return self.net.mlm_score(hidden)
+
+    def _words(self, texts: Texts) -> Float[Tensor, "T D"]:
+        embed = self.net.vilt.embeddings
+        look = embed.text_embeddings
+        kinds = torch.zeros_like(texts.ids)
+        x = look(texts.ids[None], token_type_ids=kinds[None], position_ids=texts.positions[None])[0]
+        return x + embed.token_type_embeddings(kinds)
+
+    def _patches(self, tiles: Tensor) -> Float[Tensor, "N P D"]:
+        embed = self.net.vilt.embeddings
+        pixels = normalize(tiles, self.mean, self.std)
+        x = embed.patch_embeddings(pixels).flatten(2).transpose(1, 2)
+        x = torch.cat([embed.cls_token.expand(len(x), -1, -1), x], dim=1) + embed.position_embeddings
+        return x + embed.token_type_embeddings.weight[1]
+
+    def parts(self) -> dict[str, list[nn.Parameter]]:
+        vilt = self.net.vilt
+        words = list(vilt.embeddings.text_embeddings.parameters())
+        layers = [*vilt.encoder.parameters(), *vilt.layernorm.parameters()]
+        inside = {id(p) for p in (*vilt.embeddings.parameters(), *layers)}
+        known = {id(p) for p in words}
+        return {
+            "text": words,
+            "vision": [p for p in vilt.embeddings.parameters() if id(p) not in known],
+            "layers": layers,
+            "head": [p for p in self.parameters() if id(p) not in inside],
+        }
+
+    def units(self) -> list[nn.Module]:
+        return list(self.net.vilt.encoder.layer)
+
+    def attend_by(self, backend: Backend | None) -> None:
+        self.backend = backend
+
+
+class _Attention(nn.Module):
+    """ViLT's attention with its own matrices, over packed pairs; in the place of a mask it is told where they begin."""
+
+    def __init__(self, whole: Any) -> None:
+        super().__init__()
+        self.query, self.key, self.value = whole.query, whole.key, whole.value
+        self.heads = whole.num_attention_heads
+
+    def forward(
+        self,
+        hidden_states: Float[Tensor, "1 T D"],
+        attention_mask: tuple[Tensor, int, Backend | None],
+        output_attentions: bool = False,  # noqa: ARG002 -- the signature is transformers'
+    ) -> tuple[Tensor]:
+        bounds, longest, backend = attention_mask
+        x = hidden_states[0]
+        q, k, v = (part(x).unflatten(-1, (self.heads, -1)) for part in (self.query, self.key, self.value))
+        return (varlen_attention(q, k, v, bounds, longest, causal=False, backend=backend).flatten(1)[None],)

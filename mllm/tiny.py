@@ -1,0 +1,159 @@
+"""Any recipe at a size that trains two steps a stage on a laptop, in seconds: the same structure, everything small.
+
+Towers, connectors and language models have a `tiny()` of their own; tilings keep their kind, stages what they train, and corpora
+are the example ones of the same kind. What such a run proves is that a recipe's parts fit together, nothing more.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from mllm.encoders import Encoder, Encoders
+from mllm.lm import CausalLM, Llama
+from mllm.recipe import FSDP, Frozen, Full, LoRA, Recipe, Source, Stage, Steps, Tuning
+from pipelines.chat import ChatML
+from pipelines.corpora import (
+    CaptionList,
+    Conversations,
+    Corpus,
+    Interleaved,
+    Obelics,
+    Pairs,
+    Regions,
+    TextOnly,
+    Videos,
+)
+from pipelines.tiling import AnyRes, AnyTiling, DynamicTiles, Slices
+from pipelines.types import VisionLayout
+
+VOCABULARY = 2048
+"""Of the example tokenizer."""
+
+TEXT = 192
+"""Positions of a pack that are left for text beside one picture of the largest size."""
+
+
+def tiny(recipe: Recipe) -> Recipe:
+    """`recipe` at a size for tests: no weights are read, `example-bpe` is its tokenizer, the example corpora its data."""
+    model = recipe.vlm
+    encoder = model.encoder.tiny()
+    fusion = model.fusion.tiny() if hasattr(model.fusion, "tiny") else model.fusion
+    small = replace(model, encoder=encoder, connector=model.connector.tiny(), lm=_lm(model.lm), fusion=fusion)
+    tiling = _tiling(recipe.tiling, model.encoder, encoder)
+    layout = small.layout(tiling)
+    return replace(
+        recipe,
+        model=small,
+        tiling=tiling,
+        stages=tuple(_stage(stage, layout, tiling) for stage in recipe.stages),
+        held_out=_held_out(recipe),
+        shots=(0,),
+    )
+
+
+def _lm(lm: CausalLM) -> CausalLM:
+    arch: Any = lm.arch
+    small = _llama(arch) if isinstance(arch, Llama) else arch.tiny()
+    small = replace(small, vocab_size=VOCABULARY, context=4096)
+    return replace(
+        lm, arch=small, weights=None, tokenizer="example-bpe", chat=ChatML(), bos="<|endoftext|>", eos="<|im_end|>"
+    )
+
+
+def _llama(arch: Llama) -> Llama:
+    shared = arch.kv_heads < arch.heads
+    return replace(arch, hidden_size=64, layers=2, heads=4, kv_heads=2 if shared else 4, intermediate_size=128)
+
+
+def _tiling(tiling: AnyTiling, before: Encoder | Encoders, now: Encoder | Encoders) -> AnyTiling:
+    """The same kind of cutting for the small towers; where tiles were larger than a tower, they are as much larger again."""
+    if isinstance(now, Encoders) or isinstance(before, Encoders):
+        size = max(now.sizes) if isinstance(now, Encoders) else 64
+    else:
+        side, small = getattr(before.arch, "image", None), getattr(now.arch, "image", None)
+        patch = getattr(now.arch, "patch", 32)
+        size = 64 if side is None or small is None else round(tiling.size / side * small / patch) * patch
+        size = small if small is not None and not now.interpolate and tiling.kind != "slices" else size
+    match tiling:
+        case AnyRes():
+            return replace(
+                tiling, size=size, canvases=tuple(c for c in tiling.canvases if max(c) < 3) or ((1, 2), (2, 1))
+            )
+        case DynamicTiles():
+            return replace(tiling, size=size, max_tiles=min(tiling.max_tiles, 4))
+        case Slices():
+            return replace(
+                tiling, size=size, patch=getattr(now.towers[0].arch, "patch", 8), max_tiles=min(tiling.max_tiles, 4)
+            )
+    return replace(tiling, size=size)
+
+
+def _stage(stage: Stage, layout: VisionLayout, tiling: AnyTiling) -> Stage:
+    largest = tiling.cut(16 * tiling.size, 16 * tiling.size)
+    context = -(-(layout.tokens(largest) + TEXT) // 64) * 64
+    return replace(
+        stage,
+        mixture=_mixture(stage.mixture),
+        tune={_key(key): _tuning(how) for key, how in stage.tune.items()},
+        context=context,
+        tokens_per_step=2 * context,
+        max_tiles=max(2 * largest.tiles, 6),
+        duration=Steps(count=2),
+        parallel=FSDP(dtype="float32", recompute="none"),
+        annotators=(),
+        entry=None,
+        window=24,
+        chunk=8,
+        save_every=2,
+        save_minutes=None,
+        evaluate_every=None,
+        attention=None,
+    )
+
+
+def _key(key: str) -> str:
+    """A pattern over layers, with the numbers that the small stack has."""
+    return re.sub(r"(\blayers?\.)(\d+)", lambda found: f"{found[1]}{min(int(found[2]), 1)}", key)
+
+
+def _tuning(how: Tuning) -> Tuning:
+    match how:
+        case Full():
+            return replace(how, first_row=min(how.first_row, VOCABULARY - 8))
+        case LoRA():
+            return replace(how, rank=min(how.rank, 4), alpha=min(how.alpha, 8))
+        case Frozen():
+            return how
+
+
+def example_of(corpus: Corpus, suffix: str = "") -> Corpus:
+    """The example corpus of the same kind, `-heldout` with that suffix; `corpus` itself where there is none."""
+    match corpus:
+        case Pairs() | CaptionList():
+            return Pairs(name=f"example-pairs{suffix}")
+        case Interleaved() | Obelics():
+            return Interleaved(name=f"example-pages{suffix}")
+        case Conversations() | Videos() | Regions():
+            return Conversations(name=f"example-instructions{suffix}")
+        case TextOnly():
+            return TextOnly(name=f"example-text{suffix}")
+    return corpus
+
+
+def _mixture(sources: Sequence[Source]) -> tuple[Source, ...]:
+    """One source for each example corpus that stands for some, with the weights of all those."""
+    found: dict[str, Source] = {}
+    for source in sources:
+        corpus = example_of(source.corpus)
+        before = found.get(corpus.name)
+        weight = None if source.weight is None else source.weight + ((before and before.weight) or 0.0)
+        found[corpus.name] = replace(source, corpus=corpus, weight=weight, cap=None, repeat=1.0)
+    return tuple(found.values())
+
+
+def _held_out(recipe: Recipe) -> tuple[Corpus, ...]:
+    corpora = [example_of(corpus, "-heldout") for corpus in recipe.held_out]
+    return tuple({corpus.name: corpus for corpus in corpora}.values())

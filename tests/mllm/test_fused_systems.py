@@ -1,0 +1,70 @@
+"""Systems whose language models meet pictures otherwise: their sizes without memory, their structure small, on real packs."""
+
+from functools import cache
+
+import pytest
+import torch
+
+from cluster.site import load_site
+from mllm.objectives import NextToken
+from mllm.recipe import Recipe, dump, load
+from mllm.recipes import FUSED, by_name
+from mllm.tiny import tiny
+from mllm.tune import apply_tuning, describe
+from pipelines.types import Batch, Pack
+from pipelines.windows import PackWindows
+from tests.conftest import ROOT
+
+SITE = load_site(str(ROOT / "examples" / "site.toml"))
+NAMES = [recipe.__name__ for recipe in FUSED]
+
+SIZES = {
+    # name: parameters of encoder, connector, fusion, language model; positions of a tile
+    "openflamingo_9b": (303_179_776, 64_068_608, 1_115_820_048, 6_738_415_616, 1),
+    "otter_9b": (303_179_776, 64_068_608, 1_115_820_048, 6_738_415_616, 1),
+    "llama_adapter_7b": (303_179_776, 104_923_136, 1_274_848, 6_738_415_616, 1),
+    "cogvlm_17b": (4_280_908_800, 142_622_720, 6_476_005_376, 6_738_415_616, 1_227),
+    "cogvlm2_19b": (4_280_908_800, 196_364_032, 6_979_321_856, 8_030_261_248, 2_306),
+    "crome_7b": (985_952_256, 114_083_328, 5_242_880, 6_738_415_616, 289),
+    "crome_13b": (985_952_256, 116_313_600, 6_553_600, 13_015_864_320, 289),
+}
+
+
+@cache
+def small(name: str) -> Recipe:
+    return tiny(by_name(name))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_it_has_its_size(name: str) -> None:
+    recipe = by_name(name)
+    found = {report.part: report.trained + report.frozen for report in describe(recipe.model.meta(), {})}
+    layout = recipe.model.layout(recipe.tiling)
+    parts = tuple(found[part] for part in ("encoder", "connector", "fusion", "lm"))
+    assert (*parts, layout.tokens_per_tile) == SIZES[name]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_it_is_a_whole_value_and_so_is_its_small_form(name: str) -> None:
+    recipe = by_name(name)
+    assert recipe.name == name
+    assert load(dump(recipe)) == recipe
+    assert load(dump(small(name))) == small(name)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_gradients_are_exactly_where_each_stage_says(name: str) -> None:
+    recipe = small(name)
+    for stage in recipe.stages:
+        torch.manual_seed(0)
+        model = recipe.model.build()
+        groups = apply_tuning(model, stage.tune)
+        trained = {id(p) for group in groups for p in group.parameters}
+        pack = next(pack for pack in PackWindows(SITE.stream(recipe, stage)).packs(0) if len(pack.tiles))
+        for one in (pack, Pack.empty(recipe.model.layout(recipe.tiling).shape)):
+            model.zero_grad()
+            loss = NextToken()(model, Batch.of(one)).sum
+            loss.backward()
+            assert torch.isfinite(loss)
+            for parameter, value in model.named_parameters():
+                assert (value.grad is not None) == (id(value) in trained), (stage.name, parameter)

@@ -1,0 +1,132 @@
+"""Every shipped system: its papers' sizes without memory, and its whole structure small, through the real pipeline."""
+
+from dataclasses import replace
+from functools import cache
+
+import pytest
+import torch
+
+from cluster.site import load_site
+from mllm.objectives import NextToken
+from mllm.recipe import Recipe, Steps, dump, load
+from mllm.recipes import TOWERS_AND_SPLICE, by_name
+from mllm.tiny import example_of, tiny
+from mllm.tune import apply_tuning
+from pipelines.corpora import Conversations, Interleaved, Pairs, TextOnly
+from pipelines.types import IMAGE_TOKEN, Batch, Pack
+from pipelines.windows import PackWindows
+from tests.conftest import ROOT
+
+SITE = load_site(str(ROOT / "examples" / "site.toml"))
+NAMES = [recipe.__name__ for recipe in TOWERS_AND_SPLICE]
+
+
+@cache
+def small(name: str) -> Recipe:
+    return tiny(by_name(name))
+
+
+SIZES = {
+    # name: parameters of encoder, connector, language model; tokens of a picture of 1,000 x 700
+    "llava_7b": (303_179_776, 4_198_400, 6_738_415_616, 256),
+    "llava_15_7b": (303_507_456, 20_979_712, 6_738_415_616, 576),
+    "llava_15_13b": (303_507_456, 31_467_520, 13_015_864_320, 576),
+    "llava_15_7b_lora": (303_507_456, 20_979_712, 6_738_415_616, 576),
+    "llava_next_7b": (303_507_456, 20_983_808, 6_738_415_616, 2_242),
+    "llava_next_13b": (303_507_456, 31_472_640, 13_015_864_320, 2_242),
+    "llava_next_34b": (303_507_456, 58_741_760, 34_388_917_248, 2_242),
+    "llava_next_llama3_8b": (303_507_456, 20_983_808, 8_030_261_248, 2_242),
+    "llava_next_video_7b": (303_507_456, 20_979_712, 6_738_415_616, 144),
+    "vila_15_3b": (412_987_248, 18_364_416, 2_701_560_320, 196),
+    "vila_15_3b_s2": (412_987_248, 30_170_112, 2_701_560_320, 196),
+    "vila_15_8b": (412_987_248, 35_668_992, 8_030_261_248, 196),
+    "vila_15_13b": (412_987_248, 49_826_816, 13_015_864_320, 196),
+    "vila_15_40b": (5_536_496_000, 143_170_560, 34_388_917_248, 256),
+    "internvl_12_40b": (5_905_251_200, 143_184_896, 34_388_917_248, 258),
+    "internvl_15_26b": (5_536_496_000, 116_442_112, 19_861_149_696, 1_794),
+    "minicpm_v_20": (412_987_248, 29_378_304, 3_007_703_808, 333),
+    "minicpm_llama3_v_25": (412_987_248, 89_059_328, 8_030_261_248, 493),
+    "llava_uhd_13b": (303_507_456, 137_113_600, 13_015_864_320, 1_013),
+    "minigpt4_7b": (985_952_256, 108_312_064, 6_738_415_616, 32),
+    "instructblip_7b": (985_952_256, 108_312_064, 6_738_415_616, 32),
+    "bliva_7b": (985_952_256, 114_083_328, 6_738_415_616, 289),
+    "mplug_owl_7b": (303_179_776, 81_473_536, 6_738_415_616, 65),
+    "shikra_7b": (303_179_776, 4_198_400, 6_738_415_616, 256),
+    "kosmos_1": (303_179_776, 65_122_304, 1_872_885_760, 66),
+    "mini_gemini_7b": (499_737_792, 27_943_168, 6_738_415_616, 576),
+}
+
+
+def sizes(name: str) -> tuple[int, int, int, int]:
+    recipe = by_name(name)
+    model = recipe.vlm.meta()
+    connector = [*model.connector.parameters(), *model.join.parameters()]
+    parts = (model.encoder.parameters(), connector, model.lm.parameters())
+    encoder, between, lm = (sum(p.numel() for p in part) for part in parts)
+    cut = recipe.tiling.cut(height=700, width=1000)
+    return encoder, between, lm, recipe.vlm.layout(recipe.tiling).tokens(cut)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_it_has_the_papers_size(name: str) -> None:
+    assert sizes(name) == SIZES[name]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_it_is_a_whole_value_and_so_is_its_small_form(name: str) -> None:
+    recipe = by_name(name)
+    assert recipe.name == name
+    assert load(dump(recipe)) == recipe
+    little = small(name)
+    assert load(dump(little)) == little
+    assert [stage.name for stage in little.stages] == [stage.name for stage in recipe.stages]
+    assert {stage.duration for stage in little.stages} == {Steps(count=2)}
+    assert sum(p.numel() for p in little.vlm.meta().parameters()) < 3_000_000
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_gradients_exist_exactly_where_each_stage_says(name: str) -> None:
+    """On a pack with pictures, on one without, and on an empty one."""
+    recipe = small(name)
+    for stage in recipe.stages:
+        torch.manual_seed(0)
+        model = recipe.vlm.build()
+        groups = apply_tuning(model, stage.tune)
+        trained = {id(p) for group in groups for p in group.parameters}
+        packs = PackWindows(SITE.stream(recipe, stage))
+        pack = next(packs.packs(0))
+        layout = recipe.vlm.layout(recipe.tiling)
+        pictures = int((pack.input_ids == IMAGE_TOKEN).sum())
+        assert pictures == pack.cuts[:, 1].sum()
+        for one in (pack, Pack.empty(layout.shape)):
+            model.zero_grad()
+            output = NextToken()(model, Batch.of(one))
+            output.sum.backward()
+            assert torch.isfinite(output.sum)
+            for parameter, value in model.named_parameters():
+                assert (value.grad is not None) == (id(value) in trained), (stage.name, parameter)
+            moved = {group.part for group in groups for p in group.parameters if p.grad is not None and p.grad.any()}
+            if one is pack and pictures:
+                assert moved == {group.part for group in groups}
+
+
+def test_tiny_is_a_laptops_whatever_it_is_given() -> None:
+    recipe = small("llava_next_7b")
+    assert recipe.vlm.lm.tokenizer == "example-bpe"
+    assert recipe.vlm.lm.weights is None
+    assert {source.corpus.name for stage in recipe.stages for source in stage.mixture} <= set(SITE.corpora)
+    assert all(stage.context <= 512 for stage in recipe.stages)
+
+
+def test_examples_stand_for_corpora_of_their_kind() -> None:
+    kinds = (Pairs(name="a"), Interleaved(name="b"), Conversations(name="c"), TextOnly(name="d"))
+    assert [example_of(corpus).kind for corpus in kinds] == [corpus.kind for corpus in kinds]
+    assert {example_of(corpus, "-heldout").name for corpus in kinds} <= set(SITE.corpora)
+
+
+def test_sources_that_one_example_stands_for_keep_their_shares() -> None:
+    recipe = by_name("minigpt4_7b")
+    align = recipe.stages[0]
+    weights = [source.weight for source in align.mixture]
+    (source,) = tiny(replace(recipe, stages=(align,))).stages[0].mixture
+    assert source.weight == sum(weight or 0 for weight in weights)
