@@ -264,6 +264,7 @@ class T5:
         """transformers' configuration; without dropout, as in all of this project's training."""
         from transformers import T5Config
 
+        v1_1: dict[str, Any] = {"tie_word_embeddings": False, "decoder_start_token_id": 0}
         return T5Config(
             vocab_size=self.vocab_size,
             d_model=self.hidden_size,
@@ -273,10 +274,9 @@ class T5:
             num_heads=self.heads,
             dropout_rate=0.0,
             feed_forward_proj="gated-gelu",
-            tie_word_embeddings=False,
             initializer_factor=self.init_factor,
-            decoder_start_token_id=0,
             use_cache=False,
+            **v1_1,
         )
 
     def tiny(self, vocab_size: int = 512) -> T5:

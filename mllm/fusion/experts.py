@@ -72,9 +72,14 @@ class Expert(nn.Module):
     def __init__(self, layer: Any, all_of_it: bool) -> None:
         super().__init__()
         self.attention = nn.ModuleDict(
-            {name: copy.deepcopy(getattr(layer.self_attn, name)) for name in (PROJECTIONS if all_of_it else ())}
+            {name: _copied(getattr(layer.self_attn, name)) for name in (PROJECTIONS if all_of_it else ())}
         )
-        self.mlp = copy.deepcopy(layer.mlp)
+        self.mlp = _copied(layer.mlp)
+
+
+def _copied(module: nn.Module) -> nn.Module:
+    """`module` with parameters of its own, which tensors without memory can have too."""
+    return copy.deepcopy(module, {id(p): nn.Parameter(p.detach().clone()) for p in module.parameters()})
 
 
 class Routed(Fused):
