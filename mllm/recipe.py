@@ -450,6 +450,11 @@ class Recipe:
     def _features_are_the_models(self, number: int, features: FrozenFeatures) -> None:
         """Features made in the pipeline must be those that the model's own encoder would make."""
         stage = self.stages[number]
+        if self.tiling.join == "slices":
+            raise ValueError(
+                f"stage {stage.name!r}: frozen_features are of square tiles, and this tiling cuts slices of any shape; leave the "
+                "annotator away"
+            )
         if features.encoder != self.model.encoder or features.encoder.weights is None:
             raise ValueError(
                 f"stage {stage.name!r}: frozen_features must have the model's own encoder, with weights; it has "

@@ -14,7 +14,9 @@ from tests.conftest import ROOT
 SITE = load_site(str(ROOT / "examples" / "site.toml"))
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize(
+    "name", [name for name in RECIPES if name.startswith("vila_") and not name.startswith("vila_15")]
+)
 def test_it_builds_round_trips_and_is_planned(name: str) -> None:
     recipe = by_name(name)
     assert recipe.name == name
