@@ -14,8 +14,9 @@ from typing import Any, Literal
 import torch
 from safetensors.torch import load_file, save_file
 
-from mllm.connectors import MLP
-from mllm.encoders import ClipVision
+from mllm.connectors import MLP, bare
+from mllm.encoders import ClipVision, Encoder, VisionEncoder
+from mllm.joins import Tiles
 from mllm.lm import CausalLM
 from mllm.recipe import Recipe, dump, load
 from mllm.vlm import VisionLanguageModel
@@ -27,8 +28,10 @@ IMAGE = "<image>"
 def format_of(recipe: Recipe) -> Literal["llava", "parts"]:
     """Which form a recipe's model has."""
     model = recipe.model
-    llava = isinstance(model.encoder.arch, ClipVision) and model.connector == MLP(depth=2)
-    return "llava" if llava else "parts"
+    encoder = model.encoder
+    plain = isinstance(encoder, Encoder) and isinstance(encoder.arch, ClipVision)
+    as_llava = plain and encoder.cls == "drop" and not encoder.normed and not encoder.interpolate
+    return "llava" if as_llava and model.connector == MLP(depth=2) and model.join == Tiles() else "parts"
 
 
 def export(recipe: Recipe, model: VisionLanguageModel, tokenizer: str, out: Path) -> Path:
@@ -51,6 +54,8 @@ def _llava(recipe: Recipe, model: VisionLanguageModel, tokenizer: str, out: Path
     from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
     spec = recipe.model
+    encoder = spec.encoder
+    assert isinstance(encoder, Encoder)
     text = _tokenizer(tokenizer, spec.lm)
     image_id = text.convert_tokens_to_ids(IMAGE)
     layout = spec.layout(recipe.tiling)
@@ -60,7 +65,7 @@ def _llava(recipe: Recipe, model: VisionLanguageModel, tokenizer: str, out: Path
         text_config=model.lm.model.config,
         image_token_index=image_id,
         projector_hidden_act="gelu",
-        vision_feature_layer=spec.encoder.layer,
+        vision_feature_layer=encoder.layer,
         vision_feature_select_strategy="default",
         image_seq_length=layout.tokens_per_tile,
     )
@@ -80,11 +85,11 @@ def _llava(recipe: Recipe, model: VisionLanguageModel, tokenizer: str, out: Path
             do_center_crop=not pad,
             size={"height": side, "width": side} if pad else {"shortest_edge": side},
             crop_size={"height": side, "width": side},
-            image_mean=list(spec.encoder.mean),
-            image_std=list(spec.encoder.std),
+            image_mean=list(encoder.mean),
+            image_std=list(encoder.std),
         ),
         tokenizer=text,
-        patch_size=spec.encoder.arch.patch if isinstance(spec.encoder.arch, ClipVision) else None,
+        patch_size=encoder.arch.patch if isinstance(encoder.arch, ClipVision) else None,
         vision_feature_select_strategy="default",
         num_additional_image_tokens=1,
         chat_template=spec.lm.chat.jinja(),
@@ -106,14 +111,27 @@ def _llava_names(model: VisionLanguageModel) -> dict[str, torch.Tensor]:
 
 
 def _parts(model: VisionLanguageModel, tokenizer: str, lm: CausalLM, out: Path) -> None:
-    tower: Any = model.encoder.tower
-    tower.tower.save_pretrained(out / "encoder")
+    encoder = model.encoder
+    towers: list[Any] = [encoder] if isinstance(encoder, VisionEncoder) else list(encoder.encoders)
+    for number, tower in enumerate(towers):
+        tower.tower.tower.save_pretrained(_tower(out, number, len(towers)))
     model.lm.model.save_pretrained(out / "lm")
     _tokenizer(tokenizer, lm).save_pretrained(out / "lm")
     save_file(
-        {name: value.contiguous() for name, value in model.connector.state_dict().items()},
+        {name: value.contiguous() for name, value in _between(model).items()},
         out / "connector.safetensors",
     )
+
+
+def _tower(folder: Path, number: int, of: int) -> Path:
+    """Where a tower lies: in a folder of its own where there are several."""
+    return folder / "encoder" if of == 1 else folder / "encoder" / str(number)
+
+
+def _between(model: VisionLanguageModel) -> dict[str, torch.Tensor]:
+    """The connector, and what the join has of its own."""
+    joins = {f"join.{name}": value for name, value in model.join.state_dict().items()}
+    return {**model.connector.state_dict(), **joins}
 
 
 def _tokenizer(folder: str, lm: CausalLM) -> Any:
@@ -156,16 +174,23 @@ def _from_llava(folder: Path, recipe: Recipe) -> VisionLanguageModel:
 
 
 def _from_parts(folder: Path, recipe: Recipe) -> VisionLanguageModel:
-    model = _with_weights(recipe, str(folder / "encoder"), str(folder / "lm"))
-    model.connector.load_state_dict(load_file(folder / "connector.safetensors"), strict=True)
+    model = _with_weights(recipe, folder, str(folder / "lm"))
+    found = load_file(folder / "connector.safetensors")
+    joins = {name: found.pop(name) for name in list(found) if name.startswith("join.")}
+    model.connector.load_state_dict(found, strict=True)
+    model.join.load_state_dict({name.removeprefix("join."): value for name, value in joins.items()}, strict=True)
     return model
 
 
-def _with_weights(recipe: Recipe, encoder: str | None, lm: str | None) -> VisionLanguageModel:
-    """The recipe's model built from these weights in place of its own."""
+def _with_weights(recipe: Recipe, folder: Path | None, lm: str | None) -> VisionLanguageModel:
+    """The recipe's model built from these weights in place of its own; towers lie in `folder`."""
     spec = recipe.model
-    tower = replace(spec.encoder, weights=encoder)
-    return replace(spec, encoder=tower, lm=replace(spec.lm, weights=lm, tokenizer=spec.lm.text_codec)).build()
+    of = len(spec.encoder.towers)
+    weights = [None if folder is None else str(_tower(folder, number, of)) for number in range(of)]
+    towers = tuple(replace(one, weights=name) for one, name in zip(spec.encoder.towers, weights, strict=True))
+    encoder = towers[0] if isinstance(spec.encoder, Encoder) else replace(spec.encoder, towers=towers)
+    text = replace(spec.lm, weights=lm, tokenizer=spec.lm.text_codec)
+    return replace(spec, encoder=encoder, connector=bare(spec.connector), lm=text).build()
 
 
 def _llava_name(name: str) -> str:

@@ -177,9 +177,9 @@ def test_the_resampler_is_idefics() -> None:
     from transformers.models.idefics.perceiver import IdeficsPerceiverResampler
 
     torch.manual_seed(0)
-    config = IdeficsConfig(vision_config={"embed_dim": 32})
+    config: Any = IdeficsConfig(vision_config={"embed_dim": 32})
     config.perceiver_config.qk_layer_norms_perceiver = False
-    theirs = IdeficsPerceiverResampler(config, 32, depth=2, n_heads=2, head_dim=8, n_latents=4)
+    theirs: Any = IdeficsPerceiverResampler(config, 32, depth=2, n_heads=2, head_dim=8, n_latents=4)
     module: Any = Perceiver(activation="relu").tiny().build(32, 48)
     with torch.no_grad():
         module.latents.copy_(theirs.latents)

@@ -12,6 +12,7 @@ from mllm.connectors import MLP
 from mllm.export import export, format_of, read_back
 from mllm.recipe import Recipe
 from mllm.recipes import by_name
+from mllm.tiny import tiny
 from mllm.vlm import VisionLanguageModel
 from ops.images import normalize
 from pipelines.types import IMAGE_TOKEN, Batch, Pack
@@ -97,3 +98,16 @@ def test_what_was_written_is_read_back(recipe: Recipe, tmp_path: Path, depth: in
     ours, theirs = model.state_dict(), again.state_dict()
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+@pytest.mark.parametrize("name", ["mini_gemini_7b", "minicpm_v_20", "bliva_7b", "llava_next_7b"])
+def test_parts_of_any_system_are_read_back(name: str, tmp_path: Path) -> None:
+    """Several towers, separators, branches."""
+    small = tiny(by_name(name))
+    assert format_of(small) == "parts"
+    torch.manual_seed(0)
+    model = small.model.build()
+    again = read_back(export(small, model, TOKENIZER, tmp_path / "export"))
+    ours, theirs = model.state_dict(), again.state_dict()
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[key], theirs[key]) for key in ours)
