@@ -29,9 +29,10 @@ def format_of(recipe: Recipe) -> Literal["llava", "parts"]:
     """Which form a recipe's model has."""
     model = recipe.model
     encoder = model.encoder
-    plain = isinstance(encoder, Encoder) and isinstance(encoder.arch, ClipVision)
-    as_llava = plain and encoder.cls == "drop" and not encoder.normed and not encoder.interpolate
-    return "llava" if as_llava and model.connector == MLP(depth=2) and model.join == Tiles() else "parts"
+    if not isinstance(encoder, Encoder) or encoder.cls == "keep" or encoder.normed or encoder.interpolate:
+        return "parts"
+    llava = isinstance(encoder.arch, ClipVision) and model.connector == MLP(depth=2) and model.join == Tiles()
+    return "llava" if llava else "parts"
 
 
 def export(recipe: Recipe, model: VisionLanguageModel, tokenizer: str, out: Path) -> Path:
