@@ -287,7 +287,9 @@ def _course(words: str, features: bool, depths: _Depths, world: int) -> _Course:
     held = Held()
     pack = fullest(recipe, stage, features)
     with _nobody(world), FakeTensorMode(allow_non_fake_inputs=True), held:
-        model = _shortened(recipe.vlm, depths).build()
+        with patch.object(torch.nn.init, "_no_grad_trunc_normal_", lambda tensor, *_, **__: tensor):
+            # It draws until no number lies outside, which of numbers that are not there nobody can say.
+            model = _shortened(recipe.vlm, depths).build()
         engine = FSDPEngine(model, stage, stage.parallel, 1, CPU)
         engine.whole = {}  # of rank 0's weights, which are spread before the first step
         (optimizer,) = engine.optimizers

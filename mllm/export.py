@@ -9,6 +9,7 @@ whole: a model of another kind                                          ->  mode
 from __future__ import annotations
 
 import shutil
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -16,9 +17,10 @@ from typing import Any, Literal
 import torch
 from safetensors.torch import load_file, save_file
 
-from mllm.connectors import MLP
-from mllm.encoders import ClipVision
+from mllm.connectors import MLP, bare
+from mllm.encoders import ClipVision, Encoder, VisionEncoder
 from mllm.fusion import Splice
+from mllm.joins import Tiles
 from mllm.lm import CausalLM, Llama
 from mllm.model import Model
 from mllm.recipe import Recipe, dump, load
@@ -33,9 +35,13 @@ def format_of(recipe: Recipe) -> Literal["llava", "parts", "whole"]:
     model = recipe.model
     if not isinstance(model, VLM):
         return "whole"
+    encoder = model.encoder
+    if not isinstance(encoder, Encoder) or encoder.cls == "keep" or encoder.normed or encoder.interpolate:
+        return "parts"
     llava = (
-        isinstance(model.encoder.arch, ClipVision)
+        isinstance(encoder.arch, ClipVision)
         and model.connector == MLP(depth=2)
+        and model.join == Tiles()
         and isinstance(model.lm.arch, Llama)
         and model.fusion == Splice()
     )
@@ -70,16 +76,19 @@ def _llava(recipe: Recipe, model: VisionLanguageModel, tokenizer: str, out: Path
 
     spec = recipe.model
     assert isinstance(spec, VLM)
+    encoder = spec.encoder
+    assert isinstance(encoder, Encoder)
     text = _tokenizer(tokenizer, spec.lm)
     image_id = text.convert_tokens_to_ids(IMAGE)
     layout = spec.layout(recipe.tiling)
     tower: Any = model.encoder.tower
     config = LlavaConfig(
-        vision_config=tower.tower.config,
-        text_config=model.lm.model.config,
+        # Copies: the composed model sets how its parts attend, and would do so in the trained model too.
+        vision_config=deepcopy(tower.tower.config),
+        text_config=deepcopy(model.lm.model.config),
         image_token_index=image_id,
         projector_hidden_act="gelu",
-        vision_feature_layer=spec.encoder.layer,
+        vision_feature_layer=encoder.layer,
         vision_feature_select_strategy="default",
         image_seq_length=layout.tokens_per_tile,
     )
@@ -99,11 +108,11 @@ def _llava(recipe: Recipe, model: VisionLanguageModel, tokenizer: str, out: Path
             do_center_crop=not pad,
             size={"height": side, "width": side} if pad else {"shortest_edge": side},
             crop_size={"height": side, "width": side},
-            image_mean=list(spec.encoder.mean),
-            image_std=list(spec.encoder.std),
+            image_mean=list(encoder.mean),
+            image_std=list(encoder.std),
         ),
         tokenizer=text,
-        patch_size=spec.encoder.arch.patch if isinstance(spec.encoder.arch, ClipVision) else None,
+        patch_size=encoder.arch.patch if isinstance(encoder.arch, ClipVision) else None,
         vision_feature_select_strategy="default",
         num_additional_image_tokens=1,
         chat_template=spec.lm.chat.jinja(),
@@ -125,8 +134,10 @@ def _llava_names(model: VisionLanguageModel) -> dict[str, torch.Tensor]:
 
 
 def _parts(model: VisionLanguageModel, tokenizer: str, lm: CausalLM, out: Path) -> None:
-    tower: Any = model.encoder.tower
-    tower.tower.save_pretrained(out / "encoder")
+    encoder = model.encoder
+    towers: list[Any] = [encoder] if isinstance(encoder, VisionEncoder) else list(encoder.encoders)
+    for number, tower in enumerate(towers):
+        tower.tower.tower.save_pretrained(_tower(out, number, len(towers)))
     fused = _of_fusion(model)
     attached = {id(value) for value in fused.values()}
     names = dict(model.lm.model.named_parameters(remove_duplicate=False))
@@ -134,7 +145,7 @@ def _parts(model: VisionLanguageModel, tokenizer: str, lm: CausalLM, out: Path) 
     model.lm.model.save_pretrained(out / "lm", state_dict=alone)
     _tokenizer(tokenizer, lm).save_pretrained(out / "lm")
     save_file(
-        {name: value.contiguous() for name, value in model.connector.state_dict().items()},
+        {name: value.contiguous() for name, value in _between(model).items()},
         out / "connector.safetensors",
     )
     if fused:
@@ -145,6 +156,17 @@ def _of_fusion(model: VisionLanguageModel) -> dict[str, torch.nn.Parameter]:
     """The fusion's parameters by the model's names, wherever they lie."""
     own = {id(p) for p in model.parts().get("fusion", [])}
     return {name: p for name, p in model.named_parameters() if id(p) in own}
+
+
+def _tower(folder: Path, number: int, of: int) -> Path:
+    """Where a tower lies: in a folder of its own where there are several."""
+    return folder / "encoder" if of == 1 else folder / "encoder" / str(number)
+
+
+def _between(model: VisionLanguageModel) -> dict[str, torch.Tensor]:
+    """The connector, and what the join has of its own."""
+    joins = {f"join.{name}": value for name, value in model.join.state_dict().items()}
+    return {**model.connector.state_dict(), **joins}
 
 
 def _tokenizer(folder: str, lm: CausalLM) -> Any:
@@ -191,8 +213,11 @@ def _from_llava(folder: Path, recipe: Recipe) -> VisionLanguageModel:
 
 
 def _from_parts(folder: Path, recipe: Recipe) -> VisionLanguageModel:
-    model = _with_weights(recipe, str(folder / "encoder"), str(folder / "lm"))
-    model.connector.load_state_dict(load_file(folder / "connector.safetensors"), strict=True)
+    model = _with_weights(recipe, folder, str(folder / "lm"))
+    found = load_file(folder / "connector.safetensors")
+    joins = {name: found.pop(name) for name in list(found) if name.startswith("join.")}
+    model.connector.load_state_dict(found, strict=True)
+    model.join.load_state_dict({name.removeprefix("join."): value for name, value in joins.items()}, strict=True)
     stored = load_file(folder / "fusion.safetensors") if _of_fusion(model) else {}
     with torch.no_grad():
         for name, parameter in _of_fusion(model).items():
@@ -200,12 +225,16 @@ def _from_parts(folder: Path, recipe: Recipe) -> VisionLanguageModel:
     return model
 
 
-def _with_weights(recipe: Recipe, encoder: str | None, lm: str | None) -> VisionLanguageModel:
-    """The recipe's model built from these weights in place of its own."""
+def _with_weights(recipe: Recipe, folder: Path | None, lm: str | None) -> VisionLanguageModel:
+    """The recipe's model built from these weights in place of its own; towers lie in `folder`."""
     spec = recipe.model
     assert isinstance(spec, VLM)
-    tower = replace(spec.encoder, weights=encoder)
-    return replace(spec, encoder=tower, lm=replace(spec.lm, weights=lm, tokenizer=spec.lm.text_codec)).build()
+    of = len(spec.encoder.towers)
+    weights = [None if folder is None else str(_tower(folder, number, of)) for number in range(of)]
+    towers = tuple(replace(one, weights=name) for one, name in zip(spec.encoder.towers, weights, strict=True))
+    encoder = towers[0] if isinstance(spec.encoder, Encoder) else replace(spec.encoder, towers=towers)
+    text = replace(spec.lm, weights=lm, tokenizer=spec.lm.text_codec)
+    return replace(spec, encoder=encoder, connector=bare(spec.connector), lm=text).build()
 
 
 def _llava_name(name: str) -> str:

@@ -190,6 +190,7 @@ def _batch(
     labels[:learned] = 0
     features = None
     if patches is not None:
+        assert isinstance(model.feature_width, int)  # features come with a pack from one tower
         features = torch.zeros(tiles, patches, model.feature_width, dtype=torch.bfloat16, device="meta")
     return Batch(
         input_ids=torch.zeros(tokens, dtype=torch.long),

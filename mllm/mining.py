@@ -123,9 +123,10 @@ def windowed(
     q: Float[Tensor, "N Q 1 D"], k: Float[Tensor, "N Q W D"], v: Float[Tensor, "N Q W D"], heads: int
 ) -> Float[Tensor, "N Q D"]:
     """Attention of each query to its own window, in `heads` heads."""
-    split = [x.flatten(0, 1).unflatten(2, (heads, -1)).transpose(1, 2) for x in (q, k, v)]
-    found = F.scaled_dot_product_attention(*split)  # N*Q heads 1 E
-    return found.transpose(1, 2).flatten(1).unflatten(0, q.shape[:2])
+    tiles, queries = q.shape[:2]
+    q, k, v = (x.flatten(0, 1).unflatten(2, (heads, -1)).transpose(1, 2) for x in (q, k, v))
+    found = F.scaled_dot_product_attention(q, k, v)  # N*Q heads 1 E
+    return found.transpose(1, 2).flatten(1).unflatten(0, (tiles, queries))
 
 
 @spec

@@ -527,6 +527,11 @@ class Recipe:
             raise ValueError(
                 f"stage {stage.name!r}: frozen_features are for a model of kind 'vlm', not {self.model.kind!r}"
             )
+        if self.tiling.join == "slices":
+            raise ValueError(
+                f"stage {stage.name!r}: frozen_features are of square tiles, and this tiling cuts slices of any shape; leave the "
+                "annotator away"
+            )
         if features.encoder != self.model.encoder or features.encoder.weights is None:
             raise ValueError(
                 f"stage {stage.name!r}: frozen_features must have the model's own encoder, with weights; it has "

@@ -178,8 +178,8 @@ class ResamplerLayer(nn.Module):
 
 def attend(q: Float[Tensor, "N Q D"], k: Float[Tensor, "N P D"], v: Float[Tensor, "N P D"], heads: int) -> Tensor:
     """Attention in `heads` heads, (N, Q, D)."""
-    split = [x.unflatten(2, (heads, -1)).transpose(1, 2) for x in (q, k, v)]
-    return F.scaled_dot_product_attention(*split).transpose(1, 2).flatten(2)
+    q, k, v = (x.unflatten(2, (heads, -1)).transpose(1, 2) for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
 
 
 @spec

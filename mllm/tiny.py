@@ -40,7 +40,8 @@ def tiny(recipe: Recipe) -> Recipe:
     """`recipe` at a size for tests: no weights are read, `example-bpe` is its tokenizer, the example corpora its data."""
     model = recipe.vlm
     encoder = model.encoder.tiny()
-    fusion = model.fusion.tiny() if hasattr(model.fusion, "tiny") else model.fusion
+    fusion: Any = model.fusion
+    fusion = fusion.tiny() if hasattr(fusion, "tiny") else fusion
     small = replace(model, encoder=encoder, connector=model.connector.tiny(), lm=_lm(model.lm), fusion=fusion)
     tiling = _tiling(recipe.tiling, model.encoder, encoder)
     layout = small.layout(tiling)

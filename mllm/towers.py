@@ -30,12 +30,23 @@ NOTHING: Mapping[str, bool] = {}
 class ViTShape(Protocol):
     """What a vision transformer's spec says of itself; `layers` and `image` change when the tower is made small."""
 
-    hidden_size: int
-    layers: int
-    heads: int
-    intermediate_size: int
-    patch: int
-    image: int
+    @property
+    def hidden_size(self) -> int: ...
+
+    @property
+    def layers(self) -> int: ...
+
+    @property
+    def heads(self) -> int: ...
+
+    @property
+    def intermediate_size(self) -> int: ...
+
+    @property
+    def patch(self) -> int: ...
+
+    @property
+    def image(self) -> int: ...
 
     def config(self) -> Any: ...
 

@@ -104,7 +104,7 @@ def vila_15_40b() -> Recipe:
     slow = Full(lr=2e-5, weight_decay=0.05)
     encoder = Encoder(
         arch=INTERNVIT_6B_V15,
-        weights="OpenGVLab/InternViT-6B-448px-V1-5",
+        weights="OpenGVLab/InternViT-6B-448px-V1-5",  # which of its versions is not certain
         layer=-2,
         mean=(0.485, 0.456, 0.406),
         std=(0.229, 0.224, 0.225),

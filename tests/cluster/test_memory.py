@@ -58,7 +58,7 @@ def _measured(recipe: Recipe, stage: Stage, packs: int) -> int:
 def deep() -> Recipe:
     """The smoke model with more layers, so that activations outweigh all else."""
     recipe = by_name("vila_smoke")
-    encoder = replace(recipe.vlm.encoder, arch=replace(recipe.vlm.encoder.arch, layers=9))
+    encoder = replace(recipe.vlm.encoder, arch=replace(recipe.vlm.encoder.arch, layers=9))  # type: ignore  # one tower
     lm = replace(recipe.vlm.lm, arch=replace(recipe.vlm.lm.arch, layers=8))
     return replace(
         recipe,

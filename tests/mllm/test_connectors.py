@@ -1,9 +1,12 @@
 """Connectors: as many tokens as they say, gradients everywhere, and transformers' own classes' numbers where there are some."""
 
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from mllm.connectors import (
     MLP,
@@ -20,6 +23,8 @@ from mllm.connectors import (
     Pool,
     QFormer,
     Transformer,
+    bare,
+    read_weights,
 )
 
 ONE: list[tuple[Connector, int, int]] = [
@@ -125,6 +130,29 @@ def test_q_former_is_transformers_own() -> None:
     torch.testing.assert_close(module(features), module.project(found), rtol=1e-4, atol=1e-5)
 
 
+def test_q_formers_weights_are_read_from_blip2s_form(tmp_path: Path) -> None:
+    """Its own names and those that it has no use for, inside a bundle of branches too."""
+    torch.manual_seed(0)
+    small = QFormer().tiny()
+    source: Any = small.build(16, 24)
+    stored = {f"qformer.{name}": value for name, value in source.model.state_dict().items()}
+    stored |= {
+        "query_tokens": source.queries.detach().unsqueeze(0),
+        "qformer.embeddings.word.weight": torch.zeros(2, 2),
+    }
+    save_file({name: value.contiguous() for name, value in stored.items()}, tmp_path / "model.safetensors")
+    spec = Branches(parts=(replace(small, weights="blip2"), Linear()))
+    module: Any = spec.build(16, 24)
+    read_weights(spec, module, lambda name: str(tmp_path) if name == "blip2" else "")
+    features = torch.randn(2, 9, 16)
+    source.project = module.parts[0].project
+    torch.testing.assert_close(module(features)[:, :4], source(features))
+    assert bare(spec) == Branches(parts=(small, Linear()))
+    wider = replace(small, weights="blip2", hidden_size=48)
+    with pytest.raises(ValueError, match="are no Q-Former of the recipe's shape"):
+        read_weights(wider, wider.build(16, 24), lambda _: str(tmp_path))
+
+
 def test_pixel_shuffle_and_its_mlp_are_internvls() -> None:
     from transformers import InternVLConfig, InternVLVisionConfig, Qwen2Config
     from transformers.models.internvl.modeling_internvl import InternVLModel, InternVLMultiModalProjector
@@ -149,9 +177,9 @@ def test_the_resampler_is_idefics() -> None:
     from transformers.models.idefics.perceiver import IdeficsPerceiverResampler
 
     torch.manual_seed(0)
-    config = IdeficsConfig(vision_config={"embed_dim": 32})
+    config: Any = IdeficsConfig(vision_config={"embed_dim": 32})
     config.perceiver_config.qk_layer_norms_perceiver = False
-    theirs = IdeficsPerceiverResampler(config, 32, depth=2, n_heads=2, head_dim=8, n_latents=4)
+    theirs: Any = IdeficsPerceiverResampler(config, 32, depth=2, n_heads=2, head_dim=8, n_latents=4)
     module: Any = Perceiver(activation="relu").tiny().build(32, 48)
     with torch.no_grad():
         module.latents.copy_(theirs.latents)

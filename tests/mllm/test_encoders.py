@@ -95,7 +95,7 @@ def test_features_are_transformers_hidden_states(arch: Any, layer: int, normed: 
 def test_post_norm_puts_the_norm_behind_each_branch() -> None:
     torch.manual_seed(0)
     tower = shapes.EVA_E.tiny().build(None, 1)
-    block = tower.units()[0]
+    block: Any = tower.units()[0]
     x = torch.randn(1, 5, 32)
     attended = x + block.layer_norm1(block.self_attn(x)[0])
     torch.testing.assert_close(block(x), attended + block.layer_norm2(block.mlp(attended)))
@@ -114,7 +114,7 @@ def test_cls_comes_first_where_it_is_kept() -> None:
 
 @pytest.mark.parametrize("arch", [arch for arch in ALL if hasattr(arch, "layers")], ids=lambda arch: arch.kind)
 def test_positions_are_stretched_only_where_that_is_asked(arch: Any) -> None:
-    encoder = Encoder(arch=arch).tiny()
+    encoder: Any = Encoder(arch=arch).tiny()
     larger = encoder.arch.image + 2 * encoder.arch.patch
     with pytest.raises(ValueError, match=f"tiles of {larger} pixels and the encoder takes {encoder.arch.image}"):
         encoder.tokens(larger)
@@ -128,7 +128,7 @@ def test_positions_are_stretched_only_where_that_is_asked(arch: Any) -> None:
 def test_a_slice_of_the_towers_own_shape_is_a_tile(arch: Any) -> None:
     """And what fills shorter slices up is seen by nobody."""
     torch.manual_seed(0)
-    encoder = Encoder(arch=arch).tiny()
+    encoder: Any = Encoder(arch=arch).tiny()
     module = encoder.build(str).eval()
     side, patch = encoder.arch.image // 8, 8
     tile = torch.randint(0, 256, (1, 3, encoder.arch.image, encoder.arch.image), dtype=torch.uint8)

@@ -13,6 +13,7 @@ from mllm.export import export, format_of, read_back
 from mllm.fusion import CrossAttention, Fusion, PreLMAdapter, RoutedExperts
 from mllm.recipe import Recipe
 from mllm.recipes import by_name
+from mllm.tiny import tiny
 from mllm.vlm import VisionLanguageModel
 from ops.images import normalize
 from pipelines.types import IMAGE_TOKEN, Batch, Pack
@@ -40,7 +41,7 @@ def test_llava_gives_the_same_logits(exported: tuple[VisionLanguageModel, Path],
     batch = Batch.of(Pack.of_samples([sample], packs.pixels([sample])))
     ours = model(batch) @ model.lm.head.T
     ids = torch.where(batch.input_ids == IMAGE_TOKEN, llava.config.image_token_id, batch.input_ids)
-    pixels = normalize(batch.tiles, model.encoder.mean, model.encoder.std)
+    pixels = normalize(batch.tiles, model.encoder.mean, model.encoder.std)  # type: ignore  # one tower
     theirs = llava(input_ids=ids[None], pixel_values=pixels).logits[0]
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
@@ -64,7 +65,7 @@ def test_its_processor_sees_and_writes_as_training_did(
     assert isinstance(recipe.tiling, Pad)
     pixels = decode(file.read_bytes())
     tiles = recipe.tiling.tile(pixels, recipe.tiling.cut(pixels.shape[1], pixels.shape[2]))
-    ours = normalize(tiles, model.encoder.mean, model.encoder.std)
+    ours = normalize(tiles, model.encoder.mean, model.encoder.std)  # type: ignore  # one tower
     # Pillow pads and then resizes where we resize and then pad: a row of pixels at the picture's edge may differ.
     assert np.abs(ours.numpy() - np.asarray(inputs["pixel_values"])).mean() < 0.05
 
@@ -115,3 +116,16 @@ def test_a_fusions_weights_are_written_and_read_back(recipe: Recipe, tmp_path: P
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
     lm = AutoModelForCausalLM.from_pretrained(folder / "lm")
     assert sum(p.numel() for p in lm.parameters()) == sum(p.numel() for p in model.parts()["lm"])
+
+
+@pytest.mark.parametrize("name", ["mini_gemini_7b", "minicpm_v_20", "bliva_7b", "llava_next_7b"])
+def test_parts_of_any_system_are_read_back(name: str, tmp_path: Path) -> None:
+    """Several towers, separators, branches."""
+    small = tiny(by_name(name))
+    assert format_of(small) == "parts"
+    torch.manual_seed(0)
+    model = small.model.build()
+    again = read_back(export(small, model, TOKENIZER, tmp_path / "export"))
+    ours, theirs = model.state_dict(), again.state_dict()
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[key], theirs[key]) for key in ours)

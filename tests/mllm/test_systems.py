@@ -6,6 +6,7 @@ from functools import cache
 import pytest
 import torch
 
+from cluster.plan import plan
 from cluster.site import load_site
 from mllm.objectives import NextToken
 from mllm.recipe import Recipe, Steps, dump, load
@@ -108,6 +109,19 @@ def test_gradients_exist_exactly_where_each_stage_says(name: str) -> None:
             moved = {group.part for group in groups for p in group.parameters if p.grad is not None and p.grad.any()}
             if one is pack and pictures:
                 assert moved == {group.part for group in groups}
+
+
+@pytest.mark.parametrize(
+    "name", ["llava_next_7b", "minicpm_v_20", "vila_15_3b_s2", "mini_gemini_7b", "bliva_7b", "internvl_15_26b"]
+)
+def test_it_is_planned(name: str) -> None:
+    """Cost and memory are found, whatever towers, connectors and joins; where more is trained, more is computed."""
+    recipe = small(name)
+    recipe = replace(recipe, stages=(recipe.stages[0], recipe.stages[-1]))
+    planned = plan(recipe, SITE, (1, 8))
+    assert planned.stages[-1].flops > planned.stages[0].flops > 0
+    assert all(stage.memory[1] > stage.memory[8] > 0 for stage in planned.stages)
+    assert planned.tokens_per_image.startswith(f"{small(name).model.layout(small(name).tiling).tokens_per_tile} tokens")
 
 
 def test_tiny_is_a_laptops_whatever_it_is_given() -> None:

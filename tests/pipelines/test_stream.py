@@ -135,7 +135,7 @@ def models(recipe: Recipe, folder: Path) -> tuple[Annotator, ...]:
     tower: Any = recipe.vlm.build().encoder.tower
     tower.tower.save_pretrained(folder / "tower")
     frozen = replace(recipe.vlm.encoder, weights=str(folder / "tower"))
-    return ScoreFilter(weights=str(folder / "clip"), at_least=0.0), FrozenFeatures(encoder=frozen)
+    return ScoreFilter(weights=str(folder / "clip"), at_least=0.0), FrozenFeatures(encoder=frozen)  # type: ignore  # one tower
 
 
 def bfloat16(bits: NDArray[np.uint16]) -> NDArray[np.float32]:
