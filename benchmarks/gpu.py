@@ -46,6 +46,7 @@ from mllm.connectors import MLP
 from mllm.encoders import ClipVision, Encoder
 from mllm.flops import Work, cost_of, work_of
 from mllm.lm import CausalLM, Llama
+from mllm.objectives import NextToken
 from mllm.recipe import FSDP, Dtype, Full, Recipe, Recompute, Source, Stage, Steps, Tuning
 from mllm.tune import apply_tuning
 from mllm.vlm import VLM, VisionLanguageModel
@@ -578,7 +579,7 @@ class Bare:
         self.optimizer = torch.optim.AdamW([master for _, master in self.pairs], lr=1e-5, fused=True)
 
     def step(self, pack: Pack) -> float:
-        output = self.stage.objective(self.model, Batch.of(pack, DEVICE))
+        output = NextToken()(self.model, Batch.of(pack, DEVICE))
         output.sum.backward()
         for parameter, master in self.pairs:
             if parameter.grad is not None:

@@ -41,6 +41,7 @@ from benchmarks.common import Section, alone, cores, in_child, on_ranks, peak_by
 from cluster.engines import Engine, build_engine
 from cluster.memory import fullest
 from cluster.site import EXAMPLE, load_site
+from mllm.objectives import NextToken
 from mllm.recipe import FSDP, Full, Recipe, Stage
 from mllm.recipes import by_name
 from mllm.tune import apply_tuning
@@ -107,7 +108,7 @@ class Plain:
     def step(self, packs: Sequence[Pack]) -> float:
         loss, weight = 0.0, 0.0
         for pack in packs:
-            output = self.stage.objective(self.model, Batch.of(pack))
+            output = NextToken()(self.model, Batch.of(pack))
             output.sum.backward()
             loss += output.sum.item()
             weight += output.weight.item()

@@ -29,7 +29,6 @@ from mllm.fusion import UnifiedVocabulary
 from mllm.masked import MaskedImage
 from mllm.objectives import DPO, Gathered, NextToken, Objective, Sum
 from mllm.streams import SingleStream
-from mllm.two_vocabularies import TwoVocabularies
 from mllm.vlm import VLM
 from ops.attention import Backend
 from ops.context import ContextBy, heads_fit
@@ -310,7 +309,7 @@ class Stage:
     tokens_per_step: Positive
     max_tiles: Positive = 16
     duration: Duration = Epochs()
-    objective: Annotated[Objective | TwoVocabularies, Field(discriminator="kind")] = NextToken()
+    objective: Objective = NextToken()
     optimizer: Optimizer = AdamW()
     ema: Annotated[float, Field(gt=0, lt=1)] | None = None
     schedule: Schedule = Cosine()

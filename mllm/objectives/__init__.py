@@ -12,9 +12,19 @@ from mllm.objectives.fused import MaskedTokens, Matching
 from mllm.objectives.language import DPO, Ids, NextToken
 from mllm.objectives.pictures import Classification, MaskedCodes, MaskedPixels
 from mllm.objectives.sums import Sum, Term
+from mllm.objectives.vocabularies import TwoVocabularies
 
 Objective = Annotated[
-    NextToken | DPO | Contrastive | Classification | MaskedPixels | MaskedCodes | Matching | MaskedTokens | Sum,
+    NextToken
+    | DPO
+    | TwoVocabularies
+    | Contrastive
+    | Classification
+    | MaskedPixels
+    | MaskedCodes
+    | Matching
+    | MaskedTokens
+    | Sum,
     Field(discriminator="kind"),
 ]
 
@@ -33,4 +43,5 @@ __all__ = [
     "Objective",
     "Sum",
     "Term",
+    "TwoVocabularies",
 ]

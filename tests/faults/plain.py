@@ -26,7 +26,7 @@ def train(config: dict[str, Any]) -> None:
 
     from mllm.recipes import by_name
 
-    built = by_name(config["recipe"]).model.build()
+    built = by_name(config["recipe"]).vlm.build()
     model = AutoModelForCausalLM.from_config(built.lm.model.config, attn_implementation="sdpa")
     resumed = ray.train.get_checkpoint()
     first = 0

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -111,7 +112,7 @@ def test_the_export_is_the_trained_model(unbroken: tuple[RunFolder, str], short:
 
     folder, _ = unbroken
     llava = LlavaForConditionalGeneration.from_pretrained(folder.export)
-    ours = trained_model(here, short, folder)
+    ours: Any = trained_model(here, short, folder)
     torch.testing.assert_close(llava.lm_head.weight, ours.lm.head)
     theirs = llava.model.language_model.layers[0].self_attn.q_proj.weight
     torch.testing.assert_close(theirs, ours.lm.model.model.layers[0].self_attn.q_proj.weight)
@@ -120,8 +121,8 @@ def test_the_export_is_the_trained_model(unbroken: tuple[RunFolder, str], short:
 def test_frozen_parts_keep_their_first_weights(unbroken: tuple[RunFolder, str], short: Recipe, here: Site) -> None:
     folder, _ = unbroken
     torch.manual_seed(short.seed)
-    first = short.model.build()
-    last = trained_model(here, short, folder)
+    first: Any = short.model.build()
+    last: Any = trained_model(here, short, folder)
     assert all(torch.equal(a, b) for a, b in zip(first.encoder.parameters(), last.encoder.parameters(), strict=True))
     assert not torch.equal(first.lm.head, last.lm.head)
 

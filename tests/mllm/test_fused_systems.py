@@ -57,7 +57,7 @@ def test_gradients_are_exactly_where_each_stage_says(name: str) -> None:
     recipe = small(name)
     for stage in recipe.stages:
         torch.manual_seed(0)
-        model = recipe.model.build()
+        model = recipe.vlm.build()
         groups = apply_tuning(model, stage.tune)
         trained = {id(p) for group in groups for p in group.parameters}
         pack = next(pack for pack in PackWindows(SITE.stream(recipe, stage)).packs(0) if len(pack.tiles))

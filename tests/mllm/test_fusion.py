@@ -17,11 +17,10 @@ from mllm.flops import cost_of, work_of
 from mllm.fusion import CrossAttention, Fusion, PreLMAdapter, PromptAdapter, RoutedExperts, Splice, UnifiedVocabulary
 from mllm.fusion.cross import sight_of
 from mllm.fusion.experts import borders, gathered_positions
-from mllm.objectives import NextToken
+from mllm.objectives import NextToken, TwoVocabularies
 from mllm.recipe import FSDP, Full, RecipeError, dump, load, override
 from mllm.recipes import by_name
 from mllm.tune import apply_tuning, describe
-from mllm.two_vocabularies import TwoVocabularies
 from ops.cross import Runs, cross_attention
 from tests.mllm.toys import PICTURE, TILING, Doc, built, logits, pack_of, packed, picture_tiles, randomize, toy
 
@@ -299,5 +298,11 @@ def test_codes_have_a_table_and_a_head_of_their_own_and_count_half() -> None:
         model.zero_grad()
         TwoVocabularies()(model, packed(vlm, docs)).sum.backward()
         assert all(p.grad is not None for p in model.parts()["fusion"])
+    # In two packs it is the same loss of the same step, though one of them has most of the codes.
+    objective, packs = TwoVocabularies(), [packed(vlm, CODES[:1]), packed(vlm, CODES[1:])]
+    with torch.no_grad():
+        told = objective.whole([objective.collect(model, pack) for pack in packs], None)
+        parts = [objective.again(model, pack, each) for pack, each in zip(packs, told, strict=True)]
+    assert sum(float(part.sum) for part in parts) == pytest.approx(out.sum.item(), rel=1e-5)
     with pytest.raises(ValueError, match="take unified_vocabulary as its fusion"):
         TwoVocabularies()(built(toy()), packed(toy(), [TEXT]))

@@ -119,7 +119,10 @@ def test_it_is_planned(name: str) -> None:
     recipe = small(name)
     recipe = replace(recipe, stages=(recipe.stages[0], recipe.stages[-1]))
     planned = plan(recipe, SITE, (1, 8))
-    assert planned.stages[-1].flops > planned.stages[0].flops > 0
+    first, last = (stage.flops for stage in (planned.stages[0], planned.stages[-1]))
+    assert first is not None
+    assert last is not None
+    assert last > first > 0
     assert all(stage.memory[1] > stage.memory[8] > 0 for stage in planned.stages)
     assert planned.tokens_per_image.startswith(f"{small(name).model.layout(small(name).tiling).tokens_per_tile} tokens")
 
