@@ -462,6 +462,8 @@ class ViTTower(nn.Module):
 
 
 class ClipTower(ViTTower):
+    """CLIP's: normed before the first layer."""
+
     def embed(self, pixels: Float[Tensor, "N 3 H W"]) -> Float[Tensor, "N L D"]:
         return self.tower.pre_layrnorm(super().embed(pixels))
 
@@ -474,6 +476,8 @@ class ClipTower(ViTTower):
 
 
 class SiglipTower(ViTTower):
+    """SigLIP's: no CLS among its positions."""
+
     first = 0
 
     def patching(self) -> tuple[nn.Conv2d, Float[Tensor, "P D"]]:
@@ -481,10 +485,14 @@ class SiglipTower(ViTTower):
 
 
 class EvaTower(ViTTower):
+    """EVA-CLIP's: its layers take no mask."""
+
     masked = False
 
 
 class DinoTower(ViTTower):
+    """DINOv2's names for the same things."""
+
     @property
     def blocks(self) -> Any:
         return self.tower.encoder.layer
@@ -498,10 +506,14 @@ class DinoTower(ViTTower):
 
 
 class InternTower(DinoTower):
+    """InternViT's: named as DINOv2's, its layers take no mask."""
+
     masked = False
 
 
 class PlainTower(ViTTower):
+    """ViT's names for the same things."""
+
     @property
     def blocks(self) -> Any:
         return self.tower.layers
