@@ -107,6 +107,8 @@ class Train:
     run: str | None = None
     """The run's name; the recipe's by default."""
     site: SiteFile = None
+    tiny: bool = False
+    """The same structure at toy size, two steps a stage over the example corpora: whether a recipe's parts fit together."""
 
     def __call__(self) -> None:
         from cluster.supervisor import die_with_parent, is_driver, supervise
@@ -118,7 +120,13 @@ class Train:
 
         from cluster.run import train
 
-        train(_recipe(self.recipe, self.s), _site(self.site, self.workers), self.run, Console(highlight=False))
+        recipe = _recipe(self.recipe, self.s)
+        if self.tiny:
+            from mllm.tiny import tiny
+
+            recipe = tiny(recipe)
+            self.run = self.run or f"{recipe.name}-tiny"
+        train(recipe, _site(self.site, self.workers), self.run, Console(highlight=False))
 
 
 @dataclass

@@ -14,12 +14,14 @@ from typing import Any
 from mllm.encoders import Encoder, Encoders
 from mllm.lm import CausalLM, Llama
 from mllm.recipe import FSDP, Frozen, Full, LoRA, Recipe, Source, Stage, Steps, Tuning
+from mllm.vlm import VLM
 from pipelines.chat import ChatML
 from pipelines.corpora import (
     CaptionList,
     Conversations,
     Corpus,
     Interleaved,
+    Labelled,
     Obelics,
     Pairs,
     Regions,
@@ -38,7 +40,9 @@ TEXT = 192
 
 def tiny(recipe: Recipe) -> Recipe:
     """`recipe` at a size for tests: no weights are read, `example-bpe` is its tokenizer, the example corpora its data."""
-    model = recipe.vlm
+    if not isinstance(recipe.model, VLM):
+        return _of_another_kind(recipe)
+    model = recipe.model
     encoder = model.encoder.tiny()
     fusion: Any = model.fusion
     fusion = fusion.tiny() if hasattr(fusion, "tiny") else fusion
@@ -53,6 +57,18 @@ def tiny(recipe: Recipe) -> Recipe:
         held_out=_held_out(recipe),
         shots=(0,),
     )
+
+
+def _of_another_kind(recipe: Recipe) -> Recipe:
+    """Of models that take whole pictures of one size."""
+    model = recipe.model.tiny()
+    tiling = replace(recipe.tiling, size=model.side)
+    layout = model.layout(tiling)
+    context = 6 * (layout.tokens_per_tile + 24)
+    stages = (
+        replace(_shorter(stage), context=context, tokens_per_step=2 * context, max_tiles=6) for stage in recipe.stages
+    )
+    return replace(recipe, model=model, tiling=tiling, stages=tuple(stages), held_out=_held_out(recipe), shots=())
 
 
 def _lm(lm: CausalLM) -> CausalLM:
@@ -96,15 +112,23 @@ def _stage(stage: Stage, layout: VisionLayout, tiling: AnyTiling) -> Stage:
     largest = tiling.cut(16 * tiling.size, 16 * tiling.size)
     context = -(-(layout.tokens(largest) + TEXT) // 64) * 64
     return replace(
-        stage,
-        mixture=_mixture(stage.mixture),
+        _shorter(stage),
         tune={_key(key): _tuning(how) for key, how in stage.tune.items()},
         context=context,
         tokens_per_step=2 * context,
         max_tiles=max(2 * largest.tiles, 6),
+        annotators=(),
+    )
+
+
+def _shorter(stage: Stage) -> Stage:
+    """Two steps over the example corpora, in small windows, in float32, beginning at once."""
+    return replace(
+        stage,
+        mixture=_mixture(stage.mixture),
+        context=stage.tokens_per_step,  # any that fits until it is known
         duration=Steps(count=2),
         parallel=FSDP(dtype="float32", recompute="none"),
-        annotators=(),
         entry=None,
         window=24,
         chunk=8,
@@ -141,6 +165,8 @@ def example_of(corpus: Corpus, suffix: str = "") -> Corpus:
             return Conversations(name=f"example-instructions{suffix}")
         case TextOnly():
             return TextOnly(name=f"example-text{suffix}")
+        case Labelled():
+            return Labelled(name=f"example-shapes{suffix}")
     return corpus
 
 
