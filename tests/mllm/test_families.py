@@ -1,11 +1,8 @@
 """Recipes of models that are not vision-language models: as large as the papers', and whole at toy size.
 
-A toy is the recipe with its own objective and tuning, a model of the same structure and the example corpora in the place of its
-own; it takes two steps by the real engine.
+At toy size a recipe has its own objective and tuning, a model of the same structure and the example corpora.
 """
 
-from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,16 +11,12 @@ import torch
 from cluster.engines import alone, build_engine
 from cluster.plan import plan
 from cluster.site import Site
-from mllm.recipe import FSDP, Recipe, Source, Stage, Steps, dump, load
+from mllm.recipe import dump, load
 from mllm.recipes import by_name
+from mllm.tiny import tiny
 from mllm.tune import apply_tuning
-from pipelines.corpora import Labelled, Pairs
 from pipelines.types import Batch, Pack
 from pipelines.windows import PackWindows
-from tests.conftest import CORPUS
-
-PICTURES = CORPUS / "instruct" / "images"
-LABELLED = Labelled(name="toy-classes", images=str(PICTURES))
 
 SIZES = {
     "clip_b32": 151_277_313,
@@ -61,48 +54,11 @@ def test_it_is_as_large_as_the_original_and_round_trips(name: str, site: Site) -
     assert sum(part.trained + part.frozen for part in planned.stages[0].parts) == SIZES[name]
 
 
-@pytest.fixture
-def everything(site: Site, tmp_path: Path) -> Site:
-    """The example site with a few of its pictures that have a class."""
-    files = sorted(PICTURES.glob("*.jpg"))[:40]
-    rows = [f"{file.name},{number % 10}" for number, file in enumerate(files)]
-    (tmp_path / "classes.csv").write_text("\n".join(["path,label", *rows]) + "\n")
-    return replace(site, corpora=site.corpora | {"toy-classes": str(tmp_path / "classes.csv")})
-
-
-def toy(recipe: Recipe) -> Recipe:
-    """The recipe at toy size on the example corpora."""
-    model, tiling = recipe.model.tiny(), recipe.tiling
-    tiling = replace(tiling, size=model.side)
-    layout = model.layout(tiling)
-    context = 6 * (layout.tokens_per_tile + 24)
-    stages = tuple(
-        replace(
-            stage,
-            mixture=(Source(corpus=LABELLED if _labelled(stage) else Pairs(name="example-pairs")),),
-            context=context,
-            tokens_per_step=3 * context,
-            max_tiles=6,
-            window=32,
-            chunk=8,
-            duration=Steps(count=2),
-            parallel=FSDP(dtype="float32", recompute="none"),
-        )
-        for stage in recipe.stages
-    )
-    return replace(recipe, model=model, tiling=tiling, stages=stages)
-
-
-def _labelled(stage: Stage) -> bool:
-    return isinstance(stage.mixture[0].corpus, Labelled)
-
-
 @pytest.mark.parametrize("name", SIZES)
-def test_at_toy_size_it_learns_what_its_stage_says(name: str, everything: Site) -> None:
-    recipe = toy(by_name(name))
-    assert load(dump(recipe)) == recipe
+def test_at_toy_size_it_learns_what_its_stage_says(name: str, site: Site) -> None:
+    recipe = tiny(by_name(name))
     for stage in recipe.stages:
-        windows = PackWindows(everything.stream(recipe, stage))
+        windows = PackWindows(site.stream(recipe, stage))
         packs = [*windows.packs(0)][:3]
         torch.manual_seed(0)
         model = recipe.model.build()
@@ -125,7 +81,7 @@ def test_at_toy_size_it_learns_what_its_stage_says(name: str, everything: Site) 
 
 @pytest.mark.parametrize("name", SIZES)
 def test_a_pack_of_nothing_reaches_every_trained_weight(name: str) -> None:
-    recipe = toy(by_name(name))
+    recipe = tiny(by_name(name))
     stage = recipe.stages[0]
     model = recipe.model.build()
     apply_tuning(model, stage.tune)
