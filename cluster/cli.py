@@ -120,13 +120,59 @@ class Train:
 
         from cluster.run import train
 
-        recipe = _recipe(self.recipe, self.s)
-        if self.tiny:
-            from mllm.tiny import tiny
-
-            recipe = tiny(recipe)
-            self.run = self.run or f"{recipe.name}-tiny"
+        recipe = _recipe(self.recipe, self.s, self.tiny)
         train(recipe, _site(self.site, self.workers), self.run, Console(highlight=False))
+
+
+@dataclass
+class Submit:
+    """Train a recipe as a job of the cluster whose job server the site names; given again, the run goes on."""
+
+    recipe: Positional[str]
+    """A recipe's name, or a recipe.json."""
+    s: Change = ()
+    """Change the recipe, stages by name: -s stages.pretrain.tune.lm.lr=3e-5"""
+    workers: Annotated[tuple[int, ...] | None, arg(metavar="N [MOST]")] = None
+    """Training workers, or the fewest and the most: the run grows and shrinks with the cluster. The site's by default."""
+    run: str | None = None
+    """The run's name; the recipe's by default."""
+    site: SiteFile = None
+    tiny: bool = False
+    """The same structure at toy size, two steps a stage over the example corpora: whether a recipe's parts fit together."""
+
+    def __call__(self) -> None:
+        from cluster.jobs import submit
+
+        recipe = _recipe(self.recipe, self.s, self.tiny)
+        submit(recipe, _site(self.site, self.workers), self.run or recipe.name, _console(), self.site)
+
+
+@dataclass
+class Logs:
+    """Print what a run's newest job has printed."""
+
+    run: Positional[str]
+    follow: bool = False
+    """Go on until the job ends."""
+    site: SiteFile = None
+
+    def __call__(self) -> None:
+        from cluster.jobs import logs
+
+        logs(_site(self.site), self.run, self.follow, _console())
+
+
+@dataclass
+class Stop:
+    """Have a run save and stop, and wait until it has; the command that began it goes on with it."""
+
+    run: Positional[str]
+    site: SiteFile = None
+
+    def __call__(self) -> None:
+        from cluster.jobs import stop
+
+        stop(_site(self.site), self.run, _console())
 
 
 @dataclass
@@ -349,6 +395,9 @@ Command = (
     Annotated[Recipes, subcommand("recipes")]
     | Annotated[Plan, subcommand("plan")]
     | Annotated[Train, subcommand("train")]
+    | Annotated[Submit, subcommand("submit")]
+    | Annotated[Logs, subcommand("logs")]
+    | Annotated[Stop, subcommand("stop")]
     | Annotated[Status, subcommand("status")]
     | Annotated[Index, subcommand("data index")]
     | Annotated[Check, subcommand("data check")]
@@ -380,6 +429,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     from cluster import supervisor
     from cluster.controller import ClusterLost, RunError, Stopped
+    from cluster.jobs import JobError
     from cluster.journal import Fenced
     from cluster.local import NoCluster
     from cluster.site import SiteError
@@ -395,6 +445,7 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(supervisor.LOST if isinstance(error, ClusterLost) else supervisor.NOWHERE)
     except (
         RunError,
+        JobError,
         Fenced,
         SiteError,
         RecipeError,
@@ -435,15 +486,21 @@ def _console() -> Console:
     return Console(highlight=False)
 
 
-def _recipe(name: str, changes: tuple[str, ...]) -> Recipe:
+def _recipe(name: str, changes: tuple[str, ...], small: bool = False) -> Recipe:
     from mllm.recipe import RecipeError, load, override
     from mllm.recipes import by_name
+    from mllm.tiny import tiny
 
     if name.endswith(".json"):
         if not Path(name).is_file():
             raise RecipeError(f"no recipe file {name}")
-        return override(load(Path(name).read_bytes()), changes)
-    return override(by_name(name), changes)
+        recipe = override(load(Path(name).read_bytes()), changes)
+    else:
+        recipe = override(by_name(name), changes)
+    if not small:
+        return recipe
+    recipe = tiny(recipe)
+    return replace(recipe, name=f"{recipe.name}-tiny")
 
 
 def _site(path: str | None, workers: tuple[int, ...] | None = None) -> Site:

@@ -48,6 +48,7 @@ from cluster.pulse import start_pulse
 from cluster.schedule import planned_steps
 from cluster.site import Site
 from cluster.worker import StageJob, failure_file
+from mllm import __version__
 from mllm.recipe import Recipe, dump, fingerprint, load
 from mllm.tune import apply_tuning, describe
 from pipelines.place import Place
@@ -483,8 +484,9 @@ def placeholder() -> Any:
 
 def versions() -> dict[str, str]:
     """What the run was made with."""
-    packages = ("mllm", "torch", "transformers", "ray", "numpy", "tokenizers")
-    return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in packages}}
+    packages = ("torch", "transformers", "ray", "numpy", "tokenizers")
+    own = {"python": platform.python_version(), "mllm": __version__}  # which on a cluster is no installed package
+    return own | {name: importlib.metadata.version(name) for name in packages}
 
 
 def first_difference(before: str, after: str) -> str:

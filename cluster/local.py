@@ -74,7 +74,7 @@ def ray_running(address: str | None, cpus: int, logs: Path, token_file: str | No
         for name, value in ALONE.items():
             os.environ.setdefault(name, value)
     elif token_file:
-        _show(token_file)
+        show_token(token_file)
     import ray
 
     if ray.is_initialized():
@@ -100,8 +100,11 @@ def ray_running(address: str | None, cpus: int, logs: Path, token_file: str | No
         ray.shutdown()
 
 
-def _show(token_file: str) -> None:
-    """Have Ray show the cluster the token in the file. It reads the file itself, and processes that are started here do too."""
+def show_token(token_file: str) -> None:
+    """Have Ray show the cluster the token in the file. It reads the file itself, and processes that are started here do too.
+
+    Raises WrongToken where the file holds none.
+    """
     try:
         token = Path(token_file).read_text(encoding="utf-8").strip()
     except (OSError, UnicodeDecodeError) as error:

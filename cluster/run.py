@@ -111,6 +111,13 @@ def show_status(site: Site, name: str | None, console: Console) -> None:
         return
     folder, recipe, state = open_run(site, name)
     console.print(summary(folder, recipe, state))
+    if site.jobs:
+        from cluster.jobs import JobError, standing
+
+        try:
+            console.print(standing(site, folder.root), soft_wrap=True)
+        except JobError as error:  # the journal has told all the same
+            console.print(f"note: {error}", soft_wrap=True)
 
 
 def evaluate_run(site: Site, name: str, console: Console) -> None:

@@ -5,6 +5,7 @@
     workers = 2                             # or [2, 8]: as many as there are nodes for
     ray_address = "head:6379"               # without it a local Ray is started
     ray_token_file = "/secrets/ray"         # where that cluster asks for a token
+    jobs = "http://head:8265"               # its job server and dashboard, for `mllm submit`
     trust_remote_code = true                # only where the Python beside the weights has been read
 
     [corpora]
@@ -79,7 +80,7 @@ class Site:
 
     `trust_remote_code` runs the Python that lies beside weights of the encoder and the language model, with all the rights of a
     worker; without it such weights are refused. `ray_token_file` is a file with the token that the cluster at `ray_address` asks
-    for: its path travels, its content does not.
+    for: its path travels, its content does not. `jobs` is the address of a cluster's job server, which runs are submitted to.
     """
 
     runs: str = "runs"
@@ -90,6 +91,7 @@ class Site:
     buffer: Positive = 2**30
     ray_address: str | None = None
     ray_token_file: str | None = None
+    jobs: str | None = None
     trust_remote_code: bool = False
     storage: Storage = Storage()
     limits: Limits = Limits()
@@ -242,7 +244,9 @@ def load_site(path: str | None = None, workers: Actors | None = None) -> Site:
     if not file.is_file():
         raise SiteError("no site.toml here and no example corpus beside the package; name a site file with --site")
     try:
-        site = _adapter().validate_python(tomllib.loads(file.read_text(encoding="utf-8")))
+        text = file.read_text(encoding="utf-8")
+        # As JSON a site travels to a cluster; people write TOML.
+        site = _adapter().validate_json(text) if file.suffix == ".json" else _adapter().validate_python(tomllib.loads(text))
     except tomllib.TOMLDecodeError as error:
         raise SiteError(f"{file}: {error}") from error
     except ValidationError as error:
@@ -265,11 +269,13 @@ def _absolute(site: Site, root: Path) -> Site:
         raise SiteError(
             f"runs={site.runs!r}: a run is kept on a disk that all nodes share, or on S3; expected a path or s3://"
         )
-    if site.ray_token_file is not None and not site.ray_address:
+    if site.ray_token_file is not None and not (site.ray_address or site.jobs):
         raise SiteError(
-            "ray_token_file is for a cluster that asks for a token, and there is no ray_address; a Ray that is started here "
-            "listens to this machine alone; add ray_address, or take ray_token_file away"
+            "ray_token_file is for a cluster that asks for a token, and there is no ray_address and no jobs; a Ray that is started "
+            "here listens to this machine alone; add ray_address or jobs, or take ray_token_file away"
         )
+    if site.jobs is not None and not site.jobs.startswith(("http://", "https://")):
+        raise SiteError(f"jobs={site.jobs!r}: expected the dashboard's address, as http://HEAD:8265")
     return replace(
         site,
         runs=place(site.runs.removeprefix("file://")),

@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import os
 import secrets
-import signal
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
 
 from cluster.local import WrongToken, ray_running
 from cluster.site import SiteError, load_site
-from tests.s3 import free_port
+from tests.heads import environment, example_site, head
 
 JOIN = """
 import sys
@@ -89,46 +84,6 @@ def join(address: str, file: Path | None, logs: Path) -> str:
 
 def trained(address: str, file: Path, folder: Path) -> subprocess.CompletedProcess[str]:
     """`mllm train` on a site with this token file: the supervisor, and the driver that it starts."""
-    example = Path(__file__).resolve().parents[2] / "examples" / "site.toml"
-    words = example.read_text().replace('"../', '"')
-    for name in ("corpus/", "tokenizer"):
-        words = words.replace(f'"{name}', f'"{example.parent}/{name}')
-    keys = f'ray_address = "{address}"\nray_token_file = "{file}"\n'
-    site = folder / "site.toml"
-    site.write_text(keys + words)
+    site = example_site(folder, f'ray_address = "{address}"\nray_token_file = "{file}"\n')
     command = [sys.executable, "-m", "cluster.cli", "train", "vila_smoke", "--site", str(site)]
     return subprocess.run(command, env=environment(), cwd=folder, capture_output=True, text=True, timeout=240)
-
-
-def environment() -> dict[str, str]:
-    return {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-
-
-@contextmanager
-def head(token: Path, session: str) -> Iterator[str]:
-    """A head of its own that asks for the token, and its address; ended with all its processes."""
-    port = free_port()
-    ray = Path(sys.executable).with_name("ray")
-    address = "127.0.0.1"
-    words = [
-        str(ray), "start", "--head", "--block", "--num-cpus=1", f"--port={port}", f"--node-ip-address={address}",
-        "--include-dashboard=false", "--object-store-memory=100000000", f"--temp-dir={session}",
-        f"--ray-client-server-port={free_port()}", f"--dashboard-agent-listen-port={free_port()}",
-    ]  # fmt: skip
-    settings = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token), "RAY_USAGE_STATS_ENABLED": "0"}
-    log = token.with_name("head.log")
-    with log.open("wb") as out:
-        process = subprocess.Popen(
-            words, env=environment() | settings, stdout=out, stderr=subprocess.STDOUT, start_new_session=True
-        )
-    try:
-        end = time.monotonic() + 120
-        while b"Ray runtime started" not in log.read_bytes():
-            assert process.poll() is None, log.read_text()
-            assert time.monotonic() < end, log.read_text()
-            time.sleep(0.2)
-        yield f"{address}:{port}"
-    finally:
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)  # asked kindly, it takes its time
-        process.wait()
