@@ -27,11 +27,13 @@ def train(recipe: Recipe, site: Site, name: str | None, console: Console) -> Run
     Everything that can be wrong before a worker starts is said before one does.
     """
     from cluster.live import Live, summary
+    from cluster.telemetry import Telemetry, sinks_of
 
     folder = RunFolder(f"{site.runs}/{name or recipe.name}")
     quieten(folder.logs)
     live = Live(folder, recipe, console)
     controller = Controller(recipe, site, name, live)
+    sinks = sinks_of(site.sinks, folder, recipe)
     index_missing(site, corpora_of(recipe), console, folder.logs)
     state = controller.prepare()
     if state.finished and all(state.finished_stage(mark) for mark in controller.fingerprints.values()):
@@ -41,7 +43,11 @@ def train(recipe: Recipe, site: Site, name: str | None, console: Console) -> Run
         return folder
     with controller.leased():
         try:
-            with ray_running(site.ray_address, site.cpus(recipe), folder.logs, site.ray_token_file), live:
+            with (
+                ray_running(site.ray_address, site.cpus(recipe), folder.logs, site.ray_token_file),
+                live,
+                Telemetry(folder, recipe, sinks, live.say),
+            ):
                 controller.run()
             console.print("writing export and report")
             _export(site, recipe, folder, folder.export)

@@ -6,6 +6,7 @@
     ray_address = "head:6379"               # without it a local Ray is started
     ray_token_file = "/secrets/ray"         # where that cluster asks for a token
     jobs = "http://head:8265"               # its job server and dashboard, for `mllm submit`
+    sinks = ["tensorboard"]                 # beside Ray's metrics: "tensorboard", "wandb" (offline unless WANDB_MODE says so)
     trust_remote_code = true                # only where the Python beside the weights has been read
 
     [corpora]
@@ -34,7 +35,7 @@ from collections.abc import Sequence
 from dataclasses import field, replace
 from functools import cache
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import fsspec
 from pydantic import Field, TypeAdapter, ValidationError
@@ -60,6 +61,10 @@ class SiteError(ValueError):
 Positive = Annotated[int, Field(ge=1)]
 Actors = Positive | tuple[Positive, Positive]
 """So many actors, or from so few to so many as Ray Data finds it needs."""
+
+
+Sink = Literal["tensorboard", "wandb"]
+"""Where a run's numbers go besides its own files and Ray's metrics."""
 
 
 @spec
@@ -92,6 +97,7 @@ class Site:
     ray_address: str | None = None
     ray_token_file: str | None = None
     jobs: str | None = None
+    sinks: tuple[Sink, ...] = ()
     trust_remote_code: bool = False
     storage: Storage = Storage()
     limits: Limits = Limits()

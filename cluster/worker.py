@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import os
+import resource
 import socket
 import time
 import traceback
@@ -18,7 +19,7 @@ import pyarrow as pa
 import torch
 import torch.distributed as dist
 
-from cluster import checkpoint, quarantine
+from cluster import checkpoint, gauges, quarantine
 from cluster.checkpoint import Manifest, PassedOver, ShardTally, TrainState
 from cluster.deal import Deal, Held, Step
 from cluster.engines import Engine, StepReport, build_engine, local
@@ -233,7 +234,8 @@ class Training:
         self.state = state
         self.beats = beats
         self.saver = saver
-        self.first = dist.get_rank() == 0
+        self.rank = dist.get_rank()
+        self.first = self.rank == 0
         self.meter = _meter(job, engine.device) if self.first else None
         self.folder = job.folder
         self.skipped = 0
@@ -341,8 +343,20 @@ class Training:
         tally = _tally(job, state.shards, step.all)
         self.state = replace(state.advanced(tokens, following, step.following, tally), recent=recent)
         self._compare(_record(job, self.state, step, report, factor, self.meter, self.folder))
+        self._show(replace(report.phases, data=step.waited))
         if verdict != "fine" and job.stage.guard.bad == "stop" and not report.taken:
             raise StopRun(_no_number(job, state, step, report))
+
+    def _show(self, phases: Phases) -> None:
+        """Tell a monitor what only this rank knows."""
+        rank = str(self.rank)
+        for name in PHASES:
+            self.board.set(gauges.PHASE, getattr(phases, name), rank=rank, phase=name)
+        if self.engine.device.type == "cuda":
+            memory = torch.cuda.max_memory_allocated(self.engine.device)
+        else:
+            memory = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        self.board.set(gauges.MEMORY, memory, rank=rank, device=self.engine.device.type)
 
     def _compare(self, ranks: list[tuple[Phases, int]]) -> None:
         """Rank 0, which has all ranks' phases and tokens, tells of those that the others wait for: once, until they catch up."""
