@@ -427,42 +427,36 @@ def main(argv: list[str] | None = None) -> None:
         args=words,
         config=(tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes, tyro.conf.FlagCreatePairsOff),
     )
+    try:
+        command()
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BrokenPipeError:  # `mllm plan ... | head` is no mistake
+        sys.stderr.close()
+    except Exception as error:
+        sys.exit(_told(error))
+
+
+def _told(error: Exception) -> int:
+    """Say what went wrong and return the exit code. Most commands end well and need not import what they might meet."""
     from cluster import supervisor
     from cluster.controller import ClusterLost, RunError, Stopped
     from cluster.jobs import JobError
     from cluster.journal import Fenced
     from cluster.local import NoCluster
-    from cluster.site import SiteError
-    from mllm.recipe import RecipeError
     from pipelines.storage import StorageError
 
-    try:
-        command()
-    except Stopped:
-        sys.exit(143)
-    except (ClusterLost, NoCluster) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(supervisor.LOST if isinstance(error, ClusterLost) else supervisor.NOWHERE)
-    except (
-        RunError,
-        JobError,
-        Fenced,
-        SiteError,
-        RecipeError,
-        StorageError,
-        ValueError,
-        FileNotFoundError,
-        PermissionError,
-    ) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except BrokenPipeError:  # `mllm plan ... | head` is no mistake
-        sys.stderr.close()
-    except Exception:  # a fault of this program's: said whole, and told apart from a process that Ray ended
-        traceback.print_exc()
-        sys.exit(70)
+    if isinstance(error, Stopped):
+        return 143
+    # Mistakes in a site or a recipe are ValueErrors.
+    mistakes = RunError | JobError | Fenced | StorageError | ValueError | FileNotFoundError | PermissionError
+    if not isinstance(error, ClusterLost | NoCluster | mistakes):
+        traceback.print_exception(error)  # a fault of this program's: said whole, and told apart from a process that Ray ended
+        return 70
+    print(f"error: {error}", file=sys.stderr)
+    if isinstance(error, ClusterLost | NoCluster):
+        return supervisor.LOST if isinstance(error, ClusterLost) else supervisor.NOWHERE
+    return 2
 
 
 def _spread(words: list[str]) -> list[str]:

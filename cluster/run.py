@@ -41,6 +41,7 @@ def train(recipe: Recipe, site: Site, name: str | None, console: Console) -> Run
         console.print(summary(folder, recipe, state))
         _paths(folder, console)
         return folder
+    hurry = False
     with controller.leased():
         try:
             with (
@@ -52,11 +53,13 @@ def train(recipe: Recipe, site: Site, name: str | None, console: Console) -> Run
             console.print("writing export and report")
             _export(site, recipe, folder, folder.export)
             controller.finish()
-        except (KeyboardInterrupt, Stopped):
+        except (KeyboardInterrupt, Stopped) as error:
             console.print("stopped; the same command goes on from the last checkpoint")
+            hurry = isinstance(error, Stopped)  # a machine that is taken away does not wait for a report
             raise
         finally:
-            _report(controller, console)
+            if not hurry:
+                _report(controller, console)
     console.print(summary(folder, recipe, controller.journal.state()))
     _paths(folder, console)
     return folder

@@ -51,6 +51,9 @@ from pipelines.types import spec
 
 Item = tuple[WriteItem, Tensor | io.BytesIO]
 
+Written = tuple[bool, str | None, bool]
+"""Whether a checkpoint is whole, what went wrong, and whether that was a process's own trouble."""
+
 
 class SaveFailed(RuntimeError):
     """A checkpoint that had to be written was not."""
@@ -62,13 +65,15 @@ class Outcome:
     was there.
 
     `size` is the bytes of all ranks' tensors, which only rank 0 knows; the others have 0. `trouble` says what went wrong; a
-    checkpoint may be `whole` in spite of it, when only older ones could not be taken away.
+    checkpoint may be `whole` in spite of it, when only older ones could not be taken away. `sick` says that it was a process's
+    own trouble, and neither storage that did not answer nor a disk that was full.
     """
 
     folder: Place
     step: int
     whole: bool
     trouble: str | None
+    sick: bool
     stall: float
     seconds: float
     size: int
@@ -228,9 +233,9 @@ class Saver:
             failure = error
         job.settled.set()
         try:
-            whole, trouble = self._written(job, failure)
+            whole, trouble, sick = self._written(job, failure)
         except Exception as error:  # the group itself failed: the others wait for this rank, or this one for them
-            whole, trouble, self.broken = False, _words(error), error
+            whole, trouble, sick, self.broken = False, _words(error), False, error
         if trouble is not None:
             trouble = f"checkpoint {job.folder.name}: {trouble}"
         size = self._size(job.metadata)
@@ -241,17 +246,18 @@ class Saver:
                 step=job.at.step,
                 whole=whole,
                 trouble=trouble,
+                sick=sick,
                 stall=job.stall,
                 seconds=seconds,
                 size=size,
             )
         )
 
-    def _written(self, job: _Job, failure: Exception | None) -> tuple[bool, str | None]:
-        """Write it, all ranks together, unless something failed before; whether it is whole, and what went wrong."""
+    def _written(self, job: _Job, failure: Exception | None) -> Written:
+        """Write it, all ranks together, unless something failed before."""
         refused = self._told(self._cleared(job) if self.rank == 0 else None)
         if refused:
-            return False, refused
+            return False, refused, False
         writer = ShardWriter(job.folder, self.rank)
         results: list[WriteResult] = []
         try:
@@ -259,7 +265,7 @@ class Saver:
         except Exception as error:
             failure = error
         everyone = self._gathered((results, None if failure is None else (_words(failure), _kind(failure))))
-        return self._told(self._committed(job, writer, everyone) if everyone is not None else (False, None))
+        return self._told(self._committed(job, writer, everyone) if everyone is not None else (False, None, False))
 
     def _cleared(self, job: _Job) -> str | None:
         """Rank 0 makes room for the new one, whose folder an earlier attempt may have left; why it may not, in words."""
@@ -277,7 +283,7 @@ class Saver:
 
     def _committed(
         self, job: _Job, writer: ShardWriter, everyone: list[tuple[list[WriteResult], tuple[str, str] | None]]
-    ) -> tuple[bool, str | None]:
+    ) -> Written:
         """Rank 0 ends it: index, state, manifest, and then what is too old; or, where a rank failed, takes it away."""
         failures = [failure for _, failure in everyone if failure is not None]
         if not failures:
@@ -287,12 +293,12 @@ class Saver:
             except Exception as error:
                 failures = [(_words(error), _kind(error))]
         if failures:
-            return False, self._abandoned(job, failures)
+            return False, self._abandoned(job, failures), failures[0][1] == "other"
         try:
             retain(self.folder, self.keep, self.protected, job.manifest.token)
         except Exception as error:
-            return True, f"is whole, but older ones could not be taken away: {_words(error)}"
-        return True, None
+            return True, f"is whole, but older ones could not be taken away: {_words(error)}", False
+        return True, None, False
 
     def _manifest(self, job: _Job, writer: ShardWriter, results: list[list[WriteResult]]) -> None:
         assert job.metadata is not None

@@ -218,6 +218,11 @@ def _noted(job: StageJob) -> Begun | str:
 DRAIN = 2.0
 """Seconds between two questions whether a node is about to be taken away."""
 
+SICK = 2
+"""Checkpoints in a row that processes could not write, for a reason of their own, before others take their place: with each one
+more would have to be done again.
+"""
+
 LEAVING = "save_and_leave"
 DRAINING = "ask"
 
@@ -238,7 +243,7 @@ class Training:
         self.first = self.rank == 0
         self.meter = _meter(job, engine.device) if self.first else None
         self.folder = job.folder
-        self.skipped = 0
+        self.skipped = self.unwritten = 0
         self.asked = time.monotonic()
         self.paces = Paces(dist.get_world_size())
         self.slow: set[int] = set()
@@ -273,9 +278,16 @@ class Training:
         )
 
     def _note(self) -> str:
-        """What this rank wishes: what the run was asked to do, or, now and then and by rank 0 alone, to ask for drained nodes."""
+        """What this rank wishes: what the run was asked to do; by rank 0 alone, to leave, or, now and then, to ask for drained
+        nodes.
+        """
         if self.beats.wish:
             return self.beats.wish
+        if self.unwritten >= SICK:
+            self._decide(
+                LEAVING, f"{self.unwritten} checkpoints in a row could not be written by these processes; others begin again"
+            )
+            return LEAVING
         if self.first and time.monotonic() - self.asked > DRAIN:
             self.asked = time.monotonic()
             return DRAINING
@@ -324,8 +336,9 @@ class Training:
             outcomes = []
             if self.first:
                 self._fault("checkpoint", str(error))
-        for outcome in outcomes:
-            if outcome.trouble and self.first:
+        for outcome in outcomes if self.first else ():
+            self.unwritten = self.unwritten + 1 if outcome.sick else 0
+            if outcome.trouble:
                 self._fault("checkpoint", outcome.trouble)
 
     def _train(self, step: Step) -> None:

@@ -69,7 +69,7 @@ def main() -> int:
     asked = parser.parse_args()
     os.environ["HF_HUB_OFFLINE"] = "1"
     faults = [fault for fault in LONG_RUN if asked.only in fault.what]
-    steps = asked.steps or 12 + 9 * len(faults)
+    steps = asked.steps or 24 + 9 * len(faults)
     rng = random.Random(asked.seed)
     overcome: list[Overcome] = []
     marks: list[str] = []
@@ -163,16 +163,17 @@ def _table(
         "Plain restarts are Ray Train's own, of two workers with the same model on the same cluster, reading batches from an "
         f"actor of Ray Data as this run does: {plain.worker:.1f} s after a worker was killed ({plain.bare:.1f} s where it makes "
         f"its batches up itself), {plain.driver:.1f} s where the driver was killed and its command given again at once (medians "
-        f"of {RESTARTS}). Faults after which a new driver must begin are measured by the latter.",
+        f"of {RESTARTS}). Faults after which a new driver must begin are measured by the latter, and by two restarts where "
+        "one is killed and its successor finds the newest checkpoint damaged.",
         "",
         "| fault | " + " | ".join(f"{stage}, s" for stage in STAGES) + " | by a plain restart | steps redone |",
         "|---|" + "---:|" * (len(STAGES) + 2),
     ]
-    drivers = {fault.what for fault in LONG_RUN if fault.driver}
+    by = {fault.what: fault.groups * (plain.driver if fault.driver else plain.worker) for fault in LONG_RUN}
     for what in dict.fromkeys(one.what for one in [*overcome, *resized]):
         mine = [one for one in [*overcome, *resized] if one.what == what]
         seconds = [next((f"{one.seconds:.1f}" for one in mine if one.stage == stage), "-") for stage in STAGES]
-        ratio = sum(one.seconds for one in mine) / len(mine) / (plain.driver if what in drivers else plain.worker)
+        ratio = sum(one.seconds for one in mine) / len(mine) / by.get(what, plain.worker)
         redone = ", ".join(str(one.redone) for one in mine)
         lines.append(f"| {what} | {' | '.join(seconds)} | {ratio:.2f} | {redone} |")
     lines += [

@@ -30,6 +30,7 @@ Act = Callable[[Rig, random.Random, str], object]
 class Fault:
     """`what` names it in the table. `restarts` tells those after which a new group of workers must begin; `ends` is the exit code
     of those that end the whole run, which then is started again by who started it. After `driver` a new driver must begin.
+    `groups` is how many groups of workers must begin before one gets on.
     """
 
     what: str
@@ -38,6 +39,7 @@ class Fault:
     after: Callable[[Rig], object] = lambda _: None
     ends: int | None = None
     driver: bool = False
+    groups: int = 1
 
 
 def kill_worker(rig: Rig, rng: random.Random, _: str) -> None:
@@ -215,7 +217,7 @@ LONG_RUN: tuple[Fault, ...] = (
     Fault("S3 answers a second late, 20 s", slow, restarts=False),
     Fault("S3 cuts bodies short, 10 s", truncate, restarts=False),
     Fault("S3 refuses in a checkpoint, 20 s", refuse_checkpoint, restarts=False),
-    Fault("newest checkpoint corrupt, worker killed", corrupt_checkpoint),
+    Fault("newest checkpoint corrupt, worker killed", corrupt_checkpoint, groups=2),
     Fault("two controllers", second_controller, restarts=False),
     Fault("a worker has no more memory", starve_worker),
     Fault("object store nearly full, 15 s", fill_store, restarts=False),
