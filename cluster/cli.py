@@ -380,6 +380,18 @@ class Report:
 
 
 @dataclass
+class Dashboard:
+    """Write a Grafana dashboard of what runs export to Prometheus, and alert rules, to be laid beside Ray's own."""
+
+    out: Path = Path("grafana")
+
+    def __call__(self) -> None:
+        from cluster.grafana import write
+
+        print(*write(self.out), sep="\n")
+
+
+@dataclass
 class Doctor:
     """Tell what this machine has and lacks."""
 
@@ -408,6 +420,7 @@ Command = (
     | Annotated[Evaluate, subcommand("eval")]
     | Annotated[Export, subcommand("export")]
     | Annotated[Report, subcommand("report")]
+    | Annotated[Dashboard, subcommand("dashboard")]
     | Annotated[Doctor, subcommand("doctor")]
 )
 
@@ -451,7 +464,9 @@ def _told(error: Exception) -> int:
     # Mistakes in a site or a recipe are ValueErrors.
     mistakes = RunError | JobError | Fenced | StorageError | ValueError | FileNotFoundError | PermissionError
     if not isinstance(error, ClusterLost | NoCluster | mistakes):
-        traceback.print_exception(error)  # a fault of this program's: said whole, and told apart from a process that Ray ended
+        traceback.print_exception(
+            error
+        )  # a fault of this program's: said whole, and told apart from a process that Ray ended
         return 70
     print(f"error: {error}", file=sys.stderr)
     if isinstance(error, ClusterLost | NoCluster):

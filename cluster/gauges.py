@@ -51,26 +51,32 @@ TOKENS = Metric("mllm_tokens", "Positions trained on", counter=True)
 LEARNED = Metric("mllm_learned_tokens", "Positions with loss", counter=True)
 IMAGES = Metric("mllm_images", "Pictures trained on", counter=True)
 ROWS = Metric("mllm_rows", "Rows trained on", counter=True)
-DROPPED = Metric("mllm_rows_dropped", "Rows left out, by reason", tags=("reason",), counter=True)
-NOT_TAKEN = Metric("mllm_steps_not_taken", "Steps whose loss or gradient was no number, or leapt", counter=True)
+DROPPED = Metric("mllm_rows_dropped", "Rows of the stage that were left out, by reason", tags=("reason",))
+NOT_TAKEN = Metric("mllm_steps_not_taken", "Steps of the stage whose loss or gradient was no number, or leapt")
 STEP_SECONDS = Metric("mllm_step_seconds", "Duration of the last step, waiting for data included", "s")
 DATA_WAIT = Metric("mllm_data_wait_seconds", "Time that the slowest rank waited for data in the last step", "s")
 FILL = Metric("mllm_pack_fill", "Tokens by what the packs could hold", "percentunit")
 IMBALANCE = Metric("mllm_imbalance", "Tokens of the rank that had most by the mean")
 MFU = Metric("mllm_mfu", "Model FLOPs utilisation", "percentunit")
 WORLD = Metric("mllm_world_size", "Training workers")
-RESTARTS = Metric("mllm_restarts", "Groups of workers that began since the run did, after its first of each stage")
-FAULTS = Metric("mllm_faults", "Faults in the journal, by kind", tags=("what",))
-GOODPUT = Metric("mllm_goodput", "Share of the time since the first step that went into steps that count", "percentunit")
-END = Metric("mllm_stage_end_seconds", "Moment at which the stage will be through at its present pace", "dateTimeFromNow")
+RESTARTS = Metric("mllm_restarts", "Groups of workers that began in the stage after its first")
+FAULTS = Metric("mllm_faults", "Faults of the stage in the journal, by kind", tags=("what",))
+GOODPUT = Metric(
+    "mllm_goodput", "Share of the time since the first step that went into steps that count", "percentunit"
+)
+END = Metric(
+    "mllm_stage_end_seconds", "Moment at which the stage will be through at its present pace", "dateTimeFromNow"
+)
 
 PHASE = Metric("mllm_phase_seconds", "Time of a rank in a phase of the last step", "s", ("rank", "phase"))
-MEMORY = Metric("mllm_memory_bytes", "Greatest memory that a rank's tensors or process took", "bytes", ("rank", "device"))
+MEMORY = Metric(
+    "mllm_memory_bytes", "Greatest memory that a rank's tensors or process took", "bytes", ("rank", "device")
+)
 STALL = Metric("mllm_checkpoint_stall_seconds", "Time for which the last checkpoint held training up", "s", ("rank",))
 
 OF_RUN = (
-    STEP, PROGRESS, LOSS, GRAD_NORM, LR, SOURCE_LOSS, SOURCE_ACCURACY, SOURCE_TOKENS, HELD_OUT_LOSS, TOKENS, LEARNED, IMAGES, ROWS,
-    DROPPED, NOT_TAKEN, STEP_SECONDS, DATA_WAIT, FILL, IMBALANCE, MFU, WORLD, RESTARTS, FAULTS, GOODPUT, END,
+    STEP, PROGRESS, LOSS, GRAD_NORM, LR, SOURCE_LOSS, SOURCE_ACCURACY, SOURCE_TOKENS, HELD_OUT_LOSS, TOKENS, LEARNED, IMAGES,
+    ROWS, DROPPED, NOT_TAKEN, STEP_SECONDS, DATA_WAIT, FILL, IMBALANCE, MFU, WORLD, RESTARTS, FAULTS, GOODPUT, END,
 )  # fmt: skip
 OF_RANKS = (PHASE, MEMORY, STALL)
 

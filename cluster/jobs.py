@@ -97,7 +97,11 @@ def packed(recipe: Recipe, site: Site) -> Iterator[Path]:
             shutil.copytree(root / name, package / name, ignore=shutil.ignore_patterns("__pycache__"))
         (package / "recipe.json").write_text(dump(recipe), encoding="utf-8")
         sent = replace(
-            site, ray_address="auto", ray_token_file=None, jobs=None, storage=replace(site.storage, key=None, secret=None)
+            site,
+            ray_address="auto",
+            ray_token_file=None,
+            jobs=None,
+            storage=replace(site.storage, key=None, secret=None),
         )
         (package / "site.json").write_bytes(TypeAdapter(Site).dump_json(sent, indent=1))
         yield package
@@ -106,7 +110,7 @@ def packed(recipe: Recipe, site: Site) -> Iterator[Path]:
 def logs(site: Site, name: str, follow: bool, console: Console) -> None:
     """Print what the run's newest job has printed, and with `follow` what it goes on to print until it ends.
 
-    A run that was never a job has a driver's log file in its own folder, which is printed. Raises JobError where there is neither.
+    Of a run that was never a job its driver's log file is printed. Raises JobError where there is neither.
     """
     from cluster.metrics import RunFolder
 
@@ -115,7 +119,11 @@ def logs(site: Site, name: str, follow: bool, console: Console) -> None:
     if job is None:
         file = folder.logs / "driver.log"
         if not file.is_file():
-            where = f"the job server at {_address(site)} knows no job of it" if site.jobs else "the site names no jobs address"
+            where = (
+                f"the job server at {_address(site)} knows no job of it"
+                if site.jobs
+                else "the site names no jobs address"
+            )
             raise JobError(f"run {name!r} has no logs here: {where}, and there is no {file}")
         console.print(file.read_text(errors="replace"), end="", soft_wrap=True, markup=False)
         return
@@ -146,7 +154,9 @@ def stop(site: Site, name: str, console: Console) -> None:
         client = _client(site)
         assert job.submission_id
         client.stop_job(job.submission_id)
-        _await(lambda: client.get_job_status(job.submission_id or "").is_terminal(), patience, f"job {job.submission_id}")
+        _await(
+            lambda: client.get_job_status(job.submission_id or "").is_terminal(), patience, f"job {job.submission_id}"
+        )
         console.print(f"job {job.submission_id} has stopped; mllm submit goes on with run {name}")
         return
     holder = holder_of(folder)
@@ -154,8 +164,8 @@ def stop(site: Site, name: str, console: Console) -> None:
         raise JobError(f"run {name!r} is not being trained; nothing to stop")
     if holder.host != machine():
         raise JobError(
-            f"run {name!r} was last driven by {holder.words}, and this is {machine()}: stop it there (kill {holder.pid}), or give "
-            "jobs in the site file where it was submitted to a cluster"
+            f"run {name!r} was last driven by {holder.words}, and this is {machine()}: stop it there (kill {holder.pid}); where it "
+            "was submitted to a cluster, the site file must say jobs"
         )
     os.kill(holder.pid, signal.SIGTERM)
     _await(holder.gone, patience, holder.words)
@@ -200,14 +210,18 @@ def _client(site: Site) -> JobSubmissionClient:
         theirs = client.get_version()
     except Exception as error:  # requests, Ray and its authentication each have their own
         said = str(error).strip().splitlines()
-        refused = any(word in str(error).lower() for word in ("401", "403", "authentication", "unauthenticated", "token"))
+        refused = any(
+            word in str(error).lower() for word in ("401", "403", "authentication", "unauthenticated", "token")
+        )
         mend = (
-            "copy the head's token (on the head: ray get-auth-token) into a file and name it with ray_token_file in the site file"
+            "copy the head's token (on the head: ray get-auth-token) into a file, and name it with ray_token_file in the site file"
             if refused
-            else "start the cluster with its dashboard (ray start --head, with ray[default] installed), or mend jobs in the site file"
+            else "start the cluster with its dashboard (ray[default] installed, ray start --head), or mend jobs in the site file"
         )
         verb = "refuses this command" if refused else "does not answer"
-        raise JobError(f"the job server at {site.jobs} {verb} ({said[0] if said else type(error).__name__}); {mend}") from error
+        raise JobError(
+            f"the job server at {site.jobs} {verb} ({said[0] if said else type(error).__name__}); {mend}"
+        ) from error
     if theirs.split(".")[:2] != ray.__version__.split(".")[:2]:
         raise JobError(
             f"the cluster at {site.jobs} runs Ray {theirs} and this machine Ray {ray.__version__}: the order of packs rests on "

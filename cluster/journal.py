@@ -17,7 +17,7 @@ import re
 from collections.abc import Iterable
 from functools import cache
 from os import PathLike
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal, Self, get_args
 
 from pydantic import Field, TypeAdapter
 
@@ -95,6 +95,7 @@ class GroupStarted:
 FaultKind = Literal[
     "workers", "hang", "preemption", "not_finite", "spike", "checkpoint", "controller", "slow", "straggler", "beside"
 ]
+FAULT_KINDS: tuple[FaultKind, ...] = get_args(FaultKind)
 
 
 @spec

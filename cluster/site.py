@@ -252,7 +252,11 @@ def load_site(path: str | None = None, workers: Actors | None = None) -> Site:
     try:
         text = file.read_text(encoding="utf-8")
         # As JSON a site travels to a cluster; people write TOML.
-        site = _adapter().validate_json(text) if file.suffix == ".json" else _adapter().validate_python(tomllib.loads(text))
+        site = (
+            _adapter().validate_json(text)
+            if file.suffix == ".json"
+            else _adapter().validate_python(tomllib.loads(text))
+        )
     except tomllib.TOMLDecodeError as error:
         raise SiteError(f"{file}: {error}") from error
     except ValidationError as error:
@@ -277,8 +281,8 @@ def _absolute(site: Site, root: Path) -> Site:
         )
     if site.ray_token_file is not None and not (site.ray_address or site.jobs):
         raise SiteError(
-            "ray_token_file is for a cluster that asks for a token, and there is no ray_address and no jobs; a Ray that is started "
-            "here listens to this machine alone; add ray_address or jobs, or take ray_token_file away"
+            "ray_token_file is for a cluster that asks for a token, and there is no ray_address and no jobs; a Ray that is "
+            "started here listens to this machine alone; add ray_address or jobs, or take ray_token_file away"
         )
     if site.jobs is not None and not site.jobs.startswith(("http://", "https://")):
         raise SiteError(f"jobs={site.jobs!r}: expected the dashboard's address, as http://HEAD:8265")

@@ -18,12 +18,13 @@ from typing import TYPE_CHECKING, Any, Protocol, Self
 
 from cluster import gauges
 from cluster.gauges import Board
-from cluster.journal import Event, Fault, GroupStarted, Journal, StageStarted
+from cluster.journal import FAULT_KINDS, Event, Fault, GroupStarted, Journal, StageStarted
 from cluster.lines import Follower
 from cluster.live import StageView
 from cluster.metrics import Evaluation, RunFolder, StepRecord, parse_step
 from mllm.recipe import Recipe, dump
 from pipelines.storage import StorageError
+from pipelines.types import Reason
 
 if TYPE_CHECKING:
     from cluster.site import Sink as SinkKind
@@ -134,7 +135,9 @@ class Telemetry:
             what(*words)
         except Exception as error:
             self.sinks.remove(sink)
-            self.say(f"{type(sink).__name__} gets no more numbers of this run ({type(error).__name__}: {error}); the run goes on")
+            self.say(
+                f"{type(sink).__name__} gets no more numbers of this run ({type(error).__name__}: {error}); the run goes on"
+            )
 
 
 class RayMetrics:
@@ -157,6 +160,8 @@ class RayMetrics:
             (gauges.FILL, record.fill),
             (gauges.IMBALANCE, record.imbalance),
             (gauges.WORLD, record.world),
+            (gauges.NOT_TAKEN, sum(not step.taken for step in view.steps)),
+            (gauges.GOODPUT, goodput(view)),
         ):
             board.set(metric, value)
         if record.mfu is not None:
@@ -168,16 +173,15 @@ class RayMetrics:
             (gauges.LEARNED, record.learned),
             (gauges.IMAGES, record.images),
             (gauges.ROWS, record.rows),
-            (gauges.NOT_TAKEN, int(not record.taken)),
         ):
             board.add(metric, value)
         for source in record.sources:
             board.set(gauges.SOURCE_LOSS, source.loss, source=source.source)
             board.set(gauges.SOURCE_ACCURACY, source.accuracy, source=source.source)
             board.add(gauges.SOURCE_TOKENS, source.tokens, source=source.source)
-        for reason, rows in record.reasons.items():
-            board.add(gauges.DROPPED, rows, reason=reason)
-        board.set(gauges.GOODPUT, goodput(view))
+        dropped = view.dropped
+        for reason in Reason:  # those of which there are none, too: an alert asks by how much they grow
+            board.set(gauges.DROPPED, dropped[str(reason)], reason=str(reason))
 
     def evaluation(self, evaluation: Evaluation, step: int) -> None:  # noqa: ARG002 -- Prometheus has a time of its own
         board = Board(self.run, evaluation.stage)
@@ -188,8 +192,9 @@ class RayMetrics:
         board = Board(self.run, stage)
         groups = [event for event in events if isinstance(event, GroupStarted) and event.stage == stage]
         board.set(gauges.RESTARTS, max(0, len(groups) - 1))
-        for what, times in Counter(e.what for e in events if isinstance(e, Fault) and e.stage == stage).items():
-            board.set(gauges.FAULTS, times, what=what)
+        faults = Counter(event.what for event in events if isinstance(event, Fault) and event.stage == stage)
+        for what in FAULT_KINDS:
+            board.set(gauges.FAULTS, faults[what], what=what)
 
     def close(self) -> None: ...
 
@@ -199,7 +204,9 @@ class TensorBoard:
 
     def __init__(self, folder: Place) -> None:
         if not folder.local:
-            raise ValueError(f"TensorBoard's files are kept on a disk, and this run lies on {folder}; take tensorboard out of sinks")
+            raise ValueError(
+                f"TensorBoard's files are kept on a disk, and this run lies on {folder}; take tensorboard out of sinks"
+            )
         self.folder = folder
         self.writers: dict[str, Any] = {}
         self.last: dict[str, int] = {}
@@ -238,7 +245,9 @@ class WeightsAndBiases:
 
     def __init__(self, run: str, folder: Place, recipe: Recipe) -> None:
         if importlib.util.find_spec("wandb") is None:
-            raise ValueError("the site's sinks name wandb, and it is not installed; pip install 'mllm[wandb]', or take it out")
+            raise ValueError(
+                "the site's sinks name wandb, and it is not installed; pip install 'mllm[wandb]', or take it out"
+            )
         if not folder.local:
             raise ValueError(f"W&B's files are kept on a disk, and this run lies on {folder}; take wandb out of sinks")
         self.run = run
@@ -268,7 +277,12 @@ class WeightsAndBiases:
             mode: Any = os.environ.get("WANDB_MODE", "offline")
             settings = wandb.Settings(silent=True, console="off")
             self.begun = wandb.init(
-                project="mllm", name=self.run, dir=self.folder.path, mode=mode, config=json.loads(dump(self.recipe)), settings=settings
+                project="mllm",
+                name=self.run,
+                dir=self.folder.path,
+                mode=mode,
+                config=json.loads(dump(self.recipe)),
+                settings=settings,
             )
             self.begun.define_metric("*", step_metric="step")
         return self.begun

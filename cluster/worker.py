@@ -244,6 +244,7 @@ class Training:
         self.meter = _meter(job, engine.device) if self.first else None
         self.folder = job.folder
         self.skipped = self.unwritten = 0
+        self.board = gauges.Board(job.folder.name, job.stage.name)
         self.asked = time.monotonic()
         self.paces = Paces(dist.get_world_size())
         self.slow: set[int] = set()
@@ -285,7 +286,8 @@ class Training:
             return self.beats.wish
         if self.unwritten >= SICK:
             self._decide(
-                LEAVING, f"{self.unwritten} checkpoints in a row could not be written by these processes; others begin again"
+                LEAVING,
+                f"{self.unwritten} checkpoints in a row could not be written by these processes; others begin again",
             )
             return LEAVING
         if self.first and time.monotonic() - self.asked > DRAIN:

@@ -81,7 +81,11 @@ def test_a_submitted_run_is_followed_stopped_and_goes_on_to_its_end(site: Path) 
     assert re.search(r"dashboard +http://127.0.0.1:\d+/#/jobs/one-1\n", first.stdout)
 
     folder = RunFolder(site.parent / "runs" / "one")
-    wait(lambda: folder.recipe.is_file() and len(folder.steps("align")) > 2, 120, mllm("logs", "one", "--site", str(site)))
+    wait(
+        lambda: folder.recipe.is_file() and len(folder.steps("align")) > 2,
+        120,
+        mllm("logs", "one", "--site", str(site)),
+    )
     twice = mllm(*words)
     assert twice.returncode == 2
     assert twice.stderr.startswith("error: run 'one' is being trained by job one-1; follow it"), twice.stderr
@@ -150,7 +154,7 @@ def test_an_address_without_a_server_and_a_wrong_token_are_told_in_a_line(site: 
     assert "knows no job of it" in left.stderr
 
 
-def wait(there, seconds: float, told: subprocess.CompletedProcess[str]) -> None:  # noqa: ANN001
+def wait(there, seconds: float, told: subprocess.CompletedProcess[str]) -> None:
     end = time.monotonic() + seconds
     while not there():
         assert time.monotonic() < end, told.stdout + told.stderr
