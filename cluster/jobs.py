@@ -164,8 +164,8 @@ def stop(site: Site, name: str, console: Console) -> None:
         raise JobError(f"run {name!r} is not being trained; nothing to stop")
     if holder.host != machine():
         raise JobError(
-            f"run {name!r} was last driven by {holder.words}, and this is {machine()}: stop it there (kill {holder.pid}); where it "
-            "was submitted to a cluster, the site file must say jobs"
+            f"run {name!r} was last driven by {holder.words}, and this is {machine()}: stop it there (kill {holder.pid}); where "
+            "it was submitted to a cluster, the site file must say jobs"
         )
     os.kill(holder.pid, signal.SIGTERM)
     _await(holder.gone, patience, holder.words)
@@ -214,7 +214,7 @@ def _client(site: Site) -> JobSubmissionClient:
             word in str(error).lower() for word in ("401", "403", "authentication", "unauthenticated", "token")
         )
         mend = (
-            "copy the head's token (on the head: ray get-auth-token) into a file, and name it with ray_token_file in the site file"
+            "copy the head's token (on the head: ray get-auth-token) into a file, and name that with ray_token_file in the site"
             if refused
             else "start the cluster with its dashboard (ray[default] installed, ray start --head), or mend jobs in the site file"
         )

@@ -271,7 +271,7 @@ class WeightsAndBiases:
 
     def _run(self) -> Any:
         if self.begun is None:
-            import wandb
+            import wandb  # pyright: ignore[reportMissingImports] -- an extra
 
             self.folder.path.mkdir(parents=True, exist_ok=True)
             mode: Any = os.environ.get("WANDB_MODE", "offline")
