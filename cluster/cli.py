@@ -380,6 +380,47 @@ class Report:
 
 
 @dataclass
+class Watch:
+    """Serve a run's report to a browser while it goes: losses, throughput, workers, faults, dropped rows, what it writes."""
+
+    run: Positional[str]
+    host: str = "127.0.0.1"
+    """The address to listen at; others than this machine reach it only where this says so."""
+    port: int = 8266
+    site: SiteFile = None
+
+    def __call__(self) -> None:
+        import time
+
+        from cluster.watch import Pages, serving
+
+        pages = Pages(_site(self.site), self.run)
+        try:
+            with serving(pages, self.host, self.port) as address:
+                print(f"{self.run} at {address} (Ctrl-C ends)", flush=True)
+                while True:
+                    time.sleep(3600)
+        except OSError as error:
+            raise ValueError(f"cannot listen at {self.host}:{self.port}: {error}; take another --port") from error
+
+
+@dataclass
+class Compare:
+    """Lay runs over each other: losses and throughput by stage on one page, and in what their recipes differ."""
+
+    runs: Positional[tuple[str, ...]]
+    out: Path = Path("compare.html")
+    site: SiteFile = None
+
+    def __call__(self) -> None:
+        from cluster.compare import compare, show
+
+        page = compare(_site(self.site), self.runs)
+        show(page, _console())
+        print(f"page: {page.write(self.out)}")
+
+
+@dataclass
 class Dashboard:
     """Write a Grafana dashboard of what runs export to Prometheus, and alert rules, to be laid beside Ray's own."""
 
@@ -420,6 +461,8 @@ Command = (
     | Annotated[Evaluate, subcommand("eval")]
     | Annotated[Export, subcommand("export")]
     | Annotated[Report, subcommand("report")]
+    | Annotated[Watch, subcommand("watch")]
+    | Annotated[Compare, subcommand("compare")]
     | Annotated[Dashboard, subcommand("dashboard")]
     | Annotated[Doctor, subcommand("doctor")]
 )

@@ -142,6 +142,52 @@ class Points:
         return _layered(table, points, 130, self.title)
 
 
+@spec
+class Line:
+    """A curve of `Curves`: its name, and its points."""
+
+    name: str
+    points: tuple[tuple[float, float], ...]
+
+
+@spec
+class Curves:
+    """Curves over the same axis, told apart by colour."""
+
+    title: str
+    unit: str
+    across: str
+    lines: tuple[Line, ...]
+
+    @property
+    def rows(self) -> dict[str, list[Any]]:
+        """A table by columns."""
+        points = [(line.name, x, y) for line in self.lines for x, y in line.points]
+        return {
+            "name": [n for n, _, _ in points],
+            self.across: [x for _, x, _ in points],
+            "value": [y for _, _, y in points],
+        }
+
+    def chart(self, table: str) -> dict[str, Any]:
+        """A Vega-Lite specification over the table of that name."""
+        axis = alt.Axis(title=self.across, format="~s", tickCount=5, tickMinStep=1, grid=False)
+        tips = [
+            alt.Tooltip("name:N"),
+            alt.Tooltip(f"{self.across}:Q", format=",d"),
+            alt.Tooltip("value:Q", title=self.title, format=",.4~g"),
+        ]
+        names = [line.name for line in self.lines]
+        colour = alt.Color("name:N", scale=alt.Scale(domain=names), legend=alt.Legend(title=None, orient="bottom"))
+        line = alt.Chart().mark_line(strokeWidth=1.75, point=alt.OverlayMarkDef(opacity=0, size=60)).encode(
+            x=alt.X(f"{self.across}:Q", scale=alt.Scale(zero=False, nice=False), axis=axis),
+            y=alt.Y("value:Q", scale=alt.Scale(zero=False), axis=alt.Axis(title=None, tickCount=4)),
+            color=colour,
+            tooltip=tips,
+        )  # fmt: skip
+        return _layered(table, line, 220, self.title)
+
+
 def _layered(table: str, chart: alt.Chart, height: int, description: str) -> dict[str, Any]:
     """A chart over one table of the page, as wide as its place on it."""
     whole = alt.LayerChart(
@@ -169,7 +215,7 @@ class Section:
     facts: tuple[str, ...] = ()
     hints: tuple[str, ...] = ()
     tables: tuple[Table, ...] = ()
-    figures: tuple[Histogram | Points, ...] = ()
+    figures: tuple[Histogram | Points | Curves, ...] = ()
 
 
 @spec

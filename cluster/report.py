@@ -73,6 +73,12 @@ class Drop:
 
 def write_report(run: RunFolder, recipe: Recipe, state: RunState) -> Place:
     """Write `run.report` from the run's files, whatever there is of them, and return its path."""
+    run.report.write(report_page(run, recipe, state).encode())
+    return run.report
+
+
+def report_page(run: RunFolder, recipe: Recipe, state: RunState, again: int | None = None) -> str:
+    """The report as it is now. A browser that is served it asks for it `again` after so many seconds."""
     views = stage_views(run, recipe, state)
     evaluations = borders(views)
     sources = list(dict.fromkeys(source.corpus.name for stage in recipe.stages for source in stage.mixture))
@@ -80,9 +86,10 @@ def write_report(run: RunFolder, recipe: Recipe, state: RunState) -> Place:
     charts = _charts(views, sources, held_out, evaluations)
     tables = {name: rows for view in views for name, rows in _stage_tables(view, sources).items()}
     tables |= {"held-out": _held_out_rows(evaluations), "probe": _probe_rows(evaluations)}
-    page = render_page(
+    return render_page(
         "report.html.j2",
         run=run.name,
+        again=again,
         recipe=recipe,
         recipe_json=dump(recipe),
         state=state,
@@ -105,8 +112,6 @@ def write_report(run: RunFolder, recipe: Recipe, state: RunState) -> Place:
         charts=charts,
         scripts=chart_scripts() if charts else "",
     )
-    run.report.write(page.encode())
-    return run.report
 
 
 def render_page(template: str, **values: Any) -> str:
