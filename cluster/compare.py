@@ -18,7 +18,7 @@ from rich.text import Text
 from cluster.figures import Curves, Line, Section, StatsPage, Table
 from cluster.journal import RunState
 from cluster.live import StageView, duration, quantity, run_standing, stage_views
-from cluster.metrics import Evaluation, RunFolder
+from cluster.metrics import Evaluation
 from cluster.report import smoothed
 from cluster.run import open_run
 from cluster.site import Site
@@ -71,9 +71,7 @@ def show(page: StatsPage, console: Console) -> None:
 
 def _opened(site: Site, name: str) -> Compared:
     folder, recipe, state = open_run(site, name)
-    return Compared(
-        name=RunFolder(folder.root).name, recipe=recipe, state=state, stages=tuple(stage_views(folder, recipe, state))
-    )
+    return Compared(name=folder.name, recipe=recipe, state=state, stages=tuple(stage_views(folder, recipe, state)))
 
 
 def _stage(runs: Sequence[Compared], stage: str) -> Section:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -71,7 +71,8 @@ def serving(pages: Pages, host: str = LOOPBACK, port: int = 0) -> Iterator[str]:
             self.send_header("Cache-Control", "no-store")
             self.send_header("X-Content-Type-Options", "nosniff")
             self.end_headers()
-            self.wfile.write(page)
+            with suppress(ConnectionError):  # a browser that has gone on
+                self.wfile.write(page)
 
         def log_message(self, format: str, *args: object) -> None:  # noqa: A002 -- the base class's
             """A terminal that says where the page is need not say who looks."""

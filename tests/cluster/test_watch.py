@@ -23,7 +23,7 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shuti
 
 
 def get(address: str) -> str:
-    with urllib.request.urlopen(address, timeout=30) as answer:
+    with urllib.request.urlopen(address, timeout=120) as answer:
         assert answer.headers["Cache-Control"] == "no-store"
         return answer.read().decode()
 
@@ -47,7 +47,7 @@ def test_the_page_follows_the_run_and_stops_asking_at_its_end(site: Site, recipe
 
     invented_run(Path(site.runs) / "done", recipe, "finished")
     assert 'http-equiv="refresh"' not in Pages(site, "done").get().decode()
-    with pytest.raises(RunError, match="no run 'day'.*there are: done, night"):
+    with pytest.raises(RunError, match=r"no run 'day'.*there are: done, night"):
         Pages(site, "day")
 
 
@@ -70,15 +70,8 @@ def test_a_browser_draws_its_charts(site: Site, recipe: Recipe, tmp_path: Path) 
     invented_run(Path(site.runs) / "night", recipe, "running")
     invented_run(Path(site.runs) / "day", override(recipe, ["stages.align.warmup=0.1"]), "running")
     other = compare(site, ["night", "day"]).write(tmp_path / "compare.html")
-    words = [
-        CHROMIUM,
-        "--headless",
-        "--no-sandbox",
-        "--disable-gpu",
-        f"--user-data-dir={tmp_path}",
-        "--virtual-time-budget=8000",
-        "--dump-dom",
-    ]
+    options = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}"]
+    words = [CHROMIUM, *options, "--virtual-time-budget=8000", "--dump-dom"]
     with serving(Pages(site, "night")) as address:
         for page in (address, other.as_uri()):
             shown = subprocess.run([*words, page], capture_output=True, text=True, timeout=120)
