@@ -433,6 +433,38 @@ class Dashboard:
 
 
 @dataclass
+class Manifest:
+    """Write what Kubernetes, AWS, machines by ssh or Slurm are asked for to run a recipe: [deploy] of the site says of nodes."""
+
+    recipe: Positional[str]
+    """A recipe's name, or a recipe.json."""
+    target: Annotated[str, arg(name="for", metavar="TARGET")]
+    """rayjob, raycluster (KubeRay), aws, onprem (Ray's cluster launcher) or slurm."""
+    s: Change = ()
+    """Change the recipe, stages by name: -s stages.pretrain.tune.lm.lr=3e-5"""
+    workers: Annotated[tuple[int, ...] | None, arg(metavar="N [MOST]")] = None
+    """Training workers, or the fewest and the most. The site's by default."""
+    run: str | None = None
+    """The run's name; the recipe's by default."""
+    out: Path | None = None
+    """The folder that the files go to; manifests/RUN-TARGET by default."""
+    site: SiteFile = None
+
+    def __call__(self) -> None:
+        from cluster.manifests.write import manifest, write
+
+        recipe = _recipe(self.recipe, self.s)
+        run = self.run or recipe.name
+        found = manifest(recipe, _site(self.site, self.workers), self.target, run)
+        out = self.out or Path("manifests") / f"{run}-{self.target}"
+        for path in write(found, out):
+            print(path)
+        print(f"\nthen, in {out}:\n")
+        for command in found.commands:
+            print(f"    {command}")
+
+
+@dataclass
 class Doctor:
     """Tell what this machine has and lacks."""
 
@@ -464,6 +496,7 @@ Command = (
     | Annotated[Watch, subcommand("watch")]
     | Annotated[Compare, subcommand("compare")]
     | Annotated[Dashboard, subcommand("dashboard")]
+    | Annotated[Manifest, subcommand("manifest")]
     | Annotated[Doctor, subcommand("doctor")]
 )
 

@@ -115,7 +115,7 @@ class Controller:
         or tokenizer are not there.
         """
         fewest, most = self.site.world
-        machine = this_machine()
+        machine = this_machine(self.site.gpus)
         worlds = range(fewest, most + 1)
         refused = dict.fromkeys(why for world in worlds for why in refusals(self.recipe, world, machine))
         refused |= dict.fromkeys(untrusted(self.recipe, self.site))
@@ -346,7 +346,7 @@ class Controller:
 
         from cluster.local import divert_ray_logging
 
-        gpu = torch.cuda.is_available()
+        gpu = torch.cuda.is_available() if self.site.gpus is None else self.site.gpus
         pulse = start_pulse()
         self.dealer = self.dealer or start_dealer()
         fewest, most = self.site.world

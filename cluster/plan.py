@@ -66,7 +66,7 @@ def plan(recipe: Recipe, site: Site, worlds: Iterable[int] = WORLDS) -> Plan:
         recipe=recipe.name,
         tokens_per_image=f"{layout.tokens_per_tile} tokens a tile of {recipe.tiling.size} x {recipe.tiling.size} pixels",
         stages=tuple(_stage(recipe, stage, site, tuple(worlds), costs) for stage in recipe.stages),
-        refused=refusals(recipe, site.world[1], this_machine()) + untrusted(recipe, site, fetch=False),
+        refused=refusals(recipe, site.world[1], this_machine(site.gpus)) + untrusted(recipe, site, fetch=False),
     )
 
 

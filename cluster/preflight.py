@@ -19,22 +19,28 @@ from pipelines.types import spec
 
 @spec
 class Machine:
-    """What decides whether a stage can run. `gpu` is the compute capability, None without a GPU."""
+    """What decides whether a stage can run. `gpu` is the compute capability, None without a GPU. `unseen` means that trainers run
+    on GPUs of other machines, of which nothing is known here: what only those can say is then left to the workers.
+    """
 
     gpu: tuple[int, int] | None
     packages: frozenset[str]
     compiler: bool
     attention: dict[Backend, str]
+    unseen: bool = False
 
 
-def this_machine() -> Machine:
+def this_machine(gpus: bool | None = None) -> Machine:
+    """This machine, or, where the site says that trainers have `gpus` and there are none here, one that trainers run on."""
     names = ("deepspeed", "torchao")
     gpu = torch.cuda.get_device_capability() if torch.cuda.is_available() else None
+    unseen = bool(gpus) and gpu is None
     return Machine(
         gpu=gpu,
         packages=frozenset(name for name in names if importlib.util.find_spec(name)),
-        compiler=gpu is not None or shutil.which("g++") is not None or shutil.which("clang++") is not None,
-        attention=available(),
+        compiler=gpu is not None or unseen or shutil.which("g++") is not None or shutil.which("clang++") is not None,
+        attention=dict.fromkeys(available(), "") if unseen else available(),
+        unseen=unseen,
     )
 
 
@@ -69,7 +75,7 @@ def _refused(stage: Stage, world: int, machine: Machine) -> Iterator[str]:
     if world % context_of(parallel):
         yield f"cannot share packs: {world} workers are no groups of context={context_of(parallel)}; take a multiple"
     if isinstance(parallel, FSDP) and parallel.float8:
-        if machine.gpu is None or machine.gpu < (8, 9):
+        if not machine.unseen and (machine.gpu is None or machine.gpu < (8, 9)):
             yield f"asks for float8, which needs a GPU of compute capability 8.9, and {_has(machine)}; take bfloat16"
         elif "torchao" not in machine.packages:
             yield "asks for float8, and torchao is not installed; pip install 'mllm[float8]', or take bfloat16"

@@ -7,6 +7,7 @@
     ray_token_file = "/secrets/ray"         # where that cluster asks for a token
     jobs = "http://head:8265"               # its job server and dashboard, for `mllm submit`
     sinks = ["tensorboard"]                 # beside Ray's metrics: "tensorboard", "wandb" (offline unless WANDB_MODE says so)
+    gpus = true                             # trainers have GPUs, though the machine that drives them has none
     trust_remote_code = true                # only where the Python beside the weights has been read
 
     [corpora]
@@ -24,6 +25,9 @@
     [weights]
     "lmsys/vicuna-7b-v1.5" = "/models/vicuna-7b-v1.5"
 
+    [deploy.trainers]                       # nodes, for `mllm manifest` alone (docs/cluster.md)
+    gpus = 8
+
 A recipe names corpora and weights; the site says where they lie. Weights that it does not list are taken from the hub.
 """
 
@@ -40,6 +44,7 @@ from typing import Annotated, Literal
 import fsspec
 from pydantic import Field, TypeAdapter, ValidationError
 
+from cluster.manifests.words import Deploy
 from cluster.policy import Watch
 from mllm.annotators import Recaption, ScoreFilter
 from mllm.recipe import Recipe, Stage
@@ -86,6 +91,9 @@ class Site:
     `trust_remote_code` runs the Python that lies beside weights of the encoder and the language model, with all the rights of a
     worker; without it such weights are refused. `ray_token_file` is a file with the token that the cluster at `ray_address` asks
     for: its path travels, its content does not. `jobs` is the address of a cluster's job server, which runs are submitted to.
+
+    `gpus` says whether trainers have GPUs, for a head that has none itself; None is "as the machine that drives the run".
+    `deploy` is what `mllm manifest` needs to know of nodes.
     """
 
     runs: str = "runs"
@@ -94,6 +102,7 @@ class Site:
     preprocessors: Actors = 1
     annotators: Annotators = Annotators()
     buffer: Positive = 2**30
+    gpus: bool | None = None
     ray_address: str | None = None
     ray_token_file: str | None = None
     jobs: str | None = None
@@ -104,6 +113,7 @@ class Site:
     corpora: dict[str, str | list[str]] = field(default_factory=dict)
     weights: dict[str, str] = field(default_factory=dict)
     watch: Watch = Watch()
+    deploy: Deploy | None = None
 
     @property
     def world(self) -> tuple[int, int]:
