@@ -97,6 +97,17 @@ class Trained(nn.Module):
         return objective(self.model, batch)
 
 
+@contextmanager
+def still(module: nn.Module) -> Iterator[None]:
+    """`module` without what only training does, such as leaving branches out, and without gradient."""
+    module.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        module.train()
+
+
 def local(tensor: Tensor) -> Tensor:
     """This rank's shard, as plain numbers without gradient."""
     with torch.no_grad():  # which makes a shard of a DTensor cheap

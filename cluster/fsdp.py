@@ -20,7 +20,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
-from cluster.engines import Guard, StepReport, Trained, finite, local
+from cluster.engines import Guard, StepReport, Trained, finite, local, still
 from cluster.optimizers import build_optimizers, set_rate
 from cluster.phases import PhaseClock
 from cluster.recompute import named, recompute
@@ -194,9 +194,12 @@ class FSDPEngine:
         for number in taken:
             yield Batch.of(turns[number], self.device).shared(self.context), number == taken[-1]
 
-    @torch.no_grad()
     def score(self, batch: Batch) -> LossOutput:
         """Loss of a batch without training. Every rank must call it equally often."""
+        with still(self.module):
+            return self._score(batch)
+
+    def _score(self, batch: Batch) -> LossOutput:
         if self.context is None:
             return self.module(batch)
         batches: list[Batch] = [batch] * self.context.size
@@ -207,10 +210,10 @@ class FSDPEngine:
                 dist.all_reduce(part, group=self.context.group)
         return outputs[self.context.rank]
 
-    @torch.no_grad()
     def next_logits(self, batch: Batch) -> Tensor:
         """Logits of the token after each document, float (S, C). Every rank must call it equally often."""
-        return self.module(batch, next_logits=True)
+        with still(self.module):
+            return self.module(batch, next_logits=True)
 
     def state(self) -> dict[str, Any]:
         """Model, optimiser and averages as DCP saves them: the model's names, sharded tensors, for any world size."""

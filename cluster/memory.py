@@ -308,7 +308,7 @@ def fullest(recipe: Recipe, stage: Stage, features: bool = False) -> Pack:
     """The pack that takes the most memory: one document, as many tiles as fit, everything else learned."""
     layout = recipe.vlm.layout(recipe.tiling)
     tokens = stage.context
-    tiling, encoder = recipe.tiling, recipe.vlm.encoder
+    tiling = recipe.tiling
     large = 16 * tiling.size
     cut = tiling.cut(tiling.size, tiling.size, single=True) if tiling.join == "tiles" else tiling.cut(large, large)
     each = layout.tokens(cut)
@@ -317,7 +317,10 @@ def fullest(recipe: Recipe, stage: Stage, features: bool = False) -> Pack:
     ids = np.ones(tokens, np.int32)
     ids[: pictures * each] = IMAGE_TOKEN
     labels = np.where(ids == IMAGE_TOKEN, np.int32(-100), np.int32(1))
-    made = np.zeros((tiles, encoder.tokens(tiling.size), encoder.width), np.uint16) if features else None  # type: ignore[arg-type]  # one tower, as features have
+    made = None
+    if features:
+        tower = recipe.vlm.tower  # features are those of one
+        made = np.zeros((tiles, tower.tokens(tiling.size), tower.width), np.uint16)
     return Pack(
         at=Position(),
         of=1,

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
-from cluster.engines import Guard, StepReport, Trained, finite
+from cluster.engines import Guard, StepReport, Trained, finite, still
 from cluster.phases import PhaseClock
 from cluster.recompute import WRAPPED, recompute
 from mllm.objectives import LossOutput
@@ -207,15 +207,15 @@ class ZeroEngine:
         total, weight, documents = self.engine(batch)
         return LossOutput(sum=total, weight=weight, documents=documents)
 
-    @torch.no_grad()
     def score(self, batch: Batch) -> LossOutput:
         """Loss of a batch without training. Every rank must call it equally often."""
-        return self._loss(batch)
+        with still(self.engine):
+            return self._loss(batch)
 
-    @torch.no_grad()
     def next_logits(self, batch: Batch) -> Tensor:
         """Logits of the token after each document, float (S, C). Every rank must call it equally often."""
-        return self.engine(batch, next_logits=True)
+        with still(self.engine):
+            return self.engine(batch, next_logits=True)
 
     def state(self) -> dict[str, Any]:
         """Model and optimiser as DCP saves them, in the layout of `FSDPEngine.state`."""

@@ -8,7 +8,7 @@ spec, and its name in `TextArch`.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field
 
@@ -17,14 +17,12 @@ from pipelines.types import spec
 
 
 @spec
-class Llama:
-    """The shape of a Llama-family decoder (arXiv:2302.13971): RMSNorm, rotary positions, SwiGLU, grouped queries.
+class Decoder:
+    """What shapes of decoders with rotary positions have in common; those that differ say so.
 
-    Vicuna, Yi and InternLM2 are of this shape too. `init_std` is the deviation of weights that are trained from scratch.
+    `init_std` is the deviation of weights that are trained from scratch.
     """
 
-    family: ClassVar[str] = "LlamaForCausalLM"
-    kind: Literal["llama"] = "llama"
     vocab_size: int
     hidden_size: int
     layers: int
@@ -37,6 +35,21 @@ class Llama:
     tied: bool = False
     init_std: float = 0.02
     rope_scaling: RopeScaling | None = None
+
+    def tiny(self, vocab_size: int = 512) -> Self:
+        """The same structure in a toy's size."""
+        return replace(self, **_tiny(self, vocab_size), intermediate_size=96)
+
+
+@spec
+class Llama(Decoder):
+    """The shape of a Llama-family decoder (arXiv:2302.13971): RMSNorm, rotary positions, SwiGLU, grouped queries.
+
+    Vicuna, Yi and InternLM2 are of this shape too.
+    """
+
+    family: ClassVar[str] = "LlamaForCausalLM"
+    kind: Literal["llama"] = "llama"
 
     def config(self) -> Any:
         """transformers' configuration."""
@@ -44,29 +57,16 @@ class Llama:
 
         return LlamaConfig(**_common(self), rms_norm_eps=self.norm_eps)
 
-    def tiny(self, vocab_size: int = 512) -> Llama:
-        """The same structure in a toy's size."""
-        return replace(self, **_tiny(self, vocab_size), intermediate_size=96)
-
 
 @spec
-class Qwen2:
+class Qwen2(Decoder):
     """Qwen1.5 and Qwen2 (arXiv:2407.10671): Llama's shape with a bias on queries, keys and values."""
 
     family: ClassVar[str] = "Qwen2ForCausalLM"
     kind: Literal["qwen2"] = "qwen2"
-    vocab_size: int
-    hidden_size: int
-    layers: int
-    heads: int
-    kv_heads: int
-    intermediate_size: int
     context: int = 32_768
     rope_theta: float = 1_000_000.0
     norm_eps: float = 1e-6
-    tied: bool = False
-    init_std: float = 0.02
-    rope_scaling: RopeScaling | None = None
 
     def config(self) -> Any:
         """transformers' configuration."""
@@ -74,29 +74,13 @@ class Qwen2:
 
         return Qwen2Config(**_common(self), rms_norm_eps=self.norm_eps, use_sliding_window=False)
 
-    def tiny(self, vocab_size: int = 512) -> Qwen2:
-        """The same structure in a toy's size."""
-        return replace(self, **_tiny(self, vocab_size), intermediate_size=96)
-
 
 @spec
-class Mistral:
+class Mistral(Decoder):
     """Mistral (arXiv:2310.06825), all of a document in view: as published within the 4,096 positions of v0.1's window."""
 
     family: ClassVar[str] = "MistralForCausalLM"
     kind: Literal["mistral"] = "mistral"
-    vocab_size: int
-    hidden_size: int
-    layers: int
-    heads: int
-    kv_heads: int
-    intermediate_size: int
-    context: int = 4096
-    rope_theta: float = 10_000.0
-    norm_eps: float = 1e-5
-    tied: bool = False
-    init_std: float = 0.02
-    rope_scaling: RopeScaling | None = None
 
     def config(self) -> Any:
         """transformers' configuration."""
@@ -104,30 +88,17 @@ class Mistral:
 
         return MistralConfig(**_common(self), rms_norm_eps=self.norm_eps, sliding_window=None)
 
-    def tiny(self, vocab_size: int = 512) -> Mistral:
-        """The same structure in a toy's size."""
-        return replace(self, **_tiny(self, vocab_size), intermediate_size=96)
-
 
 @spec
-class Gemma:
+class Gemma(Decoder):
     """Gemma (arXiv:2403.08295): GeGLU, heads of a width of their own, tied embeddings that enter times sqrt(`hidden_size`)."""
 
     family: ClassVar[str] = "GemmaForCausalLM"
     kind: Literal["gemma"] = "gemma"
-    vocab_size: int
-    hidden_size: int
-    layers: int
-    heads: int
-    kv_heads: int
     head_size: int
-    intermediate_size: int
     context: int = 8192
-    rope_theta: float = 10_000.0
     norm_eps: float = 1e-6
     tied: bool = True
-    init_std: float = 0.02
-    rope_scaling: RopeScaling | None = None
 
     def config(self) -> Any:
         """transformers' configuration."""
@@ -141,13 +112,13 @@ class Gemma:
             pad_token_id=None,
         )
 
-    def tiny(self, vocab_size: int = 512) -> Gemma:
+    def tiny(self, vocab_size: int = 512) -> Self:
         """The same structure in a toy's size."""
         return replace(self, **_tiny(self, vocab_size), head_size=32, intermediate_size=96)
 
 
 @spec
-class MiniCPM:
+class MiniCPM(Decoder):
     """MiniCPM (arXiv:2404.06395, 3): Llama's shape with the scalings of muP, which transformers has as Granite.
 
     Embeddings enter times `scale_embeddings`, each layer's branches times `scale_depth` / sqrt(`layers`), and hidden states
@@ -156,21 +127,11 @@ class MiniCPM:
 
     family: ClassVar[str] = "GraniteForCausalLM"
     kind: Literal["minicpm"] = "minicpm"
-    vocab_size: int
-    hidden_size: int
-    layers: int
-    heads: int
-    kv_heads: int
-    intermediate_size: int
-    context: int = 4096
-    rope_theta: float = 10_000.0
-    norm_eps: float = 1e-5
     tied: bool = True
     init_std: float = 0.1
     scale_embeddings: float = 12.0
     scale_depth: float = 1.4
     base_width: int = 256
-    rope_scaling: RopeScaling | None = None
 
     def config(self) -> Any:
         """transformers' configuration."""
@@ -185,7 +146,7 @@ class MiniCPM:
             attention_multiplier=(self.hidden_size // self.heads) ** -0.5,
         )
 
-    def tiny(self, vocab_size: int = 512) -> MiniCPM:
+    def tiny(self, vocab_size: int = 512) -> Self:
         """The same structure in a toy's size."""
         return replace(self, **_tiny(self, vocab_size), intermediate_size=96, base_width=16)
 
@@ -287,10 +248,8 @@ class T5:
 
 TextArch = Annotated[Llama | Qwen2 | Mistral | Gemma | MiniCPM | OPT | T5, Field(discriminator="kind")]
 
-Rotary = Llama | Qwen2 | Mistral | Gemma | MiniCPM
 
-
-def _common(arch: Rotary, head: int | None = None) -> dict[str, Any]:
+def _common(arch: Decoder, head: int | None = None) -> dict[str, Any]:
     """What the configurations of decoders with rotary positions have in common."""
     return {
         "vocab_size": arch.vocab_size,
@@ -307,7 +266,7 @@ def _common(arch: Rotary, head: int | None = None) -> dict[str, Any]:
     }
 
 
-def _tiny(arch: Rotary, vocab_size: int) -> dict[str, Any]:
+def _tiny(arch: Decoder, vocab_size: int) -> dict[str, Any]:
     """Two layers of four heads, with as few of keys and values as the full size has in proportion."""
     kv_heads = max(1, 4 * arch.kv_heads // arch.heads)
     small = {"hidden_size": 64, "layers": 2, "heads": 4, "kv_heads": kv_heads}

@@ -16,23 +16,22 @@ ROUNDS = 10
 """Blocks that are tried before a mask is left as it is (BEiT's own code)."""
 
 
-def seeds_of_tiles(batch: Batch) -> list[int]:
+def tile_seeds(batch: Batch) -> Int[Tensor, " N"]:
     """A seed for each tile, of its row and its place among the row's; zero for the blank one."""
     if not len(batch.cuts):
-        return [0] * len(batch.tiles)
+        return torch.zeros(len(batch.tiles), dtype=torch.long, device=batch.tiles.device)
     if batch.seeds is None:
         raise ValueError("the batch knows no seeds of its rows; make it with Batch.of")
-    pictures = shown(batch)
-    seeds = batch.seeds[pictures.documents].tolist()
-    counts = batch.cuts[:, 0].tolist()
+    documents = shown(batch).documents.repeat_interleave(batch.cuts[:, 0].long(), output_size=len(batch.tiles))
+    counts = torch.bincount(documents, minlength=len(batch.sources))
     # Tiles of one document are told apart by their place among the pack's own tiles of that document.
-    before: dict[int, int] = {}
-    found = []
-    for document, seed, count in zip(pictures.documents.tolist(), seeds, counts, strict=True):
-        first = before.get(document, 0)
-        found += [seed * 4096 + place for place in range(first, first + count)]
-        before[document] = first + count
-    return found
+    place = torch.arange(len(documents), device=documents.device) - (counts.cumsum(0) - counts)[documents]
+    return batch.seeds[documents] * 4096 + place
+
+
+def seeds_of_tiles(batch: Batch) -> list[int]:
+    """`tile_seeds` as numbers."""
+    return tile_seeds(batch).tolist()
 
 
 def noise(seeds: list[int], numbers: int) -> Float[Tensor, "N numbers"]:

@@ -11,47 +11,43 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from mllm import cnn
-from mllm.dual import Layers
+from mllm.chance import tile_seeds
+from mllm.depth import Depth, DropPath, branches_of
 from mllm.encoders import Folder
-from mllm.model import Model, ModelSpec, check_tiles
+from mllm.layers import TOY, Layers, Patched
+from mllm.model import IMAGENET_MEAN, IMAGENET_STD, RGB, Model, PictureModel
 from mllm.pairs import first_pictures
-from mllm.weights import load
+from mllm.weights import TOWER_FIELDS, agree, load
 from ops.images import normalize
-from pipelines.tiling import Tiling
-from pipelines.types import Batch, VisionLayout, spec
+from pipelines.types import Batch, spec
 
 
 @spec
-class ViT:
-    """ViT (arXiv:2010.11929): patches, learned positions, read at its CLS token."""
+class ViT(Patched):
+    """ViT (arXiv:2010.11929): patches, learned positions, read at its CLS token.
+
+    `drop_path` is the share of branches left out in the last layer (DeiT, arXiv:2012.12877, table 9).
+    """
 
     kind: Literal["vit"] = "vit"
     shape: Layers
     patch: int = 16
-    image: int = 224
-
-    @property
-    def cells(self) -> int:
-        return (self.image // self.patch) ** 2
+    drop_path: DropPath = 0.0
 
     def tiny(self) -> Self:
-        return replace(self, shape=Layers(hidden_size=32, layers=2, heads=2, intermediate_size=64), patch=16, image=32)
+        return replace(self, shape=TOY, patch=16, image=32)
 
     def build(self, classes: int, weights: str | None) -> Any:
         from transformers import ViTConfig, ViTForImageClassification
 
         words: dict[str, Any] = {**self.shape.words(), "num_labels": classes}
-        config = ViTConfig(**words, patch_size=self.patch, image_size=self.image)
+        config = ViTConfig(**words, **self.sizes())
+        base, auto = ViTForImageClassification, "AutoModelForImageClassification"
         if weights is None:
-            return ViTForImageClassification._from_config(config, attn_implementation="sdpa")
-        return load(
-            ViTForImageClassification,
-            "AutoModelForImageClassification",
-            weights,
-            num_labels=classes,
-            attn_implementation="sdpa",
-            dtype=torch.float32,
-        )
+            return base._from_config(config, attn_implementation="sdpa")
+        net = load(base, auto, weights, num_labels=classes, attn_implementation="sdpa", dtype=torch.float32)
+        agree(weights, config, net.config, TOWER_FIELDS)
+        return net
 
 
 @spec
@@ -79,16 +75,14 @@ class ResNet:
     def build(self, classes: int, weights: str | None) -> Any:
         from transformers import ResNetConfig, ResNetForImageClassification
 
-        if weights is not None:
-            base, auto = ResNetForImageClassification, "AutoModelForImageClassification"
-            net = load(base, auto, weights, num_labels=classes, dtype=torch.float32)
+        sizes: dict[str, Any] = {"hidden_sizes": list(self.widths), "depths": list(self.depths), "num_labels": classes}
+        config = ResNetConfig(embedding_size=self.stem, **sizes)
+        base, auto = ResNetForImageClassification, "AutoModelForImageClassification"
+        if weights is None:
+            net = base(config)
         else:
-            words: dict[str, Any] = {
-                "hidden_sizes": list(self.widths),
-                "depths": list(self.depths),
-                "num_labels": classes,
-            }
-            net = ResNetForImageClassification(ResNetConfig(embedding_size=self.stem, **words))
+            net = load(base, auto, weights, num_labels=classes, dtype=torch.float32)
+            agree(weights, config, net.config, ("hidden_sizes", "depths"))
         if self.norm == "group":
             cnn.group_norms(net)
         return net
@@ -171,40 +165,24 @@ Backbone = Annotated[ViT | ResNet | LeNet5 | AlexNet | VGGNet, Field(discriminat
 
 
 @spec
-class Classifier(ModelSpec):
-    """A network with `classes` scores. `weights` None trains it from scratch; `mean` and `std` normalise RGB in [0, 1]."""
+class Classifier(PictureModel):
+    """A network with `classes` scores."""
 
     kind: Literal["classifier"] = "classifier"
     arch: Backbone
     classes: int = 1000
-    weights: str | None = None
-    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
-    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
-
-    @property
-    def reads(self) -> tuple[str, ...]:
-        return (self.weights,) if self.weights else ()
+    mean: RGB = IMAGENET_MEAN
+    std: RGB = IMAGENET_STD
 
     @property
     def learns(self) -> tuple[str, ...]:
         return ("classification",)
 
-    @property
-    def side(self) -> int:
-        return self.arch.image
-
     def tiny(self) -> Self:
         return replace(self, arch=self.arch.tiny(), weights=None)
 
-    def layout(self, tiling: Tiling) -> VisionLayout:
-        check_tiles(tiling, self.arch.image, f"the {self.arch.kind}")
-        return VisionLayout(shape=tiling.shape, tokens_per_tile=self.arch.cells)
-
     def build(self, folder: Folder = str) -> ImageClassifier:
         return ImageClassifier(self, folder)
-
-    def bare(self) -> Self:
-        return replace(self, weights=None)
 
 
 @dataclass(slots=True)
@@ -227,6 +205,8 @@ class ImageClassifier(Model):
         self.net = spec.arch.build(spec.classes, folder(spec.weights) if spec.weights else None)
         self.still = isinstance(spec.arch, ResNet) and spec.arch.norm == "batch"
         self.kind = spec.arch.kind
+        rate = spec.arch.drop_path if isinstance(spec.arch, ViT) else 0.0
+        self.depth = Depth([branches_of(layer) for layer in self.net.vit.layers], rate) if rate else None
         self.register_buffer("mean", torch.tensor(spec.mean), persistent=False)
         self.register_buffer("std", torch.tensor(spec.std), persistent=False)
 
@@ -239,6 +219,8 @@ class ImageClassifier(Model):
 
     def scores(self, batch: Batch) -> Scores:
         pixels = normalize(batch.tiles, self.mean, self.std).to(next(self.net.parameters()).dtype)
+        if self.depth is not None:
+            self.depth.draw(tile_seeds(batch))
         output = self.net(pixels)
         pictures = first_pictures(batch)
         return Scores((output if isinstance(output, Tensor) else output.logits)[pictures.tiles], pictures.documents)

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from mllm.towers import Cls
-from mllm.weights import load
+from mllm.weights import agree, load
 from pipelines.types import spec
 
 
@@ -85,7 +85,7 @@ class ResNet:
         if weights is None:
             return ConvTower(ResNetModel(config))
         tower = load(ResNetModel, "AutoModel", weights, dtype=torch.float32)
-        _agree(weights, config, tower.config, ("hidden_sizes", "depths"))
+        agree(weights, config, tower.config, ("hidden_sizes", "depths"))
         return ConvTower(tower)
 
 
@@ -122,7 +122,7 @@ class ConvNeXt:
         if weights is None:
             return ConvNextTower(ConvNextModel(config), self.grid)
         tower = load(ConvNextModel, "AutoModel", weights, dtype=torch.float32)
-        _agree(weights, config, tower.config, ("hidden_sizes", "depths"))
+        agree(weights, config, tower.config, ("hidden_sizes", "depths"))
         return ConvNextTower(tower, self.grid)
 
 
@@ -169,12 +169,3 @@ class ConvNextTower(ConvTower):
 
     def units(self) -> list[nn.Module]:
         return list(self.tower.encoder.stages)
-
-
-def _agree(weights: str, expected: Any, found: Any, fields: tuple[str, ...]) -> None:
-    for field in fields:
-        wanted, has = list(getattr(expected, field)), list(getattr(found, field))
-        if wanted != has:
-            raise ValueError(
-                f"weights {weights!r} have {field}={has} and the recipe's arch says {wanted}; mend the arch"
-            )

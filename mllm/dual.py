@@ -15,40 +15,22 @@ from jaxtyping import Float, UInt8
 from pydantic import Field
 from torch import Tensor, nn
 
-from mllm.encoders import Folder
-from mllm.model import Model, ModelSpec, Words, check_tiles
+from mllm.encoders import OPENAI_MEAN, OPENAI_STD, Eva02, EvaClip, Folder
+from mllm.layers import TOY, Layers, Patched
+from mllm.model import RGB, Model, PictureModel, Words
 from mllm.pairs import Pairs, Texts, first_pictures, texts_of
 from mllm.text import DOCUMENTS, register_documents
-from mllm.weights import load
+from mllm.towers import ViTTower
+from mllm.weights import agree, load
 from ops.attention import Backend
 from ops.images import normalize
-from pipelines.tiling import Tiling
-from pipelines.types import Batch, VisionLayout, spec
+from pipelines.types import Batch, spec
 
 ATTENTIONS = {"text_config": DOCUMENTS, "vision_config": "sdpa"}
 
 
 @spec
-class Layers:
-    """The shape of one tower's transformer."""
-
-    hidden_size: int
-    layers: int
-    heads: int
-    intermediate_size: int
-
-    def words(self) -> dict[str, Any]:
-        """What transformers' configurations call them."""
-        return {
-            "hidden_size": self.hidden_size,
-            "num_hidden_layers": self.layers,
-            "num_attention_heads": self.heads,
-            "intermediate_size": self.intermediate_size,
-        }
-
-
-@spec
-class CLIP:
+class CLIP(Patched):
     """CLIP (arXiv:2103.00020): a ViT read at its CLS token, a causal text transformer read at the end mark, two projections.
 
     `activation` is quick_gelu in OpenAI's models and gelu in OpenCLIP's larger ones. `temperature` is where the learned
@@ -59,18 +41,15 @@ class CLIP:
     vision: Layers
     text: Layers
     projection: int
-    patch: int
-    image: int = 224
     vocab_size: int = 49_408
     context: int = 77
     activation: str = "quick_gelu"
     temperature: Annotated[float, Field(gt=0)] = 0.07
 
-    def build(self) -> Any:
-        from transformers import CLIPConfig, CLIPModel
+    def config(self) -> Any:
+        from transformers import CLIPConfig
 
-        register_documents()
-        config = CLIPConfig(
+        return CLIPConfig(
             text_config={
                 **self.text.words(),
                 "vocab_size": self.vocab_size,
@@ -80,15 +59,19 @@ class CLIP:
             },
             vision_config={
                 **self.vision.words(),
-                "patch_size": self.patch,
-                "image_size": self.image,
+                **self.sizes(),
                 "hidden_act": self.activation,
                 "projection_dim": self.projection,
             },
             projection_dim=self.projection,
             logit_scale_init_value=math.log(1 / self.temperature),
         )
-        return CLIPModel._from_config(config, attn_implementation=ATTENTIONS)
+
+    def build(self) -> Any:
+        from transformers import CLIPModel
+
+        register_documents()
+        return CLIPModel._from_config(self.config(), attn_implementation=ATTENTIONS)
 
     def load(self, folder: str) -> Any:
         from transformers import CLIPModel
@@ -98,7 +81,7 @@ class CLIP:
 
 
 @spec
-class SigLIP:
+class SigLIP(Patched):
     """SigLIP (arXiv:2303.15343): a ViT without CLS read by attention of one query, a text transformer that sees both ways.
 
     Texts are filled up to `context` with `pad`, which takes part in attention as it did in training, and are read at the last
@@ -108,27 +91,29 @@ class SigLIP:
     kind: Literal["siglip"] = "siglip"
     vision: Layers
     text: Layers
-    patch: int
-    image: int = 224
     vocab_size: int = 32_000
     context: int = 64
     pad: int = 1
     temperature: Annotated[float, Field(gt=0)] = 0.1
     bias: float = -10.0
 
-    def build(self) -> Any:
-        from transformers import SiglipConfig, SiglipModel
+    def config(self) -> Any:
+        from transformers import SiglipConfig
 
-        config = SiglipConfig(
+        return SiglipConfig(
             text_config={
                 **self.text.words(),
                 "vocab_size": self.vocab_size,
                 "max_position_embeddings": self.context,
                 "projection_size": self.vision.hidden_size,
             },
-            vision_config={**self.vision.words(), "patch_size": self.patch, "image_size": self.image},
+            vision_config={**self.vision.words(), **self.sizes()},
         )
-        model = SiglipModel._from_config(config, attn_implementation="sdpa")
+
+    def build(self) -> Any:
+        from transformers import SiglipModel
+
+        model = SiglipModel._from_config(self.config(), attn_implementation="sdpa")
         with torch.no_grad():
             model.logit_scale.fill_(math.log(1 / self.temperature))
             model.logit_bias.fill_(self.bias)
@@ -140,28 +125,60 @@ class SigLIP:
         return load(SiglipModel, "AutoModel", folder, attn_implementation="sdpa", dtype=torch.float32)
 
 
-Arch = Annotated[CLIP | SigLIP, Field(discriminator="kind")]
+@spec
+class EvaCLIP:
+    """EVA-CLIP (arXiv:2303.15389): CLIP whose vision transformer is EVA's, read at its CLS token, and projected with a bias.
+
+    `begins` names the weights that it begins from, those of EVA's masked pictures; None is from scratch.
+    """
+
+    kind: Literal["eva_clip"] = "eva_clip"
+    vision: Annotated[EvaClip | Eva02, Field(discriminator="kind")]
+    text: Layers
+    projection: int
+    begins: str | None = None
+    vocab_size: int = 49_408
+    context: int = 77
+    temperature: Annotated[float, Field(gt=0)] = 0.07
+
+    @property
+    def patch(self) -> int:
+        return self.vision.patch
+
+    @property
+    def image(self) -> int:
+        return self.vision.image
+
+    @property
+    def cells(self) -> int:
+        return self.vision.tokens(self.image)
+
+    def build(self, folder: Folder) -> Any:
+        tower = self.vision.build(folder(self.begins) if self.begins else None, -1, "keep", normed=True)
+        return EvaTowers(self, tower)
+
+
+Arch = Annotated[CLIP | SigLIP | EvaCLIP, Field(discriminator="kind")]
 
 LARGEST_SCALE = 100.0
 """CLIP multiplies no logit by more (arXiv:2103.00020, 2.5); here the scale has no gradient beyond."""
 
 
 @spec
-class DualTower(ModelSpec):
-    """Two towers and the way text is written for them. `weights` None trains them from scratch.
+class DualTower(PictureModel):
+    """Two towers and the way text is written for them.
 
     `tokenizer` names a folder with a `tokenizer.json` and defaults to `weights`. A document's text ends with `eos`, which
-    CLIP reads it by. `mean` and `std` normalise RGB in [0, 1].
+    CLIP reads it by.
     """
 
     kind: Literal["dual_tower"] = "dual_tower"
     arch: Arch
-    weights: str | None = None
     tokenizer: str | None = None
     bos: str | None = None
     eos: str | None = "<|endoftext|>"
-    mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
-    std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
+    mean: RGB = OPENAI_MEAN
+    std: RGB = OPENAI_STD
 
     def __post_init__(self) -> None:
         if self.tokenizer is None and self.weights is None:
@@ -174,32 +191,47 @@ class DualTower(ModelSpec):
 
     @property
     def reads(self) -> tuple[str, ...]:
-        return (self.weights,) if self.weights else ()
+        begins = self.arch.begins if isinstance(self.arch, EvaCLIP) else None
+        return tuple(name for name in (self.weights, begins) if name)
 
     @property
     def learns(self) -> tuple[str, ...]:
         return ("contrastive",)
 
-    @property
-    def side(self) -> int:
-        return self.arch.image
-
     def tiny(self) -> Self:
-        shape = Layers(hidden_size=32, layers=2, heads=2, intermediate_size=64)
-        arch = replace(self.arch, vision=shape, text=shape, patch=16, image=32, vocab_size=2048, context=24)
-        if isinstance(arch, CLIP):
-            arch = replace(arch, projection=16)
+        words = {"text": TOY, "vocab_size": 2048, "context": 24}
+        match self.arch:
+            case EvaCLIP() as arch:
+                arch = replace(arch, vision=arch.vision.tiny(), projection=16, begins=None, **words)
+            case CLIP() as arch:
+                arch = replace(arch, vision=TOY, patch=16, image=32, projection=16, **words)
+            case SigLIP() as arch:
+                arch = replace(arch, vision=TOY, patch=16, image=32, **words)
         return replace(self, arch=arch, weights=None, tokenizer="example-bpe", bos=None, eos="<|im_end|>")
-
-    def layout(self, tiling: Tiling) -> VisionLayout:
-        check_tiles(tiling, self.arch.image, "the vision tower")
-        return VisionLayout(shape=tiling.shape, tokens_per_tile=(self.arch.image // self.arch.patch) ** 2)
 
     def build(self, folder: Folder = str) -> DualEncoder:
         return DualEncoder(self, folder)
 
     def bare(self) -> Self:
-        return replace(self, weights=None, tokenizer=self.words.tokenizer)
+        arch = replace(self.arch, begins=None) if isinstance(self.arch, EvaCLIP) else self.arch
+        return replace(self, arch=arch, weights=None, tokenizer=self.words.tokenizer)
+
+
+class EvaTowers(nn.Module):
+    """The parts of an EVA-CLIP under CLIP's names."""
+
+    def __init__(self, arch: EvaCLIP, tower: ViTTower) -> None:
+        super().__init__()
+        from transformers import CLIPTextConfig, CLIPTextModel
+
+        register_documents()
+        words: dict[str, Any] = {**arch.text.words(), "vocab_size": arch.vocab_size, "hidden_act": "gelu"}
+        config = CLIPTextConfig(**words, max_position_embeddings=arch.context, projection_dim=arch.projection)
+        self.vision_model = tower
+        self.text_model = CLIPTextModel._from_config(config, attn_implementation=DOCUMENTS)
+        self.visual_projection = nn.Linear(arch.vision.width, arch.projection)
+        self.text_projection = nn.Linear(arch.text.hidden_size, arch.projection, bias=False)
+        self.logit_scale = nn.Parameter(torch.full((1,), math.log(1 / arch.temperature)))
 
 
 class DualEncoder(Model):
@@ -210,18 +242,7 @@ class DualEncoder(Model):
 
     def __init__(self, spec: DualTower, folder: Folder) -> None:
         super().__init__()
-        self.towers = spec.arch.build() if spec.weights is None else spec.arch.load(folder(spec.weights))
-        config = self.towers.config
-        for name, has, wanted in (
-            ("vision_config.hidden_size", config.vision_config.hidden_size, spec.arch.vision.hidden_size),
-            ("vision_config.image_size", config.vision_config.image_size, spec.arch.image),
-            ("text_config.hidden_size", config.text_config.hidden_size, spec.arch.text.hidden_size),
-            ("text_config.vocab_size", config.text_config.vocab_size, spec.arch.vocab_size),
-        ):
-            if has != wanted:
-                raise ValueError(
-                    f"weights {spec.weights!r} have {name}={has} and the recipe's arch says {wanted}; mend the arch"
-                )
+        self.towers = _towers(spec, folder)
         # Shards have at least one dimension.
         self.towers.logit_scale = nn.Parameter(self.towers.logit_scale.detach().reshape(1))
         self.arch = spec.arch
@@ -243,7 +264,7 @@ class DualEncoder(Model):
         images = of_tiles[pictures.tiles[both]]
         words = of_texts[: len(texts.documents)][torch.isin(texts.documents, documents)]
         scale = self.towers.logit_scale
-        if isinstance(self.arch, CLIP):
+        if not isinstance(self.arch, SigLIP):
             scale = scale.clamp(max=math.log(LARGEST_SCALE))
             bias = scale.new_zeros(1)
         else:
@@ -253,7 +274,9 @@ class DualEncoder(Model):
     def _pictures(self, tiles: UInt8[Tensor, "N 3 H W"]) -> Float[Tensor, "N D"]:
         """An embedding of unit length for each tile."""
         tower = self.towers.vision_model
-        pixels = normalize(tiles, self.mean, self.std).to(tower.embeddings.patch_embedding.weight.dtype)
+        pixels = normalize(tiles, self.mean, self.std).to(next(tower.parameters()).dtype)
+        if isinstance(self.arch, EvaCLIP):
+            return F.normalize(self.towers.visual_projection(tower(pixels)[:, 0]), dim=-1)
         x = tower.embeddings(pixels)
         if isinstance(self.arch, CLIP):
             x = tower.pre_layrnorm(x)
@@ -290,15 +313,44 @@ class DualEncoder(Model):
         inside = {id(p) for p in (*vision, *text)}
         return {
             "vision": vision,
-            "vision.layers": list(towers.vision_model.encoder.layers.parameters()),
+            "vision.layers": [p for layer in self._blocks for p in layer.parameters()],
             "text": text,
             "text.embeddings": list(towers.text_model.embeddings.parameters()),
             "text.layers": list(towers.text_model.encoder.layers.parameters()),
             "head": [p for p in towers.parameters() if id(p) not in inside],
         }
 
+    @property
+    def _blocks(self) -> list[nn.Module]:
+        """Layers of the vision tower."""
+        tower = self.towers.vision_model
+        return tower.units() if isinstance(tower, ViTTower) else list(tower.encoder.layers)
+
     def units(self) -> list[nn.Module]:
-        return [*self.towers.vision_model.encoder.layers, *self.towers.text_model.encoder.layers]
+        return [*self._blocks, *self.towers.text_model.encoder.layers]
 
     def attend_by(self, backend: Backend | None) -> None:
         self.backend = backend
+
+
+def _towers(spec: DualTower, folder: Folder) -> Any:
+    """The towers of a spec. Raises ValueError where weights are not of the shape that it says."""
+    arch = spec.arch
+    if isinstance(arch, EvaCLIP):
+        if spec.weights is not None:
+            raise ValueError(
+                f"weights={spec.weights!r}: transformers has no EVA-CLIP; name EVA's weights in model.arch.begins"
+            )
+        return arch.build(folder)
+    if spec.weights is None:
+        return arch.build()
+    towers = arch.load(folder(spec.weights))
+    fresh = arch.config()
+    for side, field in (("vision_config", "image_size"), ("text_config", "vocab_size")):
+        agree(
+            spec.weights,
+            getattr(fresh, side),
+            getattr(towers.config, side),
+            ("hidden_size", "num_hidden_layers", field),
+        )
+    return towers

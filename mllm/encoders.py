@@ -13,11 +13,13 @@ from typing import Annotated
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, Int, UInt8
 from pydantic import Field
 from torch import Tensor, nn
 
 from mllm.convnets import ConvNeXt, ConvTower, MobileNetV2, ResNet
+from mllm.depth import Depth, DropPath
+from mllm.eva02 import Eva02
 from mllm.towers import ClipVision, Cls, Dinov2, EvaClip, Grid, InternViT, SiglipVision, ViT, ViTTower
 from ops.images import normalize
 from pipelines.types import spec
@@ -28,6 +30,7 @@ __all__ = [
     "Dinov2",
     "Encoder",
     "Encoders",
+    "Eva02",
     "EvaClip",
     "Folder",
     "InternViT",
@@ -44,7 +47,7 @@ Folder = Callable[[str], str]
 """From a name of weights to the folder or hub id that the site keeps them under."""
 
 VisionArch = Annotated[
-    ClipVision | SiglipVision | Dinov2 | InternViT | EvaClip | ViT | ConvNeXt | ResNet | MobileNetV2,
+    ClipVision | SiglipVision | Dinov2 | InternViT | EvaClip | Eva02 | ViT | ConvNeXt | ResNet | MobileNetV2,
     Field(discriminator="kind"),
 ]
 
@@ -57,8 +60,8 @@ class Encoder:
     """A tower and how it is read. `weights` None trains it from scratch; `layer` counts as in LLaVA: -2 is the last but one.
 
     `normed` applies the tower's final norm to what is read, and `cls` says whether the first feature is its CLS token.
-    `interpolate` stretches learned positions, bicubic, to tiles of another size than the tower was made for. `mean` and `std`
-    normalise RGB in [0, 1].
+    `interpolate` stretches learned positions, bicubic, to tiles of another size than the tower was made for. `drop_path` is
+    the share of branches left out in the last layer while the tower is trained. `mean` and `std` normalise RGB in [0, 1].
     """
 
     arch: VisionArch
@@ -67,6 +70,7 @@ class Encoder:
     cls: Cls = "drop"
     normed: bool = False
     interpolate: bool = False
+    drop_path: DropPath = 0.0
     mean: tuple[float, float, float] = OPENAI_MEAN
     std: tuple[float, float, float] = OPENAI_STD
 
@@ -153,15 +157,27 @@ class VisionEncoder(nn.Module):
     def __init__(self, spec: Encoder, tower: ViTTower | ConvTower) -> None:
         super().__init__()
         self.tower = tower
+        self.depth: Depth | None = None
+        if spec.drop_path:
+            if not isinstance(tower, ViTTower):
+                raise ValueError(
+                    f"encoder.drop_path={spec.drop_path}: {spec.arch.kind} has no branches to leave out; set it to 0"
+                )
+            self.depth = Depth(tower.branches(), spec.drop_path)
         self.register_buffer("mean", torch.tensor(spec.mean), persistent=False)
         self.register_buffer("std", torch.tensor(spec.std), persistent=False)
 
-    def forward(self, tiles: UInt8[Tensor, "N ..."], grids: Sequence[Grid] | None = None) -> Float[Tensor, "N P D"]:
+    def forward(
+        self, tiles: UInt8[Tensor, "N ..."], grids: Sequence[Grid] | None = None, seeds: Int[Tensor, " N"] | None = None
+    ) -> Float[Tensor, "N P D"]:
         """Patch features in row-major order; CLS first, where it is kept.
 
         With `grids`, rows and columns of slices, `tiles` are their patches one after the other, channels first inside, and each
-        slice's features are filled up to the longest. Raises ValueError where the tower reads whole tiles alone.
+        slice's features are filled up to the longest. Raises ValueError where the tower reads whole tiles alone. `seeds` of tiles
+        say which branches are left out, if the tower is trained and leaves any.
         """
+        if self.depth is not None:
+            self.depth.draw(seeds if self.trained else None)
         if grids is not None:
             return self._slices(tiles, grids)
         return self._run(lambda: self.tower(self._normalised(tiles)))
@@ -178,8 +194,18 @@ class VisionEncoder(nn.Module):
     def _normalised(self, tiles: Tensor) -> Tensor:
         return normalize(tiles, self.mean, self.std).to(next(self.tower.parameters()).dtype)
 
+    @property
+    def trained(self) -> bool:
+        """Whether any of its weights is."""
+        return any(p.requires_grad for p in self.tower.parameters())
+
+    @property
+    def drops(self) -> bool:
+        """Whether it asks for seeds: it is being trained, and leaves branches out."""
+        return self.depth is not None and self.training and self.trained
+
     def _run(self, read: Callable[[], Tensor]) -> Tensor:
-        if any(p.requires_grad for p in self.tower.parameters()):
+        if self.trained:
             return read()
         with torch.no_grad():  # a frozen tower keeps no activations
             return read()
@@ -199,15 +225,28 @@ class VisionEncoders(nn.Module):
         self.encoders = nn.ModuleList(encoders)
         self.sizes = sizes
 
-    def forward(self, tiles: UInt8[Tensor, "N 3 H W"]) -> tuple[Float[Tensor, "N _ _"], ...]:
+    @property
+    def each(self) -> list[VisionEncoder]:
+        return [one for one in self.encoders if isinstance(one, VisionEncoder)]
+
+    @property
+    def drops(self) -> bool:
+        """Whether one of them asks for seeds."""
+        return any(one.drops for one in self.each)
+
+    def forward(
+        self, tiles: UInt8[Tensor, "N 3 H W"], seeds: Int[Tensor, " N"] | None = None
+    ) -> tuple[Float[Tensor, "N _ _"], ...]:
         """Features of each tower, (N, P, D) with P and D its own."""
-        return tuple(encoder(_resized(tiles, size)) for encoder, size in zip(self.encoders, self.sizes, strict=True))
+        return tuple(
+            encoder(_resized(tiles, size), seeds=seeds) for encoder, size in zip(self.encoders, self.sizes, strict=True)
+        )
 
     def units(self) -> list[nn.Module]:
-        return [unit for encoder in self.encoders for unit in encoder.units()]  # type: ignore[operator]  # VisionEncoders
+        return [unit for encoder in self.each for unit in encoder.units()]
 
     def unused(self) -> list[nn.Module]:
-        return [module for encoder in self.encoders for module in encoder.unused()]  # type: ignore[operator]
+        return [module for encoder in self.each for module in encoder.unused()]
 
 
 def _resized(tiles: UInt8[Tensor, "N 3 H W"], size: int) -> UInt8[Tensor, "N 3 h w"]:

@@ -3,7 +3,8 @@
 llava: encoder CLIP, connector MLP of depth 2, a Llama decoder, Splice  ->  one `LlavaForConditionalGeneration` folder
 parts: any other vision-language model                                  ->  encoder/, lm/ (transformers), connector.safetensors
                                                                             and, where a fusion has weights, fusion.safetensors
-whole: a model of another kind                                          ->  model.safetensors under the model's own names
+transformers: a model of another kind, which it has                     ->  a folder of its class, see `families`
+whole: any other                                                        ->  model.safetensors under the model's own names
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Any, Literal
 import torch
 from safetensors.torch import load_file, save_file
 
+from mllm import families
 from mllm.connectors import MLP, bare
 from mllm.encoders import ClipVision, Encoder, VisionEncoder
 from mllm.fusion import Splice
@@ -30,11 +32,11 @@ from pipelines.tiling import Pad
 IMAGE = "<image>"
 
 
-def format_of(recipe: Recipe) -> Literal["llava", "parts", "whole"]:
+def format_of(recipe: Recipe) -> Literal["llava", "parts", "transformers", "whole"]:
     """Which form a recipe's model has."""
     model = recipe.model
     if not isinstance(model, VLM):
-        return "whole"
+        return "whole" if families.family_of(model) is None else "transformers"
     encoder = model.encoder
     if not isinstance(encoder, Encoder) or encoder.cls == "keep" or encoder.normed or encoder.interpolate:
         return "parts"
@@ -54,7 +56,12 @@ def export(recipe: Recipe, model: Model, tokenizer: str | None, out: Path) -> Pa
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)
     if not isinstance(model, VisionLanguageModel) or not isinstance(recipe.model, VLM):
-        save_file({name: value.clone() for name, value in model.state_dict().items()}, scratch / "model.safetensors")
+        if format_of(recipe) == "transformers":
+            families.write(recipe.model, model, recipe.tiling, Path(tokenizer) if tokenizer else None, scratch)
+        else:
+            save_file(
+                {name: value.clone() for name, value in model.state_dict().items()}, scratch / "model.safetensors"
+            )
         for file in ("tokenizer.json", "tokenizer_config.json") if tokenizer else ():
             if (Path(tokenizer or "") / file).is_file():
                 shutil.copyfile(Path(tokenizer or "") / file, scratch / file)
@@ -192,6 +199,8 @@ def read_back(folder: Path) -> Model:
     if not (folder / "recipe.json").is_file():
         raise FileNotFoundError(f"{folder} has no recipe.json; name a folder that `mllm export` wrote")
     recipe = load((folder / "recipe.json").read_bytes())
+    if format_of(recipe) == "transformers":
+        return families.read(recipe.model, folder)
     if format_of(recipe) == "whole":
         model = recipe.model.bare().build()
         model.load_state_dict(load_file(folder / "model.safetensors"), strict=True)

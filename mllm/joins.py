@@ -21,16 +21,10 @@ from pipelines.types import Cut, Separators, spec
 
 
 @spec
-class Tiles:
-    """Tiles one after the other (InternVL, and whatever has one tile a picture)."""
+class Join:
+    """What all joins say: the marks that they lay, and how many newlines they own."""
 
-    kind: Literal["tiles"] = "tiles"
     separators: Separators = Separators()
-
-    @property
-    def scales(self) -> tuple[int, ...]:
-        """Scales whose features are joined over channels."""
-        return (1,)
 
     @property
     def newlines(self) -> int:
@@ -38,16 +32,27 @@ class Tiles:
 
 
 @spec
-class Unpad:
-    """The overview, then the grid without its padding and a learned newline after each row (LLaVA-NeXT's `spatial_unpad`)."""
-
-    kind: Literal["unpad"] = "unpad"
-    separators: Separators = Separators()
+class OneScale(Join):
+    """A join of tiles of one scale."""
 
     @property
     def scales(self) -> tuple[int, ...]:
         """Scales whose features are joined over channels."""
         return (1,)
+
+
+@spec
+class Tiles(OneScale):
+    """Tiles one after the other (InternVL, and whatever has one tile a picture)."""
+
+    kind: Literal["tiles"] = "tiles"
+
+
+@spec
+class Unpad(OneScale):
+    """The overview, then the grid without its padding and a learned newline after each row (LLaVA-NeXT's `spatial_unpad`)."""
+
+    kind: Literal["unpad"] = "unpad"
 
     @property
     def newlines(self) -> int:
@@ -55,33 +60,18 @@ class Unpad:
 
 
 @spec
-class Scales:
+class Scales(Join):
     """S2 (arXiv:2403.13043): features of all scales on the first one's grid, joined over channels before the connector."""
 
     kind: Literal["scales"] = "scales"
     scales: tuple[int, ...] = (1, 2)
-    separators: Separators = Separators()
-
-    @property
-    def newlines(self) -> int:
-        return 0
 
 
 @spec
-class Slices:
+class Slices(OneScale):
     """Slices of the picture's own shape with separators that tell where they lay (LLaVA-UHD, MiniCPM-V)."""
 
     kind: Literal["slices"] = "slices"
-    separators: Separators = Separators()
-
-    @property
-    def scales(self) -> tuple[int, ...]:
-        """Scales whose features are joined over channels."""
-        return (1,)
-
-    @property
-    def newlines(self) -> int:
-        return 0
 
 
 Joining = Annotated[Tiles | Unpad | Scales | Slices, Field(discriminator="kind")]

@@ -6,23 +6,24 @@ from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal, Self
 
 import torch
-from jaxtyping import Bool, Float, Int
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int, UInt8
 from pydantic import Field
 from torch import Tensor, nn
 
-from mllm.chance import block_masks, noise, seeds_of_tiles
-from mllm.dual import Layers
+from mllm.chance import block_masks, noise, seeds_of_tiles, tile_seeds
+from mllm.depth import Depth, DropPath, branches_of
 from mllm.encoders import Folder
-from mllm.model import Model, ModelSpec, check_tiles
+from mllm.layers import TOY, Layers, Patched
+from mllm.model import IMAGENET_MEAN, IMAGENET_STD, RGB, Model, PictureModel
 from mllm.pairs import shown
-from mllm.weights import load
+from mllm.weights import TOWER_FIELDS, agree, load
 from ops.images import normalize
-from pipelines.tiling import Tiling
-from pipelines.types import Batch, VisionLayout, spec
+from pipelines.types import Batch, spec
 
 
 @spec
-class MAE:
+class MAE(Patched):
     """A masked autoencoder (arXiv:2111.06377): the encoder sees what is not masked, a light decoder gives the pixels of the rest.
 
     `norm_pix` makes the target of a patch its pixels less their mean, over their deviation (section 4.1).
@@ -32,31 +33,30 @@ class MAE:
     encoder: Layers
     decoder: Layers
     patch: int = 16
-    image: int = 224
     ratio: Annotated[float, Field(gt=0, lt=1)] = 0.75
     norm_pix: bool = True
 
     def tiny(self) -> Self:
-        shape = Layers(hidden_size=32, layers=2, heads=2, intermediate_size=64)
-        return replace(self, encoder=shape, decoder=replace(shape, hidden_size=16), patch=8, image=32)
+        return replace(self, encoder=TOY, decoder=replace(TOY, hidden_size=16), patch=8, image=32)
 
     def build(self, weights: str | None) -> Any:
         from transformers import ViTMAEConfig, ViTMAEForPreTraining
 
-        if weights is not None:
-            base, auto = ViTMAEForPreTraining, "AutoModelForPreTraining"
-            return load(base, auto, weights, attn_implementation="sdpa", dtype=torch.float32)
         config = ViTMAEConfig(
             **self.encoder.words(),
             decoder_hidden_size=self.decoder.hidden_size,
             decoder_num_hidden_layers=self.decoder.layers,
             decoder_num_attention_heads=self.decoder.heads,
             decoder_intermediate_size=self.decoder.intermediate_size,
-            patch_size=self.patch,
-            image_size=self.image,
+            **self.sizes(),
             mask_ratio=self.ratio,
             norm_pix_loss=self.norm_pix,
         )
+        if weights is not None:
+            base, auto = ViTMAEForPreTraining, "AutoModelForPreTraining"
+            net = load(base, auto, weights, attn_implementation="sdpa", dtype=torch.float32)
+            agree(weights, config, net.config, (*TOWER_FIELDS, "decoder_hidden_size", "decoder_num_hidden_layers"))
+            return net
         return ViTMAEForPreTraining._from_config(config, attn_implementation="sdpa")
 
 
@@ -92,54 +92,54 @@ class Codebook:
 
 
 @spec
-class BEiT:
+class BEiT(Patched):
     """BEiT (arXiv:2106.08254): a ViT with relative positions names the codes of the patches that are masked, block by block.
 
-    `masked` is how many of a picture's patches are. The codes are a frozen tokenizer's (`codebook`), at 16 x 16 pixels a code.
+    `masked` is how many of a picture's patches are, `drop_path` the share of branches left out in the last layer. The codes are a
+    frozen tokenizer's (`codebook`), at 16 x 16 pixels a code.
     """
 
     kind: Literal["beit"] = "beit"
     encoder: Layers
     codebook: Codebook = Codebook()
     patch: Literal[16] = 16
-    image: int = 224
     masked: int = 75
+    drop_path: DropPath = 0.0
 
     def tiny(self) -> Self:
-        shape = Layers(hidden_size=32, layers=2, heads=2, intermediate_size=64)
-        return replace(self, encoder=shape, codebook=Codebook(codes=64, channels=32), image=96, masked=14)
+        return replace(self, encoder=TOY, codebook=Codebook(codes=64, channels=32), image=96, masked=14)
 
     def build(self, weights: str | None) -> Any:
         from transformers import BeitConfig, BeitForMaskedImageModeling
 
-        if weights is not None:
-            base, auto = BeitForMaskedImageModeling, "AutoModelForMaskedImageModeling"
-            return load(base, auto, weights, attn_implementation="sdpa", dtype=torch.float32)
         config = BeitConfig(
             **self.encoder.words(),
             vocab_size=self.codebook.codes,
-            patch_size=self.patch,
-            image_size=self.image,
+            **self.sizes(),
             use_mask_token=True,
             use_shared_relative_position_bias=True,
             use_absolute_position_embeddings=False,
             drop_path_rate=0.0,
         )
+        if weights is not None:
+            base, auto = BeitForMaskedImageModeling, "AutoModelForMaskedImageModeling"
+            net = load(base, auto, weights, attn_implementation="sdpa", dtype=torch.float32)
+            agree(weights, config, net.config, (*TOWER_FIELDS, "vocab_size"))
+            return net
         return BeitForMaskedImageModeling._from_config(config, attn_implementation="sdpa")
 
 
 @spec
-class MaskedImage(ModelSpec):
-    """A model of masked pictures. `weights` None trains it from scratch; `mean` and `std` normalise RGB in [0, 1].
+class MaskedImage(PictureModel):
+    """A model of masked pictures.
 
     A mask is a function of the picture's row and epoch, so that neither ranks nor restarts change it.
     """
 
     kind: Literal["masked_image"] = "masked_image"
     arch: Annotated[MAE | BEiT, Field(discriminator="kind")]
-    weights: str | None = None
-    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
-    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    mean: RGB = IMAGENET_MEAN
+    std: RGB = IMAGENET_STD
 
     @property
     def reads(self) -> tuple[str, ...]:
@@ -150,16 +150,8 @@ class MaskedImage(ModelSpec):
     def learns(self) -> tuple[str, ...]:
         return ("masked_pixels",) if isinstance(self.arch, MAE) else ("masked_codes",)
 
-    @property
-    def side(self) -> int:
-        return self.arch.image
-
     def tiny(self) -> Self:
         return replace(self, arch=self.arch.tiny(), weights=None)
-
-    def layout(self, tiling: Tiling) -> VisionLayout:
-        check_tiles(tiling, self.arch.image, f"the {self.arch.kind}")
-        return VisionLayout(shape=tiling.shape, tokens_per_tile=(self.arch.image // self.arch.patch) ** 2)
 
     def build(self, folder: Folder = str) -> MaskedAutoencoder | MaskedPredictor:
         weights = folder(self.weights) if self.weights else None
@@ -173,6 +165,18 @@ class MaskedImage(ModelSpec):
         if isinstance(arch, BEiT):
             arch = replace(arch, codebook=replace(arch.codebook, weights=None))
         return replace(self, arch=arch, weights=None)
+
+
+@torch.no_grad()
+def codes_of(codebook: Any, tiles: UInt8[Tensor, "N 3 H W"], side: int) -> Int[Tensor, "N P"]:
+    """The codes of side x side patches of each tile, by a frozen tokenizer that makes one of 16 x 16 pixels.
+
+    Where a tile has fewer pixels or more the tokenizer looks at it resized, as BEiT's does (arXiv:2106.08254, 2.1).
+    """
+    pixels = tiles.to(next(codebook.parameters()).dtype) / 127.5 - 1
+    if tiles.shape[-1] != 16 * side:
+        pixels = F.interpolate(pixels, size=(16 * side, 16 * side), mode="bicubic", antialias=True).clamp(-1, 1)
+    return codebook.encode(pixels).image_tokens.reshape(len(tiles), -1)
 
 
 @dataclass(slots=True)
@@ -252,6 +256,8 @@ class MaskedPredictor(_Pictures):
         super().__init__(spec, net)
         self.arch = arch
         self.codebook = codebook
+        branches = [branches_of(layer) for layer in net.beit.layers]
+        self.depth = Depth(branches, arch.drop_path) if arch.drop_path else None
 
     def train(self, mode: bool = True) -> MaskedPredictor:
         super().train(mode)
@@ -263,9 +269,9 @@ class MaskedPredictor(_Pictures):
         pixels = self._pixels(batch).to(beit.embeddings.cls_token.dtype)
         side = self.arch.image // self.arch.patch
         mask = block_masks(seeds_of_tiles(batch), side, self.arch.masked).to(pixels.device)
-        with torch.no_grad():
-            seen = batch.tiles.to(next(self.codebook.parameters()).dtype) / 127.5 - 1
-            codes = self.codebook.encode(seen).image_tokens.reshape(len(seen), -1)
+        codes = codes_of(self.codebook, batch.tiles, side)
+        if self.depth is not None:
+            self.depth.draw(tile_seeds(batch))
         x = self.net.layernorm(beit(pixels, bool_masked_pos=mask).last_hidden_state)
         pictures = shown(batch)
         at = pictures.tiles

@@ -5,7 +5,8 @@ To add a kind: a `@spec` that is a `ModelSpec`, its module that is a `Model`, an
 
 from __future__ import annotations
 
-from typing import Self
+from dataclasses import replace
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -89,6 +90,42 @@ class ModelSpec:
         return self.meta().to_empty(device="cpu")
 
 
+RGB = tuple[float, float, float]
+"""Red, green, blue, each in [0, 1]."""
+
+IMAGENET_MEAN: RGB = (0.485, 0.456, 0.406)
+IMAGENET_STD: RGB = (0.229, 0.224, 0.225)
+HALF: RGB = (0.5, 0.5, 0.5)
+
+
+@spec
+class PictureModel(ModelSpec):
+    """A model that takes whole pictures, as large as its `arch` says; `mean` and `std` normalise RGB in [0, 1].
+
+    `weights` None trains it from scratch.
+    """
+
+    arch: Any
+    weights: str | None = None
+    mean: RGB
+    std: RGB
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        return (self.weights,) if self.weights else ()
+
+    @property
+    def side(self) -> int:
+        return self.arch.image
+
+    def layout(self, tiling: Tiling) -> VisionLayout:
+        check_tiles(tiling, self.arch.image, f"the {self.arch.kind}")
+        return VisionLayout(shape=tiling.shape, tokens_per_tile=self.arch.cells)
+
+    def bare(self) -> Self:
+        return replace(self, weights=None)
+
+
 class Model(nn.Module):
     """A module that takes packs. Objectives know more of each kind; engines, checkpoints and the plan know this.
 
@@ -124,3 +161,9 @@ def check_tiles(tiling: Tiling, side: int, what: str) -> None:
             f"tiling {tiling.kind!r} cuts tiles of {tiling.size} pixels joined as {tiling.join!r}, and {what} takes whole "
             f"pictures of {side}; take resize or pad with size={side}"
         )
+
+
+def check_mask(mask: int, vocabulary: int) -> None:
+    """Raise ValueError unless `mask` is one of the words of a vocabulary."""
+    if mask >= vocabulary:
+        raise ValueError(f"mask={mask} is none of the {vocabulary} words of the vocabulary; mend one")

@@ -27,6 +27,7 @@ from mllm.classify import Classifier
 from mllm.dual import DualTower
 from mllm.fusion import UnifiedVocabulary
 from mllm.masked import MaskedImage
+from mllm.multiway import Multiway
 from mllm.objectives import DPO, Gathered, NextToken, Objective, Sum
 from mllm.streams import SingleStream
 from mllm.vlm import VLM
@@ -360,7 +361,7 @@ class Stage:
         return Budget(tokens=self.context, tiles=self.max_tiles)
 
 
-ModelKind = Annotated[VLM | DualTower | Classifier | MaskedImage | SingleStream, Field(discriminator="kind")]
+ModelKind = Annotated[VLM | DualTower | Classifier | MaskedImage | SingleStream | Multiway, Field(discriminator="kind")]
 
 
 @spec

@@ -9,19 +9,18 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from mllm.dual import Layers
 from mllm.encoders import Folder
-from mllm.model import Model, ModelSpec, Words, check_tiles
+from mllm.layers import TOY, Layers, Patched
+from mllm.model import HALF, RGB, Model, PictureModel, Words, check_mask
 from mllm.pairs import Texts, first_pictures, texts_of
-from mllm.weights import load
+from mllm.weights import TOWER_FIELDS, agree, load
 from ops.attention import Backend, varlen_attention
 from ops.images import normalize
-from pipelines.tiling import Tiling
-from pipelines.types import Batch, VisionLayout, spec
+from pipelines.types import Batch, spec
 
 
 @spec
-class ViLT:
+class ViLT(Patched):
     """ViLT (arXiv:2102.03334): word embeddings as in BERT, patches by one matrix, a ViT over both, each marked by a vector.
 
     `context` is the longest text, bos and eos with it.
@@ -39,8 +38,7 @@ class ViLT:
 
         return ViltConfig(
             **self.shape.words(),
-            patch_size=self.patch,
-            image_size=self.image,
+            **self.sizes(),
             vocab_size=self.vocab_size,
             max_position_embeddings=self.context,
         )
@@ -50,36 +48,33 @@ class ViLT:
 
         if weights is None:
             return ViltForMaskedLM(self.config())
-        return load(ViltForMaskedLM, "AutoModelForMaskedLM", weights, dtype=torch.float32)
+        net = load(ViltForMaskedLM, "AutoModelForMaskedLM", weights, dtype=torch.float32)
+        agree(weights, self.config(), net.config, (*TOWER_FIELDS, "vocab_size"))
+        return net
 
 
 @spec
-class SingleStream(ModelSpec):
-    """A pair encoder and the way text is written for it. `weights` None trains it from scratch.
+class SingleStream(PictureModel):
+    """A pair encoder and the way text is written for it.
 
-    A pair's picture is its document's first. `mask` is the id that stands for a masked token. `mean` and `std` normalise RGB in
-    [0, 1].
+    A pair's picture is its document's first. `mask` is the id that stands for a masked token.
     """
 
     kind: Literal["single_stream"] = "single_stream"
     arch: ViLT
-    weights: str | None = None
     tokenizer: str | None = None
     bos: str = "[CLS]"
     eos: str = "[SEP]"
     mask: int = 103
-    mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
-    std: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    mean: RGB = HALF
+    std: RGB = HALF
 
     def __post_init__(self) -> None:
         if self.tokenizer is None and self.weights is None:
             raise ValueError(
                 "an encoder of texts without weights needs a tokenizer; set model.tokenizer to a folder's name"
             )
-        if self.mask >= self.arch.vocab_size:
-            raise ValueError(
-                f"mask={self.mask} is none of the {self.arch.vocab_size} words of the vocabulary; mend one"
-            )
+        check_mask(self.mask, self.arch.vocab_size)
 
     @property
     def words(self) -> Words:
@@ -87,26 +82,13 @@ class SingleStream(ModelSpec):
         return Words(tokenizer=name, bos=self.bos, eos=self.eos, vocabulary=self.arch.vocab_size)
 
     @property
-    def reads(self) -> tuple[str, ...]:
-        return (self.weights,) if self.weights else ()
-
-    @property
     def learns(self) -> tuple[str, ...]:
         return ("matching", "masked_tokens")
 
-    @property
-    def side(self) -> int:
-        return self.arch.image
-
     def tiny(self) -> Self:
-        shape = Layers(hidden_size=32, layers=2, heads=2, intermediate_size=64)
-        arch = replace(self.arch, shape=shape, patch=16, image=32, vocab_size=2048, context=24)
+        arch = replace(self.arch, shape=TOY, patch=16, image=32, vocab_size=2048, context=24)
         bos, eos = "<|im_start|>", "<|im_end|>"
         return replace(self, arch=arch, weights=None, tokenizer="example-bpe", bos=bos, eos=eos, mask=3)
-
-    def layout(self, tiling: Tiling) -> VisionLayout:
-        check_tiles(tiling, self.arch.image, "the single stream")
-        return VisionLayout(shape=tiling.shape, tokens_per_tile=(self.arch.image // self.arch.patch) ** 2)
 
     def build(self, folder: Folder = str) -> PairEncoder:
         return PairEncoder(self, folder)
@@ -146,16 +128,17 @@ def pairs_of(batch: Batch, longest: int) -> Paired:
     lengths = texts.cu_seqlens.diff()
     if not kept.any():
         return Paired(
-            _laid_out(texts.ids[:1], texts.positions[:1], lengths[:0], texts.documents[:0], texts.at[:0]), tiles
+            laid_out(texts.ids[:1], texts.positions[:1], lengths[:0], texts.documents[:0], texts.at[:0]), tiles
         )
     words = kept[texts.owner]
     return Paired(
-        _laid_out(texts.ids[words], texts.positions[words], lengths[kept], texts.documents[kept], texts.at[words]),
+        laid_out(texts.ids[words], texts.positions[words], lengths[kept], texts.documents[kept], texts.at[words]),
         tiles,
     )
 
 
-def _laid_out(ids: Tensor, positions: Tensor, lengths: Tensor, documents: Tensor, at: Tensor) -> Texts:
+def laid_out(ids: Tensor, positions: Tensor, lengths: Tensor, documents: Tensor, at: Tensor) -> Texts:
+    """Texts of `lengths` end to end; without any, the first token of `ids` as the blank one."""
     if not len(lengths):
         lengths = torch.ones(1, dtype=torch.int32, device=ids.device)
         ids, positions = torch.zeros_like(ids), torch.zeros_like(positions)
@@ -172,7 +155,7 @@ def with_texts(paired: Paired, words: list[list[int]]) -> Paired:
     lengths = torch.tensor([len(each) for each in words], dtype=torch.int32, device=device)
     ids = torch.tensor([i for each in words for i in each], device=device)
     positions = torch.tensor([n for each in words for n in range(len(each))], device=device)
-    return Paired(_laid_out(ids, positions, lengths, texts.documents, torch.zeros_like(ids)), paired.tiles)
+    return Paired(laid_out(ids, positions, lengths, texts.documents, torch.zeros_like(ids)), paired.tiles)
 
 
 class PairEncoder(Model):

@@ -1,7 +1,7 @@
 """Vision transformers: their shapes, known without a download, and `transformers`' classes behind them.
 
 All are read alike: patches become a sequence, layers run up to the one that is read, CLS is dropped or kept. What differs is
-where each class keeps its layers, and whether a CLS stands before the patches. To add one: a spec with the words of `ViTShape`.
+where each class keeps its layers, and whether a CLS stands before the patches. To add one: a spec that is a `ViTShape`.
 """
 
 from __future__ import annotations
@@ -9,13 +9,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cache
-from typing import Any, Literal, Protocol, Self
+from typing import Any, Literal, Self
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from mllm.weights import load
+from mllm.depth import branches_of
+from mllm.weights import TOWER_FIELDS, agree, load
 from ops.visual import interpolated_positions
 from pipelines.types import spec
 
@@ -27,28 +28,42 @@ Grid = tuple[int, int]
 NOTHING: Mapping[str, bool] = {}
 
 
-class ViTShape(Protocol):
-    """What a vision transformer's spec says of itself; `layers` and `image` change when the tower is made small."""
+@spec
+class ViTShape:
+    """What shapes of vision transformers have in common; `layers` and `image` change when the tower is made small."""
+
+    hidden_size: int
+    layers: int
+    heads: int
+    patch: int
+    image: int
 
     @property
-    def hidden_size(self) -> int: ...
+    def width(self) -> int:
+        """Channels of a feature."""
+        return self.hidden_size
 
-    @property
-    def layers(self) -> int: ...
+    def tokens(self, tile: int, interpolate: bool = False) -> int:
+        """Patches of a tile. Raises ValueError, see `patches_of`."""
+        return patches_of(self, tile, interpolate)
 
-    @property
-    def heads(self) -> int: ...
+    def tiny(self) -> Self:
+        """The same structure at a size for tests."""
+        return toy(self)
 
-    @property
-    def intermediate_size(self) -> int: ...
+    def words(self) -> dict[str, Any]:
+        """What `transformers`' configurations call the numbers."""
+        return {
+            "hidden_size": self.hidden_size,
+            "num_hidden_layers": self.layers,
+            "num_attention_heads": self.heads,
+            "patch_size": self.patch,
+            "image_size": self.image,
+        }
 
-    @property
-    def patch(self) -> int: ...
-
-    @property
-    def image(self) -> int: ...
-
-    def config(self) -> Any: ...
+    def config(self) -> Any:
+        """transformers' configuration."""
+        raise NotImplementedError
 
 
 def patches_of(arch: ViTShape, tile: int, interpolate: bool) -> int:
@@ -88,54 +103,24 @@ def made(arch: ViTShape, name: str, weights: str | None, left_out: Mapping[str, 
     if weights is None:
         return kind._from_config(arch.config(), attn_implementation="sdpa", **options)
     tower = load(kind, "AutoModel", weights, attn_implementation="sdpa", dtype=torch.float32, **left_out, **options)
-    agree(weights, arch.config(), tower.config, ("hidden_size", "num_hidden_layers", "patch_size", "image_size"))
+    agree(weights, arch.config(), tower.config, TOWER_FIELDS)
     return tower
 
 
-def agree(weights: str, expected: Any, found: Any, fields: tuple[str, ...]) -> None:
-    """Raise ValueError when downloaded weights are not of the shape that the recipe plans with."""
-    for field in fields:
-        wanted, has = getattr(expected, field), getattr(found, field)
-        if wanted != has:
-            raise ValueError(
-                f"weights {weights!r} have {field}={has} and the recipe's arch says {wanted}; mend the arch"
-            )
-
-
 @spec
-class ClipVision:
+class ClipVision(ViTShape):
     """CLIP's vision transformer (arXiv:2103.00020), OpenCLIP's too: `patch` pixels a side, learned positions, CLS first."""
 
     kind: Literal["clip_vision"] = "clip_vision"
-    hidden_size: int
-    layers: int
-    heads: int
     intermediate_size: int
-    patch: int
-    image: int
     activation: str = "quick_gelu"
-
-    @property
-    def width(self) -> int:
-        return self.hidden_size
-
-    def tokens(self, tile: int, interpolate: bool = False) -> int:
-        """Patches of a tile. Raises ValueError, see `patches_of`."""
-        return patches_of(self, tile, interpolate)
-
-    def tiny(self) -> Self:
-        return toy(self)
 
     def config(self) -> Any:
         from transformers import CLIPVisionConfig
 
         return CLIPVisionConfig(
-            hidden_size=self.hidden_size,
-            num_hidden_layers=self.layers,
-            num_attention_heads=self.heads,
+            **self.words(),
             intermediate_size=self.intermediate_size,
-            patch_size=self.patch,
-            image_size=self.image,
             hidden_act=self.activation,
         )
 
@@ -144,38 +129,18 @@ class ClipVision:
 
 
 @spec
-class SiglipVision:
+class SiglipVision(ViTShape):
     """SigLIP's vision transformer (arXiv:2303.15343): learned positions, no CLS. Its pooling head is left away."""
 
     kind: Literal["siglip_vision"] = "siglip_vision"
-    hidden_size: int
-    layers: int
-    heads: int
     intermediate_size: int
-    patch: int
-    image: int
-
-    @property
-    def width(self) -> int:
-        return self.hidden_size
-
-    def tokens(self, tile: int, interpolate: bool = False) -> int:
-        """Patches of a tile. Raises ValueError, see `patches_of`."""
-        return patches_of(self, tile, interpolate)
-
-    def tiny(self) -> Self:
-        return toy(self)
 
     def config(self) -> Any:
         from transformers import SiglipVisionConfig
 
         return SiglipVisionConfig(
-            hidden_size=self.hidden_size,
-            num_hidden_layers=self.layers,
-            num_attention_heads=self.heads,
+            **self.words(),
             intermediate_size=self.intermediate_size,
-            patch_size=self.patch,
-            image_size=self.image,
             vision_use_head=False,
         )
 
@@ -184,29 +149,18 @@ class SiglipVision:
 
 
 @spec
-class Dinov2:
+class Dinov2(ViTShape):
     """DINOv2 (arXiv:2304.07193): a self-supervised transformer with layer scale, CLS first; `swiglu` in its giant form."""
 
     kind: Literal["dinov2"] = "dinov2"
-    hidden_size: int
-    layers: int
-    heads: int
     patch: int = 14
     image: int = 518
     mlp_ratio: int = 4
     swiglu: bool = False
 
     @property
-    def width(self) -> int:
-        return self.hidden_size
-
-    @property
     def intermediate_size(self) -> int:
         return self.mlp_ratio * self.hidden_size
-
-    def tokens(self, tile: int, interpolate: bool = False) -> int:
-        """Patches of a tile. Raises ValueError, see `patches_of`."""
-        return patches_of(self, tile, interpolate)
 
     def tiny(self) -> Self:
         return replace(
@@ -217,12 +171,8 @@ class Dinov2:
         from transformers import Dinov2Config
 
         return Dinov2Config(
-            hidden_size=self.hidden_size,
-            num_hidden_layers=self.layers,
-            num_attention_heads=self.heads,
+            **self.words(),
             mlp_ratio=self.mlp_ratio,
-            patch_size=self.patch,
-            image_size=self.image,
             use_swiglu_ffn=self.swiglu,
             use_mask_token=False,
         )
@@ -232,13 +182,10 @@ class Dinov2:
 
 
 @spec
-class InternViT:
+class InternViT(ViTShape):
     """InternViT (arXiv:2312.14238, 3.1): layer scale; its 6B form has `qk_norm` and RMSNorm, the distilled 300M neither."""
 
     kind: Literal["intern_vit"] = "intern_vit"
-    hidden_size: int
-    layers: int
-    heads: int
     intermediate_size: int
     patch: int = 14
     image: int = 448
@@ -246,27 +193,12 @@ class InternViT:
     qkv_bias: bool = True
     norm: Literal["layer_norm", "rms_norm"] = "layer_norm"
 
-    @property
-    def width(self) -> int:
-        return self.hidden_size
-
-    def tokens(self, tile: int, interpolate: bool = False) -> int:
-        """Patches of a tile. Raises ValueError, see `patches_of`."""
-        return patches_of(self, tile, interpolate)
-
-    def tiny(self) -> Self:
-        return toy(self)
-
     def config(self) -> Any:
         from transformers import InternVLVisionConfig
 
         return InternVLVisionConfig(
-            hidden_size=self.hidden_size,
-            num_hidden_layers=self.layers,
-            num_attention_heads=self.heads,
+            **self.words() | {"patch_size": [self.patch, self.patch], "image_size": [self.image, self.image]},
             intermediate_size=self.intermediate_size,
-            patch_size=[self.patch, self.patch],
-            image_size=[self.image, self.image],
             use_qk_norm=self.qk_norm,
             attention_bias=self.qkv_bias,
             norm_type=self.norm,
@@ -277,42 +209,24 @@ class InternViT:
 
 
 @spec
-class EvaClip:
+class EvaClip(ViTShape):
     """EVA-CLIP (arXiv:2303.15389): g/14 as BLIP-2 has it, without the last layer; with `post_norm` E/14, as CogVLM has it.
 
     `post_norm` puts each LayerNorm behind its branch: x + norm(attention(x)) (EVA2-CLIP-E; CogVLM's `visual.py`).
     """
 
     kind: Literal["eva_clip"] = "eva_clip"
-    hidden_size: int
-    layers: int
-    heads: int
     intermediate_size: int
     patch: int = 14
     image: int = 224
     post_norm: bool = False
 
-    @property
-    def width(self) -> int:
-        return self.hidden_size
-
-    def tokens(self, tile: int, interpolate: bool = False) -> int:
-        """Patches of a tile. Raises ValueError, see `patches_of`."""
-        return patches_of(self, tile, interpolate)
-
-    def tiny(self) -> Self:
-        return toy(self)
-
     def config(self) -> Any:
         from transformers import Blip2VisionConfig
 
         return Blip2VisionConfig(
-            hidden_size=self.hidden_size,
-            num_hidden_layers=self.layers,
-            num_attention_heads=self.heads,
+            **self.words(),
             intermediate_size=self.intermediate_size,
-            patch_size=self.patch,
-            image_size=self.image,
             initializer_range=0.02,  # transformers' own default is as good as zero, for weights that are loaded anyway
         )
 
@@ -321,7 +235,9 @@ class EvaClip:
         if self.post_norm:
             for block in model.encoder.layers:
                 block.__class__ = _post_norm_layer()  # the same weights under the same names, in another order
-        return EvaTower(model, layer, cls, normed)
+        tower = EvaTower(model, layer, cls, normed)
+        tower.post_norm = self.post_norm
+        return tower
 
 
 @cache
@@ -338,38 +254,20 @@ def _post_norm_layer() -> type[nn.Module]:
 
 
 @spec
-class ViT:
+class ViT(ViTShape):
     """The vision transformer of arXiv:2010.11929, trained with labels: learned positions, CLS first."""
 
     kind: Literal["vit"] = "vit"
-    hidden_size: int
-    layers: int
-    heads: int
     intermediate_size: int
     patch: int = 16
     image: int = 224
-
-    @property
-    def width(self) -> int:
-        return self.hidden_size
-
-    def tokens(self, tile: int, interpolate: bool = False) -> int:
-        """Patches of a tile. Raises ValueError, see `patches_of`."""
-        return patches_of(self, tile, interpolate)
-
-    def tiny(self) -> Self:
-        return toy(self)
 
     def config(self) -> Any:
         from transformers import ViTConfig
 
         return ViTConfig(
-            hidden_size=self.hidden_size,
-            num_hidden_layers=self.layers,
-            num_attention_heads=self.heads,
+            **self.words(),
             intermediate_size=self.intermediate_size,
-            patch_size=self.patch,
-            image_size=self.image,
         )
 
     def build(self, weights: str | None, layer: int, cls: Cls = "drop", normed: bool = False) -> ViTTower:
@@ -460,6 +358,10 @@ class ViTTower(nn.Module):
     def units(self) -> list[nn.Module]:
         return list(self.blocks[: self.depth])
 
+    def branches(self) -> list[tuple[nn.Module, nn.Module]]:
+        """Of each layer that is run the two modules whose output is added."""
+        return [branches_of(block) for block in self.blocks[: self.depth]]
+
 
 class ClipTower(ViTTower):
     """CLIP's: normed before the first layer."""
@@ -485,9 +387,15 @@ class SiglipTower(ViTTower):
 
 
 class EvaTower(ViTTower):
-    """EVA-CLIP's: its layers take no mask."""
+    """EVA-CLIP's: its layers take no mask, and norm a branch before it is added where they are `post_norm`."""
 
     masked = False
+    post_norm = False
+
+    def branches(self) -> list[tuple[nn.Module, nn.Module]]:
+        if not self.post_norm:
+            return super().branches()
+        return [(block.layer_norm1, block.layer_norm2) for block in self.blocks[: self.depth]]
 
 
 class DinoTower(ViTTower):

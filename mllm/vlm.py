@@ -6,12 +6,13 @@ from dataclasses import replace
 from typing import Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from mllm.archs import T5
+from mllm.chance import tile_seeds
 from mllm.connectors import SVA, Connector, CrossPool, PatchMining, bare, read_weights
-from mllm.encoders import Encoder, Encoders, Folder
+from mllm.encoders import Encoder, Encoders, Folder, VisionEncoder
 from mllm.fusion import Fusion, PreLMAdapter, Splice, UnifiedVocabulary
 from mllm.joins import Joined, Joining, Tiles, cuts_of, slice_grids, with_scales
 from mllm.lm import CausalLM
@@ -50,6 +51,13 @@ class VLM(ModelSpec):
                 f"fusion {self.fusion.kind!r} works inside a decoder's layers, and {self.lm.arch.kind!r} is none; take splice or "
                 "pre_lm_adapter, or a decoder"
             )
+
+    @property
+    def tower(self) -> Encoder:
+        """Its one encoder. Raises ValueError where it has several."""
+        if not isinstance(self.encoder, Encoder):
+            raise ValueError(f"the model has {len(self.encoder.towers)} encoders; ask `encoder.towers` for them")
+        return self.encoder
 
     @property
     def words(self) -> Words:
@@ -107,6 +115,8 @@ class VLM(ModelSpec):
                 f"tiling {tiling.kind!r} has scales {getattr(tiling, 'scales', (1,))} and the model joins {self.join.scales}; "
                 "set model.join.scales to them"
             )
+        if self.join.kind == "slices" and any(tower.drop_path for tower in self.encoder.towers):
+            raise ValueError("encoder.drop_path is by whole tiles, and this tiling cuts slices; set it to 0")
         if self.join.kind == "slices" and not isinstance(self.connector, CrossPool):
             raise ValueError(
                 f"slices have shapes of their own, and connector {self.connector.kind!r} takes square tiles; take cross_pool"
@@ -154,6 +164,13 @@ class VisionLanguageModel(Model):
         self.join = Joined(spec.join, self.lm.width)
         self.feature_width = spec.encoder.width
 
+    @property
+    def tower(self) -> VisionEncoder:
+        """Its one encoder. Raises ValueError where it has several."""
+        if not isinstance(self.encoder, VisionEncoder):
+            raise ValueError(f"the model has {len(self.encoder.encoders)} encoders; ask `encoder.encoders` for them")
+        return self.encoder
+
     def forward(self, batch: Batch) -> Float[Tensor, "T D"]:
         visual = self.visual(batch)
         return self.fusion(self.lm, self.lm.embed(self.fusion.words(batch.input_ids)), visual, batch)
@@ -193,8 +210,18 @@ class VisionLanguageModel(Model):
     def _features(self, batch: Batch) -> Float[Tensor, "N P Dv"]:
         """The encoder's features: computed here, or by an annotator in the pipeline, where it is frozen."""
         if batch.features is None:
-            return self.encoder(batch.tiles)
+            return self.encoder(batch.tiles, seeds=self._seeds(batch))
         return batch.features.to(next(self.connector.parameters()).dtype)
+
+    def _seeds(self, batch: Batch) -> Int[Tensor, " N"] | None:
+        """Seeds of tiles for a tower that leaves branches out; none where a batch is only counted, and has none itself."""
+        if not self.encoder.drops or batch.seeds is None:
+            return None
+        if batch.share is not None:
+            raise ValueError(
+                "ranks share this pack, and encoder.drop_path is by pictures, which lie apart; set one of them to none"
+            )
+        return tile_seeds(batch)
 
     def parts(self) -> dict[str, list[nn.Parameter]]:
         """Parameters by the names that `Stage.tune` uses, from the coarse to the exact.

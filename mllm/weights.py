@@ -66,6 +66,24 @@ def load(base: Any, auto: str, folder: str, **options: Any) -> Any:
     return model
 
 
+TOWER_FIELDS = ("hidden_size", "num_hidden_layers", "patch_size", "image_size")
+"""What says the shape of a vision transformer in the configurations of `transformers`."""
+
+
+def agree(weights: str, expected: Any, found: Any, fields: tuple[str, ...]) -> None:
+    """Raise ValueError when downloaded weights are not of the shape that the recipe plans with."""
+    for field in fields:
+        wanted, has = getattr(expected, field), getattr(found, field)
+        if _plain(wanted) != _plain(has):
+            raise ValueError(
+                f"weights {weights!r} have {field}={has} and the recipe's arch says {wanted}; mend the arch"
+            )
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, (list, tuple)) else value
+
+
 def _their_class(base: Any, name: str, folder: str) -> Any:
     from transformers.dynamic_module_utils import get_class_from_dynamic_module
 

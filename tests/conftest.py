@@ -19,6 +19,7 @@ from pathlib import Path
 import pytest
 
 from cluster.site import Site, load_site
+from mllm.encoders import ClipVision
 from mllm.recipe import Recipe, Steps
 from mllm.recipes import by_name
 from pipelines import storage
@@ -59,9 +60,11 @@ def tiny(recipe: Recipe, steps: int = 4) -> Recipe:
 def small(recipe: Recipe) -> Recipe:
     """The tiny recipe with a smaller model still: fifty steps in seconds, and so calm that rounding stays rounding."""
     model = recipe.vlm
-    tower = replace(model.encoder.arch, hidden_size=32, layers=2, heads=2, intermediate_size=64)  # type: ignore  # one tower
+    arch = model.tower.arch
+    assert isinstance(arch, ClipVision)
+    tower = replace(arch, hidden_size=32, layers=2, heads=2, intermediate_size=64)
     decoder = replace(model.lm.arch, hidden_size=64, layers=2, heads=2, kv_heads=1, intermediate_size=128)
-    parts = replace(model, encoder=replace(model.encoder, arch=tower), lm=replace(model.lm, arch=decoder))
+    parts = replace(model, encoder=replace(model.tower, arch=tower), lm=replace(model.lm, arch=decoder))
     return replace(recipe, model=parts)
 
 

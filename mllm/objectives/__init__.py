@@ -8,6 +8,7 @@ from pydantic import Field
 
 from mllm.objectives.base import Gathered, LossOutput
 from mllm.objectives.contrast import Contrastive
+from mllm.objectives.data import MaskedData
 from mllm.objectives.fused import MaskedTokens, Matching
 from mllm.objectives.language import DPO, Ids, NextToken
 from mllm.objectives.pictures import Classification, MaskedCodes, MaskedPixels
@@ -24,6 +25,7 @@ Objective = Annotated[
     | MaskedCodes
     | Matching
     | MaskedTokens
+    | MaskedData
     | Sum,
     Field(discriminator="kind"),
 ]
@@ -36,6 +38,7 @@ __all__ = [
     "Ids",
     "LossOutput",
     "MaskedCodes",
+    "MaskedData",
     "MaskedPixels",
     "MaskedTokens",
     "Matching",

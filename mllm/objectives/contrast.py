@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from mllm.multiway import MultiwayEncoder
 from mllm.objectives.base import Collected, Gathered, LossOutput, leaves, no_documents, slopes, steered
 from mllm.pairs import PairModel, Pairs
 from ops.contrast import contrastive_rows, sigmoid_rows
@@ -30,8 +31,8 @@ class Contrastive(Gathered):
     kind: Literal["contrastive"] = "contrastive"
     loss: Literal["softmax", "sigmoid"] = "softmax"
 
-    def collect(self, model: PairModel, batch: Batch) -> Collected:
-        pairs = model.pairs(batch)
+    def collect(self, model: PairModel | MultiwayEncoder, batch: Batch) -> Collected:
+        pairs = _embedded(model, batch)
         return pairs.images, pairs.texts, pairs.scale, pairs.bias
 
     def whole(self, packs: Sequence[Collected], group: dist.ProcessGroup | None) -> list[Told]:
@@ -47,14 +48,19 @@ class Contrastive(Gathered):
         counts = [len(pack[0]) for pack in packs]
         return list(zip(rows.each.split(counts), rows.right.split(counts), by, strict=True))
 
-    def counted(self, model: PairModel, batch: Batch) -> Tensor:
+    def counted(self, model: PairModel | MultiwayEncoder, batch: Batch) -> Tensor:
         """The weight, which asks the model which documents are pairs."""
-        return torch.tensor(float(len(model.pairs(batch).documents)), device=batch.sources.device)
+        return torch.tensor(float(len(_embedded(model, batch).documents)), device=batch.sources.device)
 
-    def again(self, model: PairModel, batch: Batch, told: Told) -> LossOutput:
+    def again(self, model: PairModel | MultiwayEncoder, batch: Batch, told: Told) -> LossOutput:
         losses, right, slope = told
-        pairs: Pairs = model.pairs(batch)
+        pairs: Pairs = _embedded(model, batch)
         documents = no_documents(batch)
         documents[pairs.documents] = torch.stack([losses, torch.ones_like(losses), right.to(losses)], dim=1)
         value = steered((pairs.images, pairs.texts, pairs.scale, pairs.bias), slope) + losses.sum()
         return LossOutput(sum=value, weight=losses.new_tensor(float(len(losses))), documents=documents)
+
+
+def _embedded(model: PairModel | MultiwayEncoder, batch: Batch) -> Pairs:
+    """The embeddings of a batch's pairs. A model that sees pairs whole as well has `pairs` that are none."""
+    return model.embedded(batch) if isinstance(model, MultiwayEncoder) else model.pairs(batch)

@@ -11,6 +11,7 @@ from mllm.recipes.blip import bliva_7b, instructblip_7b, minigpt4_7b
 from mllm.recipes.clip import clip_b16, clip_b32, clip_l14, openclip_h14
 from mllm.recipes.cogvlm import cogvlm2_19b, cogvlm_17b
 from mllm.recipes.crome import crome_7b, crome_13b
+from mllm.recipes.eva import eva02_clip_l14, eva_clip_g14
 from mllm.recipes.flamingo import openflamingo_9b, otter_9b
 from mllm.recipes.gemini import mini_gemini_7b
 from mllm.recipes.internvl import internvl_12_40b, internvl_15_26b
@@ -27,6 +28,7 @@ from mllm.recipes.llava import (
 )
 from mllm.recipes.masked import beit_b16, mae_b16, mae_l16
 from mllm.recipes.minicpm import llava_uhd_13b, minicpm_llama3_v_25, minicpm_v_20
+from mllm.recipes.multiway import beit3_base, beit3_giant, beit3_large, vl_beit_base, vlmo_base, vlmo_large
 from mllm.recipes.owl import kosmos_1, mplug_owl_7b, shikra_7b
 from mllm.recipes.real import vila_real
 from mllm.recipes.siglip import siglip_b16, siglip_so400m
@@ -85,10 +87,11 @@ RECIPES: dict[str, Callable[[], Recipe]] = {
         *(vila_smoke, vila_real, vila_7b, vila_13b),
         *TOWERS_AND_SPLICE,
         *FUSED,
-        *(clip_b32, clip_b16, clip_l14, openclip_h14, siglip_b16, siglip_so400m),
+        *(clip_b32, clip_b16, clip_l14, openclip_h14, siglip_b16, siglip_so400m, eva_clip_g14, eva02_clip_l14),
         *(lenet5, alexnet, vgg16, vgg19, resnet50, resnet101, resnet152, vit_b16, vit_l16),
         *(mae_b16, mae_l16, beit_b16),
         *(vilt_b32,),
+        *(vlmo_base, vlmo_large, vl_beit_base, beit3_base, beit3_large, beit3_giant),
     )
 }
 

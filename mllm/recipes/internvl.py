@@ -1,7 +1,7 @@
 """InternVL-Chat 1.2 and 1.5 (arXiv:2404.16821): InternViT-6B, 2 x 2 features as one, pictures in up to twelve tiles.
 
-Differs from the release: layers are not dropped at random (drop path 0.2 and 0.4), and `<img>` and `</img>` are two learned
-tokens of the model in place of words of the vocabulary.
+Differs from the release: a model has one share of branches that are left out, where 1.5's second stage has 0.4; and `<img>` and
+`</img>` are two learned tokens of the model in place of words of the vocabulary.
 """
 
 from dataclasses import replace
@@ -47,7 +47,12 @@ def internvl_12_40b() -> Recipe:
         name="internvl_12_40b",
         model=VLM(
             encoder=Encoder(
-                arch=INTERNVIT_6B, weights="OpenGVLab/InternViT-6B-448px-V1-2", layer=-4, mean=MEAN, std=STD
+                arch=INTERNVIT_6B,
+                weights="OpenGVLab/InternViT-6B-448px-V1-2",
+                layer=-4,
+                drop_path=0.4,
+                mean=MEAN,
+                std=STD,
             ),
             connector=PixelShuffle(),
             lm=HERMES_2_YI_34B,
@@ -85,7 +90,12 @@ def internvl_15_26b() -> Recipe:
         name="internvl_15_26b",
         model=VLM(
             encoder=Encoder(
-                arch=INTERNVIT_6B_V15, weights="OpenGVLab/InternViT-6B-448px-V1-5", layer=-1, mean=MEAN, std=STD
+                arch=INTERNVIT_6B_V15,
+                weights="OpenGVLab/InternViT-6B-448px-V1-5",
+                layer=-1,
+                drop_path=0.2,
+                mean=MEAN,
+                std=STD,
             ),
             connector=PixelShuffle(),
             lm=CausalLM(

@@ -3,7 +3,7 @@
 MAE: 4,096 pictures a step, 800 epochs, 40 of them warm-up, rate 1.5e-4 for each 256 pictures, decay 0.05, 75 % masked, normalised
 pixels. BEiT on ImageNet-1k: 2,048 pictures, 800 epochs, 10 of them warm-up, rate 1.5e-3, decay 0.05, 75 of 196 patches in blocks.
 Deviations: pictures are the middle square, no random crops; BEiT's codes are those of Chameleon's VQ encoder (8,192 as well),
-since `transformers` has not DALL-E's dVAE; no stochastic depth.
+since `transformers` has not DALL-E's dVAE.
 """
 
 from mllm.dual import Layers
@@ -63,5 +63,5 @@ def beit_b16() -> Recipe:
         optimizer=AdamW(betas=(0.9, 0.999), clip=3.0),
         schedule=Cosine(warmup=10 / 800),
     )
-    arch = BEiT(encoder=B16, codebook=Codebook(weights="chameleon-vqgan"))
+    arch = BEiT(encoder=B16, codebook=Codebook(weights="chameleon-vqgan"), drop_path=0.1)
     return _recipe("beit_b16", MaskedImage(arch=arch, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5)), stage)

@@ -274,9 +274,9 @@ def with_features(recipe: Recipe, stream: Stream, folder: Path) -> tuple[Recipe,
     torch.manual_seed(0)
     tower: Any = recipe.vlm.build().encoder.tower
     tower.tower.save_pretrained(folder)
-    frozen = replace(recipe.vlm.encoder, weights=str(folder))
+    frozen = replace(recipe.vlm.tower, weights=str(folder))
     named = replace(recipe, model=replace(recipe.vlm, encoder=frozen))
-    return named, replace(stream, annotators=(FrozenFeatures(encoder=frozen),))  # type: ignore  # one tower
+    return named, replace(stream, annotators=(FrozenFeatures(encoder=frozen),))
 
 
 def test_a_rank_without_packs_never_holds_up_those_with_features(small: Recipe, stream: Stream, tmp_path: Path) -> None:

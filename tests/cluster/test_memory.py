@@ -12,6 +12,7 @@ import torch.distributed as dist
 from benchmarks.common import on_ranks
 from cluster.engines import build_engine
 from cluster.memory import fullest, memory
+from mllm.encoders import ClipVision
 from mllm.recipe import DDP, FSDP, Full, Parallel, Recipe, Stage, ZeRO
 from mllm.recipes import by_name
 
@@ -58,7 +59,9 @@ def _measured(recipe: Recipe, stage: Stage, packs: int) -> int:
 def deep() -> Recipe:
     """The smoke model with more layers, so that activations outweigh all else."""
     recipe = by_name("vila_smoke")
-    encoder = replace(recipe.vlm.encoder, arch=replace(recipe.vlm.encoder.arch, layers=9))  # type: ignore  # one tower
+    arch = recipe.vlm.tower.arch
+    assert isinstance(arch, ClipVision)
+    encoder = replace(recipe.vlm.tower, arch=replace(arch, layers=9))
     lm = replace(recipe.vlm.lm, arch=replace(recipe.vlm.lm.arch, layers=8))
     return replace(
         recipe,

@@ -383,12 +383,12 @@ def test_features_from_the_pipeline_give_the_trainers_loss(
     frozen: tuple[Recipe, VisionLanguageModel], packs: PackWindows
 ) -> None:
     recipe, model = frozen
-    add = FrozenFeatures(encoder=recipe.vlm.encoder).packs(str)  # type: ignore  # one tower
+    add = FrozenFeatures(encoder=recipe.vlm.tower).packs(str)
     for pack in list(packs.packs(0))[:4]:
         light = add(pack)
         assert len(light.tiles) == 0
         assert light.features is not None
-        assert light.features.shape == (len(pack.tiles), 36, recipe.vlm.encoder.arch.width)  # type: ignore  # one tower
+        assert light.features.shape == (len(pack.tiles), 36, recipe.vlm.tower.arch.width)
         (loss, slope), (other, tilt) = gradients(model, pack), gradients(model, light)
         assert other == pytest.approx(loss, rel=1e-2)
         assert torch.nn.functional.cosine_similarity(slope, tilt, dim=0) > 0.999
@@ -397,10 +397,10 @@ def test_features_from_the_pipeline_give_the_trainers_loss(
 def test_cached_features_are_the_computed_ones_and_follow_contents(
     frozen: tuple[Recipe, VisionLanguageModel], packs: PackWindows, tmp_path: Path
 ) -> None:
-    encoder = frozen[0].vlm.encoder
+    encoder = frozen[0].vlm.tower
     pack = next(pack for pack in packs.packs(0) if len(pack.tiles) > 1)
-    cached = FrozenFeatures(encoder=encoder, cache=str(tmp_path))  # type: ignore  # one tower
-    plain, first = FrozenFeatures(encoder=encoder).packs(str)(pack), cached.packs(str)(pack)  # type: ignore  # one tower
+    cached = FrozenFeatures(encoder=encoder, cache=str(tmp_path))
+    plain, first = FrozenFeatures(encoder=encoder).packs(str)(pack), cached.packs(str)(pack)
     files = {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*") if file.is_file()}
     assert len(files) == len({tile.tobytes() for tile in pack.tiles})
     second = cached.packs(str)(pack)
@@ -416,7 +416,7 @@ def test_cached_features_are_the_computed_ones_and_follow_contents(
 
 def test_an_empty_pack_has_features_of_nothing(frozen: tuple[Recipe, VisionLanguageModel]) -> None:
     recipe, model = frozen
-    annotator = FrozenFeatures(encoder=recipe.vlm.encoder)  # type: ignore  # one tower
+    annotator = FrozenFeatures(encoder=recipe.vlm.tower)
     told, made = annotator.empty(Pack.empty((3, 96, 96))), annotator.packs(str)(Pack.empty((3, 96, 96)))
     assert told.features is not None
     assert made.features is not None
@@ -435,7 +435,7 @@ def test_features_of_another_encoder_are_refused(
     frozen: tuple[Recipe, VisionLanguageModel], change: Callable[[Encoder], Encoder], words: str
 ) -> None:
     recipe, _ = frozen
-    annotator = FrozenFeatures(encoder=change(recipe.vlm.encoder))  # type: ignore  # one tower
+    annotator = FrozenFeatures(encoder=change(recipe.vlm.tower))
     first = replace(recipe.stages[0], annotators=(annotator,))
     with pytest.raises(ValueError, match=words):
         replace(recipe, stages=(first, *recipe.stages[1:]))
@@ -447,7 +447,7 @@ def test_features_after_a_stage_that_tunes_the_encoder_are_refused(
     recipe, _ = frozen
     first, second, *rest = recipe.stages
     tuned = replace(first, tune={**first.tune, "encoder": next(iter(first.tune.values()))})
-    light = replace(second, annotators=(FrozenFeatures(encoder=recipe.vlm.encoder),))  # type: ignore  # one tower
+    light = replace(second, annotators=(FrozenFeatures(encoder=recipe.vlm.tower),))
     with pytest.raises(ValueError, match=r"takes frozen features and stage 'align' tunes the encoder"):
         replace(recipe, stages=(tuned, light, *rest))
     fine = replace(recipe, stages=(replace(first, annotators=light.annotators), second, *rest))
@@ -458,7 +458,7 @@ def test_features_after_a_stage_that_tunes_the_encoder_are_refused(
 
 def test_annotators_that_do_not_fit_together_are_refused(frozen: tuple[Recipe, VisionLanguageModel]) -> None:
     recipe, _ = frozen
-    features = FrozenFeatures(encoder=recipe.vlm.encoder)  # type: ignore  # one tower
+    features = FrozenFeatures(encoder=recipe.vlm.tower)
     reference, codes = ReferenceLogProbs(checkpoint="x"), DiscreteCodes(weights="x", size=32, first=2000)
 
     def having(*annotators: Annotator) -> Recipe:
@@ -481,7 +481,7 @@ def test_where_features_are_kept_is_no_part_of_what_a_stage_learns(frozen: tuple
         stage = replace(recipe.stages[0], annotators=annotators)
         return fingerprint(replace(recipe, stages=(stage, *recipe.stages[1:])), stage, "")
 
-    plain = FrozenFeatures(encoder=recipe.vlm.encoder)  # type: ignore  # one tower
+    plain = FrozenFeatures(encoder=recipe.vlm.tower)
     assert named(plain) == named(replace(plain, cache="s3://somewhere"))
     assert (
         len(
@@ -501,7 +501,7 @@ def test_a_damaged_cache_is_mended(
 ) -> None:
     pack = next(pack for pack in packs.packs(0) if len(pack.tiles) > 1)
     twice = replace(pack, tiles=np.concatenate([pack.tiles, pack.tiles]))
-    add = FrozenFeatures(encoder=frozen[0].vlm.encoder, cache=str(tmp_path)).packs(str)  # type: ignore  # one tower
+    add = FrozenFeatures(encoder=frozen[0].vlm.tower, cache=str(tmp_path)).packs(str)
     whole = add(twice).features
     assert whole is not None
     assert np.array_equal(whole[: len(pack.tiles)], whole[len(pack.tiles) :])

@@ -122,7 +122,7 @@ def test_what_is_frozen_costs_less() -> None:
     assert 3 * align.per_learned == 2 * everything.per_learned == 3 * head.per_learned
     assert head.per_token == everything.per_token
     assert align.per_tile < encoder.per_tile < everything.per_tile
-    patches = recipe.vlm.encoder.arch.tokens(recipe.tiling.size)  # type: ignore  # one tower
+    patches = recipe.vlm.tower.arch.tokens(recipe.tiling.size)
     assert (
         told(recipe, "align", patches=patches).model.per_tile < align.per_tile / 2
     )  # the encoder's features come along

@@ -134,8 +134,8 @@ def models(recipe: Recipe, folder: Path) -> tuple[Annotator, ...]:
     CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=16)).save_pretrained(folder / "clip")
     tower: Any = recipe.vlm.build().encoder.tower
     tower.tower.save_pretrained(folder / "tower")
-    frozen = replace(recipe.vlm.encoder, weights=str(folder / "tower"))
-    return ScoreFilter(weights=str(folder / "clip"), at_least=0.0), FrozenFeatures(encoder=frozen)  # type: ignore  # one tower
+    frozen = replace(recipe.vlm.tower, weights=str(folder / "tower"))
+    return ScoreFilter(weights=str(folder / "clip"), at_least=0.0), FrozenFeatures(encoder=frozen)
 
 
 def bfloat16(bits: NDArray[np.uint16]) -> NDArray[np.float32]:
