@@ -103,7 +103,7 @@ def kinds(recipe: Recipe) -> list[str]:
 def axes(recipe: Recipe) -> Iterator[tuple[str, str]]:
     """The parts of the model and the tiling, each in a line."""
     for field in fields(recipe.model):
-        if field.name != "kind":
+        if field.name != "kind" and getattr(recipe.model, field.name) is not None:
             yield field.name, _value(getattr(recipe.model, field.name))
     yield "tiling", _value(recipe.tiling)
 

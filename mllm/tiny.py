@@ -49,7 +49,9 @@ def tiny(recipe: Recipe) -> Recipe:
     encoder = model.encoder.tiny()
     fusion: Any = model.fusion
     fusion = fusion.tiny() if hasattr(fusion, "tiny") else fusion
-    small = replace(model, encoder=encoder, connector=model.connector.tiny(), lm=_lm(model.lm), fusion=fusion)
+    small = replace(
+        model, encoder=encoder, connector=model.connector.tiny(), lm=_lm(model.lm), fusion=fusion, weights=None
+    )
     tiling = _tiling(recipe.tiling, model.encoder, encoder)
     layout = small.layout(tiling)
     return replace(

@@ -186,7 +186,7 @@ def llava_next_qwen_110b() -> Recipe:
 
 
 def llava_next_video_7b() -> Recipe:
-    """LLaVA-NeXT-Video: a third stage on pictures and videos, each tile's 24 x 24 tokens pooled to 12 x 12.
+    """LLaVA-NeXT-Video: a third stage on pictures and videos, each tile's 24 x 24 features pooled to 12 x 12 before the MLP.
 
     Differs from the release: one layout serves all stages, so that pictures are pooled too and keep their padding, and frames
     are tiles one after the other. Its rates are not published: those of LLaVA-NeXT.
@@ -205,7 +205,7 @@ def llava_next_video_7b() -> Recipe:
         base,
         name="llava_next_video_7b",
         paper="LLaVA-NeXT blog, 2024-04-30",
-        model=replace(base.model, connector=Pool(stride=2), join=llava_15_7b().vlm.join),
+        model=replace(base.model, connector=Pool(stride=2, before=True), join=llava_15_7b().vlm.join),
         tiling=Pad(size=336),
         stages=(align, sft, video),
     )
