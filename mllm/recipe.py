@@ -687,7 +687,10 @@ def _near(name: str, node: Any) -> str:
     if not isinstance(node, dict):
         return f"; it is the value {node!r}"
     near = get_close_matches(name, list(node), 1)
-    return f"; did you mean {near[0]!r}?" if near else f"; its fields are {list(node)}"
+    if near:
+        return f"; did you mean {near[0]!r}?"
+    kind = f"; of kind {node['kind']!r}" if "kind" in node else ";"
+    return f"{kind} its fields are {list(node)}"
 
 
 def _explain(error: ValidationError) -> str:
