@@ -29,7 +29,7 @@ def table() -> Table:
         made.add_column(name, no_wrap=name == "recipe", overflow="fold")
     for name, function in RECIPES.items():
         recipe = function()
-        made.add_row(name, "; ".join(_stage_words(recipe)), ", ".join(kinds(recipe)), paper(function))
+        made.add_row(name, "; ".join(_stage_words(recipe)), ", ".join(kinds(recipe)), recipe.paper)
     return made
 
 
@@ -72,7 +72,7 @@ def page() -> str:
     ]
     for name, function in RECIPES.items():
         recipe = function()
-        cells = (f"[{name}](#{name})", "; ".join(_stage_words(recipe)), ", ".join(kinds(recipe)), paper(function))
+        cells = (f"[{name}](#{name})", "; ".join(_stage_words(recipe)), ", ".join(kinds(recipe)), recipe.paper)
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     for name, function in RECIPES.items():
         recipe = function()
@@ -95,14 +95,6 @@ def notes(function: Callable[[], Recipe]) -> list[str]:
     return [own, *([] if own == family else ["", family])]
 
 
-def paper(function: Callable[[], Recipe]) -> str:
-    """The paper's number, as the docstrings name it; nothing where there is none."""
-    for text in notes(function):
-        if "arXiv:" in text:
-            return "arXiv:" + "".join(c for c in text.split("arXiv:")[1][:10] if c.isdigit() or c == ".").strip(".")
-    return ""
-
-
 def kinds(recipe: Recipe) -> list[str]:
     """The kinds of corpora that its stages read, each once, in order."""
     return list(dict.fromkeys(source.corpus.kind for stage in recipe.stages for source in stage.mixture))
@@ -111,7 +103,7 @@ def kinds(recipe: Recipe) -> list[str]:
 def axes(recipe: Recipe) -> Iterator[tuple[str, str]]:
     """The parts of the model and the tiling, each in a line."""
     for field in fields(recipe.model):
-        if field.name != "kind":
+        if field.name != "kind" and getattr(recipe.model, field.name) is not None:
             yield field.name, _value(getattr(recipe.model, field.name))
     yield "tiling", _value(recipe.tiling)
 

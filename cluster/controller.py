@@ -45,6 +45,7 @@ from cluster.policy import Standing, gate_values
 from cluster.preflight import refusals, this_machine, untrusted
 from cluster.pulse import Watcher as PulseWatcher
 from cluster.pulse import start_pulse
+from cluster.reference import with_reference
 from cluster.schedule import planned_steps
 from cluster.site import Site
 from cluster.worker import StageJob, failure_file
@@ -237,7 +238,7 @@ class Controller:
             self.folder.write_evaluation(replace(evaluation, stage=job.stage.name, when="before"))
         last = self.folder.root / done.checkpoint
         self._enter(job, before.name, evaluation, checkpoint.read_state(last).tokens)
-        return replace(job, previous=str(last))
+        return with_reference(replace(job, previous=str(last)))
 
     def _enter(self, job: StageJob, before: str, evaluation: Evaluation | None, tokens: int) -> None:
         stage = job.stage
@@ -500,4 +501,4 @@ def first_difference(before: str, after: str) -> str:
 def _science(recipe: Recipe) -> str:
     """The recipe without what changes nothing of the result."""
     free = {"save_every": 1, "save_minutes": None, "evaluate_every": None, "entry": None}
-    return dump(replace(recipe, stages=tuple(replace(stage, **free) for stage in recipe.stages)))
+    return dump(replace(recipe, paper="", stages=tuple(replace(stage, **free) for stage in recipe.stages)))

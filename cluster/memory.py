@@ -115,7 +115,9 @@ def _plain(recipe: Recipe, stage: Stage) -> Recipe:
         chunk=1,
         save_every=1,
     )
-    return replace(recipe, name="plain", model=recipe.model.bare(), stages=(plain,), held_out=(), shots=(), seed=0)
+    return replace(
+        recipe, name="plain", paper="", model=recipe.model.bare(), stages=(plain,), held_out=(), shots=(), seed=0
+    )
 
 
 def _coarse(tune: Mapping[str, Tuning]) -> dict[str, Tuning]:

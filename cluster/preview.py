@@ -11,7 +11,7 @@ import base64
 import io
 import itertools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import chain, groupby, islice, pairwise
 from pathlib import Path
@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from cluster.report import render_page
+from mllm.annotators import ReferenceLogProbs
 from pipelines.encode import TextCodec
 from pipelines.place import Place
 from pipelines.tiling import AnyTiling, DynamicTiles
@@ -83,7 +84,9 @@ class PackPage:
 
 def write_preview(stream: Stream, count: int, out: Path) -> Path:
     """Write the first `count` packs of `stream` (fewer, where it ends before) to the page `out`, and return `out`."""
-    windows = PackWindows(stream)
+    # What answers are compared with is nothing to look at, and may not be there yet.
+    shown = tuple(a for a in stream.annotators if not isinstance(a, ReferenceLogProbs))
+    windows = PackWindows(replace(stream, annotators=shown))
     numbers = itertools.count() if stream.windows is None else range(stream.windows)
     reader = Reader(windows.encoder.codec, stream.tiling)
     packs = islice(chain.from_iterable(windows.packs(k) for k in numbers), count)

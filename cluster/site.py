@@ -46,10 +46,10 @@ from pydantic import Field, TypeAdapter, ValidationError
 
 from cluster.manifests.words import Deploy
 from cluster.policy import Watch
-from mllm.annotators import Recaption, ScoreFilter
+from mllm.annotators import Recaption, ReferenceLogProbs, ScoreFilter
 from mllm.recipe import Recipe, Stage
 from pipelines import storage, trust
-from pipelines.corpora import Corpus
+from pipelines.corpora import Corpus, Preferences
 from pipelines.manifest import Manifest, beside, expand, index
 from pipelines.order import Drawn, Order
 from pipelines.storage import Storage
@@ -189,9 +189,11 @@ class Site:
             return None
         sources = tuple(Drawn(manifest=self.manifest(corpus)) for corpus in recipe.held_out)
         order = Order(seed=0, sources=sources, window_rows=64, chunk_rows=64, epochs=1.0)
-        # Held-out losses of two stages compare only over the same rows: nothing is filtered or rewritten here.
-        form = tuple(a for a in stage.annotators if not isinstance(a, ScoreFilter | Recaption))
-        stage = replace(stage, annotators=form)
+        # Held-out losses of two stages compare only over the same rows: nothing is filtered or rewritten here. And where no two
+        # answers are compared, an objective that would is scored as one of the next token, which needs no reference.
+        compared = any(isinstance(corpus, Preferences) for corpus in recipe.held_out)
+        needless = ScoreFilter | Recaption if compared else ScoreFilter | Recaption | ReferenceLogProbs
+        stage = replace(stage, annotators=tuple(a for a in stage.annotators if not isinstance(a, needless)))
         return self._stream(recipe, stage, order, recipe.held_out, (1.0,) * len(sources))
 
     def _stream(

@@ -667,7 +667,7 @@ def evaluation_of(engine: Engine, held_out: Stream, recipe: Recipe, stage: str, 
     ]
     documents.sort(key=lambda document: (document.source, document.id.shard, document.id.row))
     # Without a language model's loss there is nothing to compare, and nothing to write.
-    speaks = recipe.stage(stage).objective.kind in ("next_token", "two_vocabularies")
+    speaks = recipe.stage(stage).objective.kind in ("next_token", "two_vocabularies", "dpo")
     shots = recipe.shots if speaks else ()
     questions = evaluate.few_shot_questions(documents, windows.encoder, shots, QUESTIONS) if shots else []
     probe = evaluate.probe_sums(engine.score, questions, windows.pixels, shots, engine.device)

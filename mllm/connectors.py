@@ -106,7 +106,8 @@ class PixelShuffle:
 class Pool:
     """Means of squares of `stride` x `stride` features, after an MLP of `depth` matrices or before it.
 
-    LLaVA-NeXT-Video pools what it has projected (`get_2dPool`, LLaVA-NeXT `llava_arch.py`).
+    LLaVA-NeXT-Video pools `before`, as transformers' class of its released weights does; later models of the same code pool what
+    they have projected (`get_2dPool`, LLaVA-NeXT `llava_arch.py`).
     """
 
     kind: Literal["pool"] = "pool"

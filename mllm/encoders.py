@@ -74,6 +74,15 @@ class Encoder:
     mean: tuple[float, float, float] = OPENAI_MEAN
     std: tuple[float, float, float] = OPENAI_STD
 
+    def __post_init__(self) -> None:
+        if self.cls == "keep" and isinstance(self.arch, SiglipVision | ConvNeXt | ResNet | MobileNetV2):
+            raise ValueError(f"encoder.cls='keep': {self.arch.kind!r} has no CLS token; take 'drop'")
+        layers = getattr(self.arch, "layers", None)  # of transformers
+        if layers is not None and not -layers - 1 <= self.layer <= layers:
+            raise ValueError(
+                f"encoder.layer={self.layer}: the tower has {layers} layers; take one of {-layers - 1} to -1"
+            )
+
     @property
     def width(self) -> int:
         """Channels of a feature."""

@@ -1,53 +1,40 @@
 """A trained model as a folder that others read.
 
-llava: encoder CLIP, connector MLP of depth 2, a Llama decoder, Splice  ->  one `LlavaForConditionalGeneration` folder
-parts: any other vision-language model                                  ->  encoder/, lm/ (transformers), connector.safetensors
-                                                                            and, where a fusion has weights, fusion.safetensors
-transformers: a model of another kind, which it has                     ->  a folder of its class, see `families`
-whole: any other                                                        ->  model.safetensors under the model's own names
+llava, llava_next, llava_next_video, internvl   models that transformers has: one folder of its class, see `mllm.folders`
+parts: any other vision-language model          encoder/, lm/ (transformers), connector.safetensors
+                                                and, where a fusion has weights, fusion.safetensors
+transformers: a model of another kind that      a folder of its class, see `mllm.families`
+    transformers has
+whole: any other                                model.safetensors under the model's own names
 """
 
 from __future__ import annotations
 
 import shutil
-from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 
 from mllm import families
-from mllm.connectors import MLP, bare
-from mllm.encoders import ClipVision, Encoder, VisionEncoder
-from mllm.fusion import Splice
-from mllm.joins import Tiles
-from mllm.lm import CausalLM, Llama
+from mllm.connectors import bare
+from mllm.encoders import Encoder, VisionEncoder
+from mllm.folders import IMAGE, Form, form_of, pinpoints, read_into, whole
+from mllm.lm import CausalLM
 from mllm.model import Model
 from mllm.recipe import Recipe, dump, load
 from mllm.vlm import VLM, VisionLanguageModel
-from pipelines.tiling import Pad
-
-IMAGE = "<image>"
+from pipelines.tiling import Pad, Resize
 
 
-def format_of(recipe: Recipe) -> Literal["llava", "parts", "transformers", "whole"]:
-    """Which form a recipe's model has."""
-    model = recipe.model
-    if not isinstance(model, VLM):
-        return "whole" if families.family_of(model) is None else "transformers"
-    encoder = model.encoder
-    if not isinstance(encoder, Encoder) or encoder.cls == "keep" or encoder.normed or encoder.interpolate:
-        return "parts"
-    llava = (
-        isinstance(encoder.arch, ClipVision)
-        and model.connector == MLP(depth=2)
-        and model.join == Tiles()
-        and isinstance(model.lm.arch, Llama)
-        and model.fusion == Splice()
-    )
-    return "llava" if llava else "parts"
+def format_of(recipe: Recipe) -> str:
+    """Which form a recipe's model has: the kind of one of `mllm.folders`, parts, transformers or whole."""
+    if not isinstance(recipe.model, VLM):
+        return "whole" if families.family_of(recipe.model) is None else "transformers"
+    form = form_of(recipe.model)
+    return form.kind if form else "parts"
 
 
 def export(recipe: Recipe, model: Model, tokenizer: str | None, out: Path) -> Path:
@@ -65,79 +52,61 @@ def export(recipe: Recipe, model: Model, tokenizer: str | None, out: Path) -> Pa
         for file in ("tokenizer.json", "tokenizer_config.json") if tokenizer else ():
             if (Path(tokenizer or "") / file).is_file():
                 shutil.copyfile(Path(tokenizer or "") / file, scratch / file)
-    elif format_of(recipe) == "llava":
-        assert tokenizer is not None
-        _llava(recipe, model, tokenizer, scratch)
     else:
         assert tokenizer is not None
-        _parts(model, tokenizer, recipe.model.lm, scratch)
+        form = form_of(recipe.model)
+        if form:
+            _whole(form, recipe, model, tokenizer, scratch)
+        else:
+            _parts(model, tokenizer, recipe.model.lm, scratch)
     (scratch / "recipe.json").write_text(dump(recipe))
     shutil.rmtree(out, ignore_errors=True)
     scratch.rename(out)
     return out
 
 
-def _llava(recipe: Recipe, model: VisionLanguageModel, tokenizer: str, out: Path) -> None:
-    from transformers import LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
+def _whole(form: Form, recipe: Recipe, model: VisionLanguageModel, tokenizer: str, out: Path) -> None:
+    text = _tokenizer(tokenizer, recipe.vlm.lm, form.words)
+    whole(form, recipe.vlm, model, recipe.tiling, text).save_pretrained(out)
+    processor = _processor(form, recipe, text)
+    (text if processor is None else processor).save_pretrained(out)
+
+
+def _processor(form: Form, recipe: Recipe, text: Any) -> Any:
+    """What makes pixels and tokens of a conversation for transformers; None where ours and its own cut pictures differently."""
+    from transformers import LlavaNextProcessor, LlavaProcessor
     from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
+    from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 
-    spec = recipe.model
-    assert isinstance(spec, VLM)
-    encoder = spec.encoder
+    encoder, tiling = recipe.vlm.encoder, recipe.tiling
     assert isinstance(encoder, Encoder)
-    text = _tokenizer(tokenizer, spec.lm)
-    image_id = text.convert_tokens_to_ids(IMAGE)
-    layout = spec.layout(recipe.tiling)
-    tower: Any = model.encoder.tower
-    config = LlavaConfig(
-        # Copies: the composed model sets how its parts attend, and would do so in the trained model too.
-        vision_config=deepcopy(tower.tower.config),
-        text_config=deepcopy(model.lm.model.config),
-        image_token_index=image_id,
-        projector_hidden_act="gelu",
-        vision_feature_layer=encoder.layer,
-        vision_feature_select_strategy="default",
-        image_seq_length=layout.tokens_per_tile,
+    side = tiling.size
+    numbers: Any = {"image_mean": list(encoder.mean), "image_std": list(encoder.std)}
+    square = {"height": side, "width": side}
+    cls = encoder.arch.kind == "clip_vision"
+    words: Any = {
+        "tokenizer": text,
+        "patch_size": getattr(encoder.arch, "patch", None),
+        "vision_feature_select_strategy": "default" if cls else "full",
+        "num_additional_image_tokens": int(cls),
+        "chat_template": recipe.vlm.lm.chat.jinja(),
+    }
+    if form.kind == "llava_next":
+        images = LlavaNextImageProcessorPil(
+            size={"shortest_edge": side}, crop_size=square, image_grid_pinpoints=pinpoints(tiling), **numbers
+        )
+        return LlavaNextProcessor(image_processor=images, **words)
+    if form.kind != "llava" or not isinstance(tiling, Pad | Resize):
+        return None
+    crop = isinstance(tiling, Resize) and tiling.mode == "crop"
+    images = LlavaImageProcessorPil(
+        do_pad=isinstance(tiling, Pad),
+        do_center_crop=crop,
+        size={"shortest_edge": side} if crop else square,
+        crop_size=square,
+        **numbers,
     )
-    with torch.device("meta"):
-        llava = LlavaForConditionalGeneration(config)
-    llava.load_state_dict(_llava_names(model), strict=True, assign=True)
-    if len(text) > model.lm.model.config.vocab_size:
-        llava.resize_token_embeddings(len(text), pad_to_multiple_of=64)
-    llava.generation_config.eos_token_id = text.eos_token_id
-    llava.generation_config.pad_token_id = text.pad_token_id
-    llava.save_pretrained(out)
-    pad = isinstance(recipe.tiling, Pad)
-    side = recipe.tiling.size
-    processor = LlavaProcessor(
-        image_processor=LlavaImageProcessorPil(
-            do_pad=pad,
-            do_center_crop=not pad,
-            size={"height": side, "width": side} if pad else {"shortest_edge": side},
-            crop_size={"height": side, "width": side},
-            image_mean=list(encoder.mean),
-            image_std=list(encoder.std),
-        ),
-        tokenizer=text,
-        patch_size=encoder.arch.patch if isinstance(encoder.arch, ClipVision) else None,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,
-        chat_template=spec.lm.chat.jinja(),
-    )
-    processor.save_pretrained(out)
-
-
-def _llava_names(model: VisionLanguageModel) -> dict[str, torch.Tensor]:
-    """Our parameters under transformers' names."""
-    tower: Any = model.encoder.tower
-    state = {f"model.vision_tower.{name}": value for name, value in tower.tower.state_dict().items()}
-    for ours, theirs in (("layers.0", "linear_1"), ("layers.1", "linear_2")):
-        for kind in ("weight", "bias"):
-            state[f"model.multi_modal_projector.{theirs}.{kind}"] = model.connector.state_dict()[f"{ours}.{kind}"]
-    for name, value in model.lm.model.state_dict().items():
-        kept = name.startswith("lm_head")
-        state[name if kept else f"model.language_model.{name.removeprefix('model.')}"] = value
-    return {name: value.contiguous() for name, value in state.items()}
+    return LlavaProcessor(image_processor=images, **words)
 
 
 def _parts(model: VisionLanguageModel, tokenizer: str, lm: CausalLM, out: Path) -> None:
@@ -150,7 +119,7 @@ def _parts(model: VisionLanguageModel, tokenizer: str, lm: CausalLM, out: Path) 
     names = dict(model.lm.model.named_parameters(remove_duplicate=False))
     alone = {name: value for name, value in model.lm.model.state_dict().items() if id(names.get(name)) not in attached}
     model.lm.model.save_pretrained(out / "lm", state_dict=alone)
-    _tokenizer(tokenizer, lm).save_pretrained(out / "lm")
+    _tokenizer(tokenizer, lm, (IMAGE,)).save_pretrained(out / "lm")
     save_file(
         {name: value.contiguous() for name, value in _between(model).items()},
         out / "connector.safetensors",
@@ -176,13 +145,14 @@ def _between(model: VisionLanguageModel) -> dict[str, torch.Tensor]:
     return {**model.connector.state_dict(), **joins}
 
 
-def _tokenizer(folder: str, lm: CausalLM) -> Any:
-    """The tokenizer with an `<image>` token and the chat template that the model was trained with."""
+def _tokenizer(folder: str, lm: CausalLM, words: tuple[str, ...]) -> Any:
+    """The tokenizer with `words` as tokens and the chat template that the model was trained with."""
     from transformers import AutoTokenizer
 
     text = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    if IMAGE not in text.get_vocab():
-        text.add_special_tokens({"additional_special_tokens": [IMAGE]}, replace_extra_special_tokens=False)
+    new = [word for word in words if word not in text.get_vocab()]
+    if new:
+        text.add_special_tokens({"additional_special_tokens": new}, replace_extra_special_tokens=False)
     text.chat_template = lm.chat.jinja()
     if lm.eos:
         text.eos_token = lm.eos
@@ -205,20 +175,11 @@ def read_back(folder: Path) -> Model:
         model = recipe.model.bare().build()
         model.load_state_dict(load_file(folder / "model.safetensors"), strict=True)
         return model
-    return _from_llava(folder, recipe) if format_of(recipe) == "llava" else _from_parts(folder, recipe)
-
-
-def _from_llava(folder: Path, recipe: Recipe) -> VisionLanguageModel:
-    from transformers import LlavaForConditionalGeneration
-
-    model = _with_weights(recipe, None, None)
-    llava = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False)
-    stored = llava.state_dict()
-    own = model.state_dict()
-    found = {name: stored[_llava_name(name)] for name in own}
-    # Rows that the export added to the vocabulary are left away.
-    model.load_state_dict({name: value[: len(own[name])] for name, value in found.items()}, strict=True)
-    return model
+    if format_of(recipe) == "parts":
+        return _from_parts(folder, recipe)
+    read = _with_weights(recipe, None, None)
+    read_into(read, recipe.vlm, str(folder))
+    return read
 
 
 def _from_parts(folder: Path, recipe: Recipe) -> VisionLanguageModel:
@@ -243,16 +204,4 @@ def _with_weights(recipe: Recipe, folder: Path | None, lm: str | None) -> Vision
     towers = tuple(replace(one, weights=name) for one, name in zip(spec.encoder.towers, weights, strict=True))
     encoder = towers[0] if isinstance(spec.encoder, Encoder) else replace(spec.encoder, towers=towers)
     text = replace(spec.lm, weights=lm, tokenizer=spec.lm.text_codec)
-    return replace(spec, encoder=encoder, connector=bare(spec.connector), lm=text).build()
-
-
-def _llava_name(name: str) -> str:
-    """What transformers calls the parameter that we call `name`: the other way round than `_llava_names`."""
-    part, _, rest = name.partition(".")
-    if part == "encoder":
-        return f"model.vision_tower.{rest.removeprefix('tower.tower.')}"
-    if part == "connector":
-        layer, _, kind = rest.removeprefix("layers.").partition(".")
-        return f"model.multi_modal_projector.linear_{1 if layer == '0' else 2}.{kind}"
-    inner = rest.removeprefix("model.")
-    return inner if inner.startswith("lm_head") else f"model.language_model.{inner.removeprefix('model.')}"
+    return replace(spec, encoder=encoder, connector=bare(spec.connector), lm=text, weights=None).build()

@@ -369,6 +369,7 @@ class Recipe:
     """A run's science, portable: it names corpora and weights, and the site says where they are.
 
     `held_out` corpora are never trained on; they are evaluated before and after every stage. `shots` is the few-shot probe.
+    `paper` says where the system was published: `arXiv:` and the number, or a venue in words. It changes nothing of a run.
     """
 
     name: str
@@ -378,6 +379,7 @@ class Recipe:
     held_out: tuple[Corpus, ...] = ()
     shots: tuple[int, ...] = (0, 4)
     seed: int = 0
+    paper: str = ""
 
     def __post_init__(self) -> None:
         names = [stage.name for stage in self.stages]
@@ -513,6 +515,11 @@ class Recipe:
             for one in of_packs:
                 if isinstance(one, FrozenFeatures):
                     self._features_are_the_models(number, one)
+                elif one.checkpoint is None and self.before(stage) is None:
+                    raise ValueError(
+                        f"stage {stage.name!r} is the first, and its reference would be what it begins with; name an export as "
+                        "the reference's checkpoint, or put a stage before it"
+                    )
             for one in stage.annotators:
                 if isinstance(one, DiscreteCodes) and one.last >= vocabulary:
                     raise ValueError(
@@ -681,7 +688,10 @@ def _near(name: str, node: Any) -> str:
     if not isinstance(node, dict):
         return f"; it is the value {node!r}"
     near = get_close_matches(name, list(node), 1)
-    return f"; did you mean {near[0]!r}?" if near else f"; its fields are {list(node)}"
+    if near:
+        return f"; did you mean {near[0]!r}?"
+    kind = f"; of kind {node['kind']!r}" if "kind" in node else ";"
+    return f"{kind} its fields are {list(node)}"
 
 
 def _explain(error: ValidationError) -> str:

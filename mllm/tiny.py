@@ -11,8 +11,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+from mllm.annotators import ReferenceLogProbs
 from mllm.encoders import Encoder, Encoders
 from mllm.lm import CausalLM, Llama
+from mllm.objectives import DPO
 from mllm.recipe import FSDP, Frozen, Full, LoRA, Recipe, Source, Stage, Steps, Tuning
 from mllm.vlm import VLM
 from pipelines.chat import ChatML
@@ -24,6 +26,7 @@ from pipelines.corpora import (
     Labelled,
     Obelics,
     Pairs,
+    Preferences,
     Regions,
     TextOnly,
     Videos,
@@ -46,7 +49,9 @@ def tiny(recipe: Recipe) -> Recipe:
     encoder = model.encoder.tiny()
     fusion: Any = model.fusion
     fusion = fusion.tiny() if hasattr(fusion, "tiny") else fusion
-    small = replace(model, encoder=encoder, connector=model.connector.tiny(), lm=_lm(model.lm), fusion=fusion)
+    small = replace(
+        model, encoder=encoder, connector=model.connector.tiny(), lm=_lm(model.lm), fusion=fusion, weights=None
+    )
     tiling = _tiling(recipe.tiling, model.encoder, encoder)
     layout = small.layout(tiling)
     return replace(
@@ -110,14 +115,15 @@ def _tiling(tiling: AnyTiling, before: Encoder | Encoders, now: Encoder | Encode
 
 def _stage(stage: Stage, layout: VisionLayout, tiling: AnyTiling) -> Stage:
     largest = tiling.cut(16 * tiling.size, 16 * tiling.size)
-    context = -(-(layout.tokens(largest) + TEXT) // 64) * 64
+    answers = 2 if isinstance(stage.objective, DPO) else 1  # each of which has the picture before it
+    context = -(-(answers * layout.tokens(largest) + TEXT) // 64) * 64
     return replace(
         _shorter(stage),
         tune={_key(key): _tuning(how) for key, how in stage.tune.items()},
         context=context,
         tokens_per_step=2 * context,
         max_tiles=max(2 * largest.tiles, 6),
-        annotators=(),
+        annotators=tuple(ReferenceLogProbs() for a in stage.annotators if isinstance(a, ReferenceLogProbs)),
     )
 
 
@@ -167,6 +173,8 @@ def example_of(corpus: Corpus, suffix: str = "") -> Corpus:
             return TextOnly(name=f"example-text{suffix}")
         case Labelled():
             return Labelled(name=f"example-shapes{suffix}")
+        case Preferences() if not suffix:
+            return Preferences(name="example-preferences")
     return corpus
 
 

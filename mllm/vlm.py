@@ -9,11 +9,23 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from mllm.archs import T5
+from mllm.archs import T5, Llama, Mistral, Qwen2
 from mllm.chance import tile_seeds
-from mllm.connectors import SVA, Connector, CrossPool, PatchMining, bare, read_weights
+from mllm.connectors import (
+    SVA,
+    Abstractor,
+    Branches,
+    Connector,
+    CrossPool,
+    PatchMining,
+    Perceiver,
+    QFormer,
+    bare,
+    read_weights,
+)
 from mllm.encoders import Encoder, Encoders, Folder, VisionEncoder
-from mllm.fusion import Fusion, PreLMAdapter, Splice, UnifiedVocabulary
+from mllm.folders import check_form, read_into
+from mllm.fusion import Fusion, PreLMAdapter, RoutedExperts, Splice, UnifiedVocabulary
 from mllm.joins import Joined, Joining, Tiles, cuts_of, slice_grids, with_scales
 from mllm.lm import CausalLM
 from mllm.model import Model, ModelSpec, Words
@@ -24,7 +36,10 @@ from pipelines.types import Batch, Cut, VisionLayout, spec
 
 @spec
 class VLM(ModelSpec):
-    """The model's axes as values. Building it needs no network when no part names weights."""
+    """The model's axes as values. Building it needs no network when nothing names weights.
+
+    `weights` name a folder of the whole model as transformers has it (`mllm.folders`), in place of those that its parts name.
+    """
 
     kind: Literal["vlm"] = "vlm"
     encoder: Encoder | Encoders
@@ -32,8 +47,11 @@ class VLM(ModelSpec):
     lm: CausalLM
     fusion: Fusion = Splice()
     join: Joining = Tiles()
+    weights: str | None = None
 
     def __post_init__(self) -> None:
+        if self.weights is not None:
+            check_form(self)
         several = isinstance(self.encoder, Encoders)
         if several != isinstance(self.connector, SVA | PatchMining):
             number = len(self.encoder.towers)
@@ -46,6 +64,16 @@ class VLM(ModelSpec):
                 f"join {self.join.kind!r} is for one tower, and the encoder has {len(self.encoder.towers)}"
             )
 
+        if self.join.kind == "unpad" and isinstance(self.connector, QFormer | Perceiver | Abstractor | Branches):
+            raise ValueError(
+                f"join 'unpad' cuts margins off a grid of features, and connector {self.connector.kind!r} keeps none; take one "
+                "that does (linear, mlp, pixel_shuffle, pool), or a tiling of tiles"
+            )
+        if isinstance(self.fusion, RoutedExperts) and not isinstance(self.lm.arch, Llama | Qwen2 | Mistral | T5):
+            raise ValueError(
+                f"fusion 'routed_experts' knows layers of Llama's form, and {self.lm.arch.kind!r} has others; take a llama, "
+                "qwen2 or mistral as the language model"
+            )
         if isinstance(self.lm.arch, T5) and not isinstance(self.fusion, Splice | PreLMAdapter | UnifiedVocabulary):
             raise ValueError(
                 f"fusion {self.fusion.kind!r} works inside a decoder's layers, and {self.lm.arch.kind!r} is none; take splice or "
@@ -73,6 +101,8 @@ class VLM(ModelSpec):
 
     @property
     def reads(self) -> tuple[str, ...]:
+        if self.weights is not None:
+            return (self.weights,)
         named = [*(tower.weights for tower in self.encoder.towers), self.lm.weights]
         return tuple(name for name in named if name)
 
@@ -129,7 +159,11 @@ class VLM(ModelSpec):
 
     def build(self, folder: Folder = str) -> VisionLanguageModel:
         """The module, float32, on the current default device; `folder` finds the weights that the parts name."""
-        return VisionLanguageModel(self, folder)
+        if self.weights is None:
+            return VisionLanguageModel(self, folder)
+        model = self.bare().build()
+        read_into(model, self, folder(self.weights))
+        return model
 
     def meta(self) -> VisionLanguageModel:
         """The module without memory: shapes alone, nothing is read."""
@@ -145,7 +179,7 @@ class VLM(ModelSpec):
     def bare(self) -> VLM:
         """The same without what must be read: no weights, no tokenizer."""
         lm = replace(self.lm, weights=None, tokenizer=self.lm.text_codec)
-        return replace(self, encoder=self.encoder.bare(), connector=bare(self.connector), lm=lm)
+        return replace(self, encoder=self.encoder.bare(), connector=bare(self.connector), lm=lm, weights=None)
 
 
 class VisionLanguageModel(Model):

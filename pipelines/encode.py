@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from pipelines.chat import ChatML, Span, Vicuna, render
+from pipelines.chat import Span, Template, render
 from pipelines.types import (
     IMAGE_TOKEN,
     NOT_LEARNED,
@@ -117,7 +117,7 @@ class Part:
 class Encoder:
     """Documents to samples, for one tokenizer, template, layout and budget."""
 
-    def __init__(self, codec: TextCodec, template: ChatML | Vicuna, layout: VisionLayout, budget: Budget) -> None:
+    def __init__(self, codec: TextCodec, template: Template, layout: VisionLayout, budget: Budget) -> None:
         self.codec = codec
         self.template = template
         self.layout = layout

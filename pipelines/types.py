@@ -475,7 +475,8 @@ class Pack:
     a tile); `cuts` int32 (I, 11) of each picture: its tiles, its positions and `Cut.numbers`. `at` is the pack's place in the
     order and `of` the number of packs in its window; `rows` were trained on here, `dropped` rows are named by the pack that they
     would have been in, or by the window's first. Annotators may add `features`, bfloat16 as uint16 (N, P, D), of the frozen
-    encoder in place of the tiles, and `references` float32 (S,), each document's log-probability under a reference model.
+    encoder in place of the tiles, and `references` float32 (S, 2), under a reference model the log-probability of each document's
+    learned tokens, and of those among them that the other answer has not (`pipelines.answers`).
     """
 
     at: Position
@@ -583,9 +584,9 @@ class Batch:
     `cu_seqlens` int32 (S+1,); `sources`, `classes` int64, `branches` int8, `weights` float32 and `pictured` bool (whether it
     has pictures), all (S,), and so are `seeds` int64, those of their rows; `cuts` int32 (I, 11) as in `Pack`; `tiles` uint8
     (max(N, 1), 3, H, W) -- a batch without images carries one blank tile, whose features the model multiplies by zero, so that
-    every rank runs the same modules. `features` bfloat16 (max(N, 1), P, D) and `references` float32 (S,) where annotators made
-    them. With a `share` the batch holds some positions of its pack and some of its tiles, as many on each rank that shares it;
-    what is said of documents stays whole.
+    every rank runs the same modules. `features` bfloat16 (max(N, 1), P, D) and `references` float32 (S, 2) where annotators
+    made them. With a `share` the batch holds some positions of its pack and some of its tiles, as many on each rank that
+    shares it; what is said of documents stays whole.
     """
 
     input_ids: Tensor
@@ -639,7 +640,7 @@ class Batch:
                 else np.zeros(len(cu_seqlens) - 1, np.int64)
             ),
             features=None if pack.features is None else on(_lively(pack.features).view(np.int16)).view(torch.bfloat16),
-            references=None if pack.references is None else on(np.zeros(1) if blank else pack.references),
+            references=None if pack.references is None else on(np.zeros((1, 2)) if blank else pack.references),
         )
 
     def document_of_token(self) -> Tensor:

@@ -13,6 +13,7 @@ from torch.nn.functional import logsigmoid
 from mllm.objectives.base import LossOutput
 from mllm.vlm import VisionLanguageModel
 from ops.losses import linear_cross_entropy
+from pipelines.answers import changed_tokens
 from pipelines.types import NOT_LEARNED, Batch, Branch, spec
 
 
@@ -67,39 +68,57 @@ class DPO:
     For a pair w over l it is -log sigmoid(beta * ((log p(w) - log r(w)) - (log p(l) - log r(l)))), summed over pairs; `gamma`
     adds so many times the mean loss of a token of w (LLaVA-NeXT's SFT term). Log-probabilities r are the pack's `references`,
     which the annotator reference_log_probs makes. The weight is the number of pairs, each counting `batch.weights` times;
-    a document that is no answer counts nothing. Raises ValueError for a batch without references.
+    a document that is no answer counts nothing. A batch without references has the loss of the next token if it has no answers
+    either -- what is held out is told in the words of the stages before -- and raises ValueError if it has.
+
+    A token that one of the two answers alone has counts `changed_weight` times in log p and log r, others once: RLHF-V's
+    corrected segments (arXiv:2312.00849, 3.2), found as `pipelines.answers` says. With `mean` both are divided by what an
+    answer's tokens weigh together, as that paper writes them; its code sums them, as does DPO.
     """
 
     kind: Literal["dpo"] = "dpo"
     beta: Annotated[float, Field(gt=0)] = 0.1
     gamma: Annotated[float, Field(ge=0)] = 0.0
+    changed_weight: Annotated[float, Field(gt=0)] = 1.0
+    mean: bool = False
 
     def __call__(self, model: VisionLanguageModel, batch: Batch) -> LossOutput:
         if batch.references is None:
+            if not batch.branches.any():
+                return NextToken()(model, batch)
             raise ValueError(
                 "DPO compares with a reference, and the batch has none; add reference_log_probs to the annotators"
             )
         owner = batch.document_of_token()
-        learned = batch.labels != NOT_LEARNED
+        learned = (batch.labels != NOT_LEARNED).float()
+        heavy = learned * self._counts(batch)
         preferred = (batch.branches == Branch.PREFERRED).nonzero().squeeze(1)
         rejected = (batch.branches == Branch.REJECTED).nonzero().squeeze(1)  # each follows its own
         hidden, head = model(batch), model.lm.head
         with torch.no_grad():
             each = linear_cross_entropy(hidden.detach(), head.detach(), batch.labels).each
-        documents = each.new_zeros(len(batch.sources), 2).index_add_(
-            0, owner, torch.stack([-each, learned.to(each)], 1)
-        )
-        ratio = documents[:, 0] - batch.references
+        columns = torch.stack([-each * heavy, heavy, -each, learned], 1).to(each)
+        said, weighs, plain, count = each.new_zeros(len(batch.sources), 4).index_add_(0, owner, columns).unbind(1)
+        reference = batch.references[:, 0] + (self.changed_weight - 1) * batch.references[:, 1]
+        share = 1 / weighs.clamp(min=1e-6) if self.mean else torch.ones_like(weighs)
+        ratio = (said - reference) * share
         margin = ratio[preferred] - ratio[rejected]
-        counts, lengths = batch.weights[preferred], documents[preferred, 1].clamp(min=1)
-        losses = -logsigmoid(self.beta * margin) - self.gamma * documents[preferred, 0] / lengths
+        counts, lengths = batch.weights[preferred], count[preferred].clamp(min=1)
+        losses = -logsigmoid(self.beta * margin) - self.gamma * plain[preferred] / lengths
         # The loss's slope by each answer's log-probability, which is minus the sum of its positions' losses.
-        slope = self.beta * torch.sigmoid(-self.beta * margin)
-        by_document = ratio.new_zeros(len(batch.sources))
-        by_document[preferred] = counts * (slope + self.gamma / lengths)
-        by_document[rejected] = -counts * slope
-        steered = linear_cross_entropy(hidden, head, batch.labels, by_document[owner]).sum
+        slope = counts * self.beta * torch.sigmoid(-self.beta * margin)
+        by_answer, by_text = ratio.new_zeros(2, len(batch.sources))
+        by_answer[preferred], by_answer[rejected] = slope * share[preferred], -slope * share[rejected]
+        by_text[preferred] = counts * self.gamma / lengths
+        steered = linear_cross_entropy(hidden, head, batch.labels, by_answer[owner] * heavy + by_text[owner]).sum
         value = (counts * losses).sum()
         told = ratio.new_zeros(len(batch.sources), 3)
         told[preferred] = torch.stack([losses, torch.ones_like(losses), (margin > 0).to(losses)], dim=1)
         return LossOutput(sum=steered - steered.detach() + value, weight=counts.sum(), documents=told)
+
+    def _counts(self, batch: Batch) -> Float[Tensor, " T"]:
+        """How often each position counts in its answer's log-probability."""
+        if self.changed_weight == 1:
+            return torch.ones_like(batch.labels, dtype=torch.float32)
+        changed = changed_tokens(batch.labels.cpu().numpy(), batch.cu_seqlens.tolist(), batch.branches.tolist())
+        return torch.where(torch.from_numpy(changed).to(batch.labels.device), self.changed_weight, 1.0)

@@ -10,10 +10,15 @@ from mllm.recipes.adapter import llama_adapter_7b
 from mllm.recipes.blip import bliva_7b, instructblip_7b, minigpt4_7b
 from mllm.recipes.clip import clip_b16, clip_b32, clip_l14, openclip_h14
 from mllm.recipes.cogvlm import cogvlm2_19b, cogvlm_17b
-from mllm.recipes.crome import crome_7b, crome_13b
+from mllm.recipes.crome import crome_7b, crome_13b, crome_flan_t5_xxl
 from mllm.recipes.eva import eva02_clip_l14, eva_clip_g14
 from mllm.recipes.flamingo import openflamingo_9b, otter_9b
 from mllm.recipes.gemini import mini_gemini_7b
+from mllm.recipes.interleave import (
+    llava_next_interleave_0_5b,
+    llava_next_interleave_7b,
+    llava_next_interleave_14b,
+)
 from mllm.recipes.internvl import internvl_12_40b, internvl_15_26b
 from mllm.recipes.llava import (
     llava_7b,
@@ -24,7 +29,11 @@ from mllm.recipes.llava import (
     llava_next_13b,
     llava_next_34b,
     llava_next_llama3_8b,
+    llava_next_mistral_7b,
+    llava_next_qwen_72b,
+    llava_next_qwen_110b,
     llava_next_video_7b,
+    llava_next_video_7b_dpo,
 )
 from mllm.recipes.masked import beit_b16, mae_b16, mae_l16
 from mllm.recipes.minicpm import llava_uhd_13b, minicpm_llama3_v_25, minicpm_v_20
@@ -57,7 +66,14 @@ TOWERS_AND_SPLICE = (
     llava_next_13b,
     llava_next_34b,
     llava_next_llama3_8b,
+    llava_next_mistral_7b,
+    llava_next_qwen_72b,
+    llava_next_qwen_110b,
     llava_next_video_7b,
+    llava_next_video_7b_dpo,
+    llava_next_interleave_0_5b,
+    llava_next_interleave_7b,
+    llava_next_interleave_14b,
     vila_15_3b,
     vila_15_3b_s2,
     vila_15_8b,
@@ -78,7 +94,7 @@ TOWERS_AND_SPLICE = (
 )
 """Systems whose pictures stand in the sequence as tokens."""
 
-FUSED = (openflamingo_9b, otter_9b, llama_adapter_7b, cogvlm_17b, cogvlm2_19b, crome_7b, crome_13b)
+FUSED = (openflamingo_9b, otter_9b, llama_adapter_7b, cogvlm_17b, cogvlm2_19b, crome_7b, crome_13b, crome_flan_t5_xxl)
 """Systems that change how the language model meets pictures."""
 
 RECIPES: dict[str, Callable[[], Recipe]] = {

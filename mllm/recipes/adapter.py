@@ -48,6 +48,7 @@ def llama_adapter_7b() -> Recipe:
     )
     return Recipe(
         name="llama_adapter_7b",
+        paper="arXiv:2303.16199",
         model=VLM(
             encoder=Encoder(
                 arch=CLIP_L_224, weights="openai/clip-vit-large-patch14", layer=-1, cls="keep", normed=True

@@ -53,6 +53,7 @@ def minigpt4_7b() -> Recipe:
     )
     return Recipe(
         name="minigpt4_7b",
+        paper="arXiv:2304.10592",
         model=_model(QFormer(weights=BLIP2), VICUNA_V0),
         tiling=Resize(size=224, mode="squash"),
         stages=(align, sft),
@@ -77,6 +78,7 @@ def instructblip_7b() -> Recipe:
     )
     return Recipe(
         name="instructblip_7b",
+        paper="arXiv:2305.06500",
         model=_model(QFormer(weights=BLIP2), VICUNA_V11),
         tiling=Resize(size=224, mode="squash"),
         stages=(sft,),
@@ -109,6 +111,7 @@ def bliva_7b() -> Recipe:
     )
     return Recipe(
         name="bliva_7b",
+        paper="arXiv:2308.09936",
         model=_model(Branches(parts=(QFormer(weights=BLIP2), Linear())), VICUNA_V11),
         tiling=Resize(size=224, mode="squash"),
         stages=(align, sft),

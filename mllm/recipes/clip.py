@@ -38,7 +38,16 @@ H14 = CLIP(
 )
 
 
-def _recipe(name: str, arch: CLIP, lr: float, corpus: str, pairs: int, epochs: float, of: int) -> Recipe:
+def _recipe(
+    name: str,
+    arch: CLIP,
+    lr: float,
+    corpus: str,
+    pairs: int,
+    epochs: float,
+    of: int,
+    paper: str = "arXiv:2103.00020",
+) -> Recipe:
     a_pair = (arch.image // arch.patch) ** 2 + TEXT
     stage = Stage(
         name="contrast",
@@ -53,7 +62,7 @@ def _recipe(name: str, arch: CLIP, lr: float, corpus: str, pairs: int, epochs: f
         schedule=Cosine(warmup=2000 / (epochs * of / pairs)),
     )
     model = DualTower(arch=arch, tokenizer="openai/clip-vit-base-patch32", bos="<|startoftext|>", eos="<|endoftext|>")
-    return Recipe(name=name, model=model, tiling=Resize(size=arch.image), stages=(stage,))
+    return Recipe(name=name, paper=paper, model=model, tiling=Resize(size=arch.image), stages=(stage,))
 
 
 def clip_b32() -> Recipe:
@@ -74,4 +83,4 @@ def clip_l14() -> Recipe:
 def openclip_h14() -> Recipe:
     """OpenCLIP ViT-H/14 on LAION-2B, 986 million weights."""
     # not certain: rate, batch and 16 epochs (32 billion samples) are those of the model card as remembered
-    return _recipe("openclip_h14", H14, 5e-4, "laion-2b-en", 79_104, 16, 2_000_000_000)
+    return _recipe("openclip_h14", H14, 5e-4, "laion-2b-en", 79_104, 16, 2_000_000_000, "arXiv:2212.07143")

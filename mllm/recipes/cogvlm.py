@@ -14,7 +14,7 @@ from mllm.lm import CausalLM
 from mllm.recipe import AdamW, Full, Recipe, Source, Stage, Steps
 from mllm.recipes.shapes import EVA_E, LLAMA3_8B, VICUNA_7B
 from mllm.vlm import VLM
-from pipelines.chat import ChatML, Vicuna
+from pipelines.chat import Llama3, Vicuna
 from pipelines.corpora import Conversations, Pairs, Regions
 from pipelines.tiling import Resize
 
@@ -57,6 +57,7 @@ def cogvlm_17b() -> Recipe:
     )
     return Recipe(
         name="cogvlm_17b",
+        paper="arXiv:2311.03079",
         model=VLM(
             encoder=EVA_ANY_SIZE,
             connector=ConvGLU(stride=1, intermediate_size=VICUNA_7B.intermediate_size),
@@ -77,10 +78,17 @@ def cogvlm2_19b() -> Recipe:
         lm=CausalLM(
             arch=LLAMA3_8B,
             weights="meta-llama/Meta-Llama-3-8B-Instruct",
-            chat=ChatML(),  # Llama 3's own template is not among those here
+            chat=Llama3(),
             bos="<|begin_of_text|>",
             eos="<|end_of_text|>",
         ),
     )
     stages = tuple(replace(stage, context=8192, tokens_per_step=2 * stage.tokens_per_step) for stage in base.stages)
-    return replace(base, name="cogvlm2_19b", model=model, tiling=Resize(size=1344, mode="squash"), stages=stages)
+    return replace(
+        base,
+        name="cogvlm2_19b",
+        paper="arXiv:2408.16500",
+        model=model,
+        tiling=Resize(size=1344, mode="squash"),
+        stages=stages,
+    )

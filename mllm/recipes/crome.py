@@ -1,4 +1,4 @@
-"""CROME (arXiv:2408.06610): a Q-Former and a matrix beside it, and a gated adapter before a frozen Vicuna.
+"""CROME (arXiv:2408.06610): a Q-Former and a matrix beside it, and a gated adapter before a frozen Vicuna or Flan-T5.
 
 EVA-CLIP g/14 at 224 pixels, the last layer but one. The Q-Former's 32 tokens take the adapter's text branch and the 257 features
 of the matrix its visual one. Differs from the paper: the Q-Former does not read the instruction, pictures are not cropped and
@@ -10,10 +10,12 @@ from dataclasses import replace
 from mllm.connectors import Branches, Linear, QFormer
 from mllm.encoders import Encoder
 from mllm.fusion import PreLMAdapter
+from mllm.lm import CausalLM
 from mllm.recipe import Cosine, Epochs, Full, Recipe, Source, Stage, Steps
 from mllm.recipes.llava import VICUNA_7B_V15
-from mllm.recipes.shapes import EVA_G, VICUNA_13B
+from mllm.recipes.shapes import EVA_G, FLAN_T5_XXL, VICUNA_13B
 from mllm.vlm import VLM
+from pipelines.chat import Plain
 from pipelines.corpora import Conversations, Pairs
 from pipelines.order import BySize
 from pipelines.tiling import Resize
@@ -60,6 +62,7 @@ def crome_7b() -> Recipe:
     )
     return Recipe(
         name="crome_7b",
+        paper="arXiv:2408.06610",
         model=VLM(
             encoder=Encoder(arch=EVA_G, weights="eva-clip-g-39", layer=-2, cls="keep"),
             connector=Branches(parts=(QFormer(weights="Salesforce/instructblip-vicuna-7b"), Linear())),
@@ -76,3 +79,10 @@ def crome_13b() -> Recipe:
     small = crome_7b()
     lm = replace(small.vlm.lm, arch=VICUNA_13B, weights="lmsys/vicuna-13b-v1.5")
     return replace(small, name="crome_13b", model=replace(small.vlm, lm=lm))
+
+
+def crome_flan_t5_xxl() -> Recipe:
+    """The same before Flan-T5-XXL: its encoder reads what was asked, its decoder writes the answer."""
+    small = crome_7b()
+    lm = CausalLM(arch=FLAN_T5_XXL, weights="google/flan-t5-xxl", chat=Plain(), eos="</s>")
+    return replace(small, name="crome_flan_t5_xxl", model=replace(small.vlm, lm=lm))

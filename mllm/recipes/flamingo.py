@@ -51,6 +51,7 @@ def openflamingo_9b() -> Recipe:
     )
     return Recipe(
         name="openflamingo_9b",
+        paper="arXiv:2308.01390",
         model=VLM(
             encoder=Encoder(arch=CLIP_L_224, weights="openai/clip-vit-large-patch14", layer=-1),
             connector=Perceiver(),
@@ -75,4 +76,4 @@ def otter_9b() -> Recipe:
         duration=Epochs(count=3.0),
         schedule=Cosine(warmup=0.01),  # not certain
     )
-    return replace(base, name="otter_9b", stages=(*base.stages, sft))
+    return replace(base, name="otter_9b", paper="arXiv:2305.03726", stages=(*base.stages, sft))

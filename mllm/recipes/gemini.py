@@ -35,6 +35,7 @@ def mini_gemini_7b() -> Recipe:
     )
     return Recipe(
         name="mini_gemini_7b",
+        paper="arXiv:2403.18814",
         model=VLM(
             encoder=Encoders(towers=(CLIP_336, fine), sizes=(336, 768)), connector=PatchMining(), lm=VICUNA_7B_V15
         ),

@@ -45,6 +45,7 @@ def internvl_12_40b() -> Recipe:
     )
     return Recipe(
         name="internvl_12_40b",
+        paper="InternVL blog, 2024-02-21",
         model=VLM(
             encoder=Encoder(
                 arch=INTERNVIT_6B,
@@ -88,6 +89,7 @@ def internvl_15_26b() -> Recipe:
     )
     return Recipe(
         name="internvl_15_26b",
+        paper="arXiv:2404.16821",
         model=VLM(
             encoder=Encoder(
                 arch=INTERNVIT_6B_V15,

@@ -1,4 +1,4 @@
-"""LLaVA (arXiv:2304.08485), LLaVA-1.5 (arXiv:2310.03744) and LLaVA-NeXT with its video form: align, then instruct.
+"""LLaVA (arXiv:2304.08485), LLaVA-1.5 (arXiv:2310.03744) and LLaVA-NeXT with its video forms: align, then instruct, then prefer.
 
 Learning rates, contexts and batches are those of the released scripts; batches are given in tokens: so many samples times
 their usual length.
@@ -6,15 +6,28 @@ their usual length.
 
 from dataclasses import replace
 
+from mllm.annotators import ReferenceLogProbs
 from mllm.connectors import MLP, Linear, Pool
 from mllm.encoders import Encoder
 from mllm.joins import Unpad
 from mllm.lm import CausalLM
-from mllm.recipe import Full, LoRA, Recipe, Source, Stage
-from mllm.recipes.shapes import CLIP_L_224, CLIP_L_336, LLAMA3_8B, VICUNA_7B, VICUNA_13B, YI_34B
+from mllm.objectives import DPO
+from mllm.recipe import Epochs, Full, LoRA, Recipe, Source, Stage
+from mllm.recipe import Linear as Straight
+from mllm.recipes.shapes import (
+    CLIP_L_224,
+    CLIP_L_336,
+    LLAMA3_8B,
+    MISTRAL_7B,
+    QWEN15_72B,
+    QWEN15_110B,
+    VICUNA_7B,
+    VICUNA_13B,
+    YI_34B,
+)
 from mllm.vlm import VLM
-from pipelines.chat import ChatML, Vicuna
-from pipelines.corpora import Conversations, Pairs, TextOnly
+from pipelines.chat import ChatML, Llama3, Mistral, Vicuna
+from pipelines.corpora import Conversations, Pairs, Preferences, TextOnly
 from pipelines.tiling import AnyRes, Pad, Resize
 
 CLIP_336 = Encoder(arch=CLIP_L_336, weights="openai/clip-vit-large-patch14-336", layer=-2)
@@ -26,10 +39,16 @@ HERMES_2_YI_34B = CausalLM(
 LLAMA_3_8B = CausalLM(
     arch=LLAMA3_8B,
     weights="meta-llama/Meta-Llama-3-8B-Instruct",
-    chat=Vicuna(),  # the released model has Llama 3's own words around turns
+    chat=Llama3(),
     bos="<|begin_of_text|>",
     eos="<|eot_id|>",
 )
+MISTRAL_7B_V02 = CausalLM(
+    arch=MISTRAL_7B, weights="mistralai/Mistral-7B-Instruct-v0.2", chat=Mistral(), bos="<s>", eos="</s>"
+)
+QWEN = ChatML(system="You are a helpful assistant.")
+QWEN_15_72B = CausalLM(arch=QWEN15_72B, weights="Qwen/Qwen1.5-72B-Chat", chat=QWEN, eos="<|im_end|>")
+QWEN_15_110B = CausalLM(arch=QWEN15_110B, weights="Qwen/Qwen1.5-110B-Chat", chat=QWEN, eos="<|im_end|>")
 
 
 def llava_7b() -> Recipe:
@@ -51,6 +70,7 @@ def llava_7b() -> Recipe:
     lm = replace(VICUNA_7B_V15, weights="lmsys/vicuna-7b-v1.3")
     return Recipe(
         name="llava_7b",
+        paper="arXiv:2304.08485",
         model=VLM(
             encoder=Encoder(arch=CLIP_L_224, weights="openai/clip-vit-large-patch14", layer=-2),
             connector=Linear(),
@@ -79,6 +99,7 @@ def llava_15_7b() -> Recipe:
     )
     return Recipe(
         name="llava_15_7b",
+        paper="arXiv:2310.03744",
         model=VLM(encoder=CLIP_336, connector=MLP(depth=2), lm=VICUNA_7B_V15),
         tiling=Pad(size=336),
         stages=(align, sft),
@@ -116,6 +137,7 @@ def llava_next_7b() -> Recipe:
     return replace(
         base,
         name="llava_next_7b",
+        paper="LLaVA-NeXT blog, 2024-01-30",
         model=replace(base.model, join=Unpad()),
         tiling=AnyRes(size=336),
         stages=(align, sft),
@@ -140,11 +162,31 @@ def llava_next_34b() -> Recipe:
 def llava_next_llama3_8b() -> Recipe:
     """The same with Llama-3-8B (May 2024)."""
     small = llava_next_7b()
-    return replace(small, name="llava_next_llama3_8b", model=replace(small.model, lm=LLAMA_3_8B))
+    model = replace(small.model, lm=LLAMA_3_8B)
+    return replace(small, name="llava_next_llama3_8b", paper="LLaVA-NeXT blog, 2024-05-10", model=model)
+
+
+def llava_next_mistral_7b() -> Recipe:
+    """The same with Mistral-7B-Instruct v0.2, whose turns stand in [INST] and [/INST]."""
+    small = llava_next_7b()
+    return replace(small, name="llava_next_mistral_7b", model=replace(small.model, lm=MISTRAL_7B_V02))
+
+
+def llava_next_qwen_72b() -> Recipe:
+    """The same with Qwen1.5-72B (May 2024), the language model at half the rate."""
+    small = llava_next_34b()
+    model = replace(small.model, lm=QWEN_15_72B)
+    return replace(small, name="llava_next_qwen_72b", paper="LLaVA-NeXT blog, 2024-05-10", model=model)
+
+
+def llava_next_qwen_110b() -> Recipe:
+    """The same with Qwen1.5-110B."""
+    small = llava_next_qwen_72b()
+    return replace(small, name="llava_next_qwen_110b", model=replace(small.model, lm=QWEN_15_110B))
 
 
 def llava_next_video_7b() -> Recipe:
-    """LLaVA-NeXT-Video: a third stage on pictures and videos, each tile's 24 x 24 tokens pooled to 12 x 12.
+    """LLaVA-NeXT-Video: a third stage on pictures and videos, each tile's 24 x 24 features pooled to 12 x 12 before the MLP.
 
     Differs from the release: one layout serves all stages, so that pictures are pooled too and keep their padding, and frames
     are tiles one after the other. Its rates are not published: those of LLaVA-NeXT.
@@ -162,7 +204,31 @@ def llava_next_video_7b() -> Recipe:
     return replace(
         base,
         name="llava_next_video_7b",
-        model=replace(base.model, connector=Pool(stride=2), join=llava_15_7b().vlm.join),
+        paper="LLaVA-NeXT blog, 2024-04-30",
+        model=replace(base.model, connector=Pool(stride=2, before=True), join=llava_15_7b().vlm.join),
         tiling=Pad(size=336),
         stages=(align, sft, video),
     )
+
+
+def llava_next_video_7b_dpo() -> Recipe:
+    """LLaVA-NeXT-Video-DPO: a fourth stage on 17 thousand pairs of answers about videos, compared with the model of the third.
+
+    All is trained, as in the released script, which begins from another model (LongVA-7B). How many GPUs it had, and so its
+    batch, is not certain.
+    """
+    base = llava_next_video_7b()
+    rate = Full(lr=5e-7)
+    dpo = replace(
+        base.stage("video"),
+        name="dpo",
+        mixture=(Source(corpus=Preferences(name="llava-video-dpo-17k")),),
+        tune={"encoder": rate, "connector": rate, "lm": rate},
+        tokens_per_step=330_000,  # about 128 pairs of answers to eight frames each
+        max_tiles=32,
+        duration=Epochs(count=3.0),
+        objective=DPO(beta=0.1),
+        schedule=Straight(warmup=0.1),
+        annotators=(ReferenceLogProbs(),),
+    )
+    return replace(base, name="llava_next_video_7b_dpo", stages=(*base.stages, dpo))

@@ -19,8 +19,8 @@ L16 = Layers(hidden_size=1024, layers=24, heads=16, intermediate_size=4096)
 LIGHT = Layers(hidden_size=512, layers=8, heads=16, intermediate_size=2048)
 
 
-def _recipe(name: str, model: MaskedImage, stage: Stage) -> Recipe:
-    return Recipe(name=name, model=model, tiling=Resize(size=model.arch.image), stages=(stage,))
+def _recipe(name: str, paper: str, model: MaskedImage, stage: Stage) -> Recipe:
+    return Recipe(name=name, paper=paper, model=model, tiling=Resize(size=model.arch.image), stages=(stage,))
 
 
 def _mae(name: str, encoder: Layers) -> Recipe:
@@ -36,7 +36,7 @@ def _mae(name: str, encoder: Layers) -> Recipe:
         optimizer=AdamW(betas=(0.9, 0.95)),
         schedule=Cosine(warmup=40 / 800),
     )
-    return _recipe(name, MaskedImage(arch=MAE(encoder=encoder, decoder=LIGHT)), stage)
+    return _recipe(name, "arXiv:2111.06377", MaskedImage(arch=MAE(encoder=encoder, decoder=LIGHT)), stage)
 
 
 def mae_b16() -> Recipe:
@@ -64,4 +64,5 @@ def beit_b16() -> Recipe:
         schedule=Cosine(warmup=10 / 800),
     )
     arch = BEiT(encoder=B16, codebook=Codebook(weights="chameleon-vqgan"), drop_path=0.1)
-    return _recipe("beit_b16", MaskedImage(arch=arch, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5)), stage)
+    model = MaskedImage(arch=arch, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
+    return _recipe("beit_b16", "arXiv:2106.08254", model, stage)

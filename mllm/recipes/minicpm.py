@@ -2,23 +2,26 @@
 
 Each slice and the overview become as many tokens by one layer of attention. MiniCPM-V's three pre-training stages train, with
 the language model frozen, the connector, the encoder, then both on slices; their rates and sizes are not certain, and one tiling
-serves all stages here, where the report's first looks at 224 and its second at 448 pixels. The last stage, by preferences,
-is not here.
+serves all stages here, where the report's first looks at 224 and its second at 448 pixels. The last stage prefers
+corrected answers (RLHF-V, arXiv:2312.00849) or those that a model judged better (RLAIF-V, arXiv:2405.17220); its batch and what
+it trains are not certain.
 """
 
 from dataclasses import replace
 
+from mllm.annotators import ReferenceLogProbs
 from mllm.connectors import CrossPool
 from mllm.encoders import Encoder
 from mllm.joins import Slices
 from mllm.lm import CausalLM, Llama
-from mllm.recipe import Full, Recipe, Source, Stage
+from mllm.objectives import DPO
+from mllm.recipe import Cosine, Epochs, Full, Recipe, Source, Stage
 from mllm.recipes.llava import CLIP_336, LLAMA_3_8B, VICUNA_13B_V15
 from mllm.recipes.shapes import SIGLIP_SO400M
 from mllm.vlm import VLM
 from pipelines import tiling
 from pipelines.chat import Vicuna
-from pipelines.corpora import Conversations, Pairs, TextOnly
+from pipelines.corpora import Conversations, Pairs, Preferences, TextOnly
 from pipelines.types import Separators
 
 MINICPM_2B = Llama(  # in Llama's form: its constant factors multiplied into weights, the head therefore its own
@@ -55,8 +58,22 @@ def minicpm_v_20() -> Recipe:
         name="sft-long",
         mixture=(Source(corpus=Conversations(name="minicpm-sft-long")), Source(corpus=TextOnly(name="minicpm-text"))),
     )
+    prefer = replace(
+        long,
+        name="dpo",
+        mixture=(Source(corpus=Preferences(name="rlhf-v")),),
+        tune={part: Full(lr=5e-7, weight_decay=0.01) for part in ("encoder", "connector", "lm")},
+        context=4096,  # for both answers, each with its slices
+        tokens_per_step=65_536,  # about 32 pairs of answers
+        max_tiles=40_960,
+        duration=Epochs(count=1.0),
+        objective=DPO(beta=0.1, changed_weight=3.0),  # the code's; the paper has 5
+        schedule=Cosine(warmup=0.05),
+        annotators=(ReferenceLogProbs(),),
+    )
     return Recipe(
         name="minicpm_v_20",
+        paper="arXiv:2408.01800",
         model=VLM(
             encoder=Encoder(
                 arch=SIGLIP_SO400M,
@@ -77,15 +94,17 @@ def minicpm_v_20() -> Recipe:
             join=Slices(separators=Separators(slice=2, group=2, row=1)),
         ),
         tiling=tiling.Slices(size=448, patch=14, max_tiles=9),
-        stages=(connect, see, slices, short, long),
+        stages=(connect, see, slices, short, long, prefer),
     )
 
 
 def minicpm_llama3_v_25() -> Recipe:
-    """The same with Llama-3-8B-Instruct and 96 tokens a slice."""
+    """The same with Llama-3-8B-Instruct and 96 tokens a slice; its answers were preferred as wholes."""
     small = minicpm_v_20()
+    *before, prefer = small.stages
+    prefer = replace(prefer, mixture=(Source(corpus=Preferences(name="rlaif-v")),), objective=DPO(beta=0.1))
     model = replace(small.model, connector=CrossPool(queries=96), lm=LLAMA_3_8B)
-    return replace(small, name="minicpm_llama3_v_25", model=model)
+    return replace(small, name="minicpm_llama3_v_25", model=model, stages=(*before, prefer))
 
 
 def llava_uhd_13b() -> Recipe:
@@ -107,6 +126,7 @@ def llava_uhd_13b() -> Recipe:
     )
     return Recipe(
         name="llava_uhd_13b",
+        paper="arXiv:2403.11703",
         model=VLM(
             encoder=CLIP_336,
             connector=CrossPool(queries=144),

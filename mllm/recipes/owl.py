@@ -52,6 +52,7 @@ def mplug_owl_7b() -> Recipe:
     lm = CausalLM(arch=VICUNA_7B, weights="huggyllama/llama-7b", chat=Vicuna(), bos="<s>", eos="</s>")
     return Recipe(
         name="mplug_owl_7b",
+        paper="arXiv:2304.14178",
         model=VLM(
             encoder=replace(CLIP_224, layer=-1, cls="keep", normed=True),
             connector=Abstractor(),
@@ -88,6 +89,7 @@ def shikra_7b() -> Recipe:
     )
     return Recipe(
         name="shikra_7b",
+        paper="arXiv:2306.15195",
         model=VLM(encoder=CLIP_224, connector=Linear(), lm=replace(VICUNA_7B_V15, weights="lmsys/vicuna-7b-v1.1")),
         tiling=Resize(size=224, mode="squash"),
         stages=(regions, sft),
@@ -130,6 +132,7 @@ def kosmos_1() -> Recipe:
     )
     return Recipe(
         name="kosmos_1",
+        paper="arXiv:2302.14045",
         model=VLM(
             encoder=CLIP_224,
             connector=Perceiver(),

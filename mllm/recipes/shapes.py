@@ -1,5 +1,6 @@
 """Towers and language models that several recipes name, by their published shapes."""
 
+from mllm.archs import T5, Mistral, Qwen2
 from mllm.encoders import ClipVision, ConvNeXt, Dinov2, EvaClip, InternViT, SiglipVision
 from mllm.lm import Llama
 
@@ -71,3 +72,21 @@ INTERNLM2_20B = Llama(
     context=32_768,
     rope_theta=1_000_000.0,
 )
+MISTRAL_7B = Mistral(  # of v0.2, which has no window
+    vocab_size=32_000,
+    hidden_size=4096,
+    layers=32,
+    heads=32,
+    kv_heads=8,
+    intermediate_size=14_336,
+    context=32_768,
+    rope_theta=1_000_000.0,
+)
+QWEN15_0_5B = Qwen2(
+    vocab_size=151_936, hidden_size=1024, layers=24, heads=16, kv_heads=16, intermediate_size=2816, tied=True
+)
+QWEN15_7B = Qwen2(vocab_size=151_936, hidden_size=4096, layers=32, heads=32, kv_heads=32, intermediate_size=11_008)
+QWEN15_14B = Qwen2(vocab_size=152_064, hidden_size=5120, layers=40, heads=40, kv_heads=40, intermediate_size=13_696)
+QWEN15_72B = Qwen2(vocab_size=152_064, hidden_size=8192, layers=80, heads=64, kv_heads=64, intermediate_size=24_576)
+QWEN15_110B = Qwen2(vocab_size=152_064, hidden_size=8192, layers=80, heads=64, kv_heads=8, intermediate_size=49_152)
+FLAN_T5_XXL = T5(hidden_size=4096, layers=24, heads=64, intermediate_size=10_240)

@@ -32,7 +32,13 @@ def _recipe(name: str, arch: SigLIP) -> Recipe:
         schedule=Cosine(warmup=0.02),  # not certain
     )
     model = DualTower(arch=arch, tokenizer="google/siglip-base-patch16-224", eos="</s>", mean=HALF, std=HALF)
-    return Recipe(name=name, model=model, tiling=Resize(size=arch.image, mode="squash"), stages=(stage,))
+    return Recipe(
+        name=name,
+        paper="arXiv:2303.15343",
+        model=model,
+        tiling=Resize(size=arch.image, mode="squash"),
+        stages=(stage,),
+    )
 
 
 def siglip_b16() -> Recipe:

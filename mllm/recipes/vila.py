@@ -53,6 +53,7 @@ def vila_7b() -> Recipe:
     )
     return Recipe(
         name="vila_7b",
+        paper="arXiv:2312.07533",
         model=VLM(
             encoder=Encoder(arch=CLIP_L_336, weights="openai/clip-vit-large-patch14-336", layer=-2),
             connector=MLP(depth=2),

@@ -1,20 +1,22 @@
 """VILA-1.5 (arXiv:2312.07533's successor, `NVlabs/VILA` scripts v1_5): SigLIP, 2 x 2 features as one, all trained in the end.
 
-Three stages as in VILA; the fourth, by preferences, is not here. Videos are eight frames.
+Three stages as in VILA and a fourth by preferences, whose data are not certain. Videos are eight frames.
 """
 
 from dataclasses import replace
 
+from mllm.annotators import ReferenceLogProbs
 from mllm.connectors import PixelShuffle
 from mllm.encoders import Encoder
 from mllm.joins import Scales
 from mllm.lm import CausalLM
-from mllm.recipe import Full, Recipe, Source, Stage
+from mllm.objectives import DPO
+from mllm.recipe import Epochs, Full, Recipe, Source, Stage
 from mllm.recipes.llava import HERMES_2_YI_34B, LLAMA_3_8B, VICUNA_13B_V15
 from mllm.recipes.shapes import INTERNVIT_6B_V15, SHEARED_LLAMA_2_7B, SIGLIP_SO400M
 from mllm.vlm import VLM
 from pipelines.chat import Vicuna
-from pipelines.corpora import Conversations, Interleaved, Pairs, TextOnly
+from pipelines.corpora import Conversations, Interleaved, Pairs, Preferences, TextOnly
 from pipelines.tiling import MultiScale, Resize
 
 SIGLIP_384 = Encoder(
@@ -57,8 +59,19 @@ def vila_15_3b() -> Recipe:
         tune={"encoder": Full(lr=1e-4), "connector": Full(lr=1e-4), "lm": Full(lr=1e-4)},
         tokens_per_step=1_000_000,  # about 1,024 conversations
     )
+    dpo = replace(
+        sft,
+        name="dpo",
+        mixture=(Source(corpus=Preferences(name="vila-15-preferences")),),
+        tune={"lm": Full(lr=5e-7)},
+        tokens_per_step=700_000,  # about 1,024 pairs of answers
+        duration=Epochs(count=3.0),
+        objective=DPO(beta=0.1),
+        annotators=(ReferenceLogProbs(),),  # the model as it was tuned on instructions
+    )
     return Recipe(
         name="vila_15_3b",
+        paper="arXiv:2312.07533",
         model=VLM(
             encoder=SIGLIP_384,
             connector=PixelShuffle(),
@@ -71,7 +84,7 @@ def vila_15_3b() -> Recipe:
             ),
         ),
         tiling=Resize(size=384, mode="squash"),
-        stages=(align, pretrain, sft),
+        stages=(align, pretrain, sft, dpo),
     )
 
 
@@ -86,8 +99,8 @@ def vila_15_3b_s2() -> Recipe:
 def vila_15_8b() -> Recipe:
     """The same with Llama-3-8B, and twice the documents a step."""
     small = vila_15_3b()
-    align, pretrain, sft = small.stages
-    stages = (align, replace(pretrain, tokens_per_step=2_000_000), sft)
+    align, pretrain, *rest = small.stages
+    stages = (align, replace(pretrain, tokens_per_step=2_000_000), *rest)
     return replace(small, name="vila_15_8b", model=replace(small.model, lm=LLAMA_3_8B), stages=stages)
 
 
@@ -100,7 +113,7 @@ def vila_15_13b() -> Recipe:
 def vila_15_40b() -> Recipe:
     """InternViT-6B at 448 pixels, 256 tokens a picture, and Yi-34B; the last stage slower, with decay."""
     small = vila_15_3b()
-    align, pretrain, sft = small.stages
+    align, pretrain, sft, dpo = small.stages
     slow = Full(lr=2e-5, weight_decay=0.05)
     encoder = Encoder(
         arch=INTERNVIT_6B_V15,
@@ -118,5 +131,6 @@ def vila_15_40b() -> Recipe:
             align,
             pretrain,
             replace(sft, tune={"encoder": slow, "connector": slow, "lm": slow}, tokens_per_step=500_000),
+            dpo,
         ),
     )

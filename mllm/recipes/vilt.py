@@ -33,4 +33,10 @@ def vilt_b32() -> Recipe:
     )
     arch = ViLT(shape=Layers(hidden_size=768, layers=12, heads=12, intermediate_size=3072))
     model = SingleStream(arch=arch, tokenizer="bert-base-uncased")
-    return Recipe(name="vilt_b32", model=model, tiling=Resize(size=384, mode="squash"), stages=(stage,))
+    return Recipe(
+        name="vilt_b32",
+        paper="arXiv:2102.03334",
+        model=model,
+        tiling=Resize(size=384, mode="squash"),
+        stages=(stage,),
+    )

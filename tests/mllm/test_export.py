@@ -118,7 +118,7 @@ def test_a_fusions_weights_are_written_and_read_back(recipe: Recipe, tmp_path: P
     assert sum(p.numel() for p in lm.parameters()) == sum(p.numel() for p in model.parts()["lm"])
 
 
-@pytest.mark.parametrize("name", ["mini_gemini_7b", "minicpm_v_20", "bliva_7b", "llava_next_7b"])
+@pytest.mark.parametrize("name", ["mini_gemini_7b", "minicpm_v_20", "bliva_7b", "vila_15_3b_s2"])
 def test_parts_of_any_system_are_read_back(name: str, tmp_path: Path) -> None:
     """Several towers, separators, branches."""
     small = tiny(by_name(name))

@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from mllm.objectives import DPO
+from mllm.objectives import DPO, NextToken
 from mllm.recipe import Recipe
 from mllm.vlm import VisionLanguageModel
+from pipelines.answers import changed_tokens
 from pipelines.types import NOT_LEARNED, Batch, Pack, Sample
 from pipelines.windows import PackWindows
 
@@ -29,41 +30,55 @@ def pairs_of(packs: PackWindows) -> list[Sample]:
     for number, (one, other) in enumerate(pairwise(texts)):
         sides = [(s.input_ids[:n], s.labels[:n]) for s, n in ((one, 12), (other, 9 + number))]
         joined = [np.concatenate(side) for side in zip(*sides, strict=True)]
+        joined[1][12:14] = joined[1][:2]  # what both begin with
         made.append(replace(one, input_ids=joined[0], labels=joined[1], lengths=(12, 9 + number), weight=1.0 + number))
     return [made[0], texts[3], *made[1:]]
 
 
-def written_out(model: VisionLanguageModel, batch: Batch, beta: float, gamma: float) -> Tensor:
+def written_out(model: VisionLanguageModel, batch: Batch, dpo: DPO) -> Tensor:
     assert batch.references is not None
     logits = model(batch) @ model.lm.head.T
     chosen = logits.log_softmax(-1).gather(1, batch.labels.clamp(min=0)[:, None]).squeeze(1)
     bounds = batch.cu_seqlens.tolist()
+    changed = changed_tokens(batch.labels.numpy(), bounds, batch.branches.tolist())
     total = torch.zeros(())
     for d, branch in enumerate(batch.branches.tolist()):
         if branch != 1:
             continue
-        logs = []
+        scores, logs = [], []
         for s in (d, d + 1):
-            span = slice(bounds[s], bounds[s + 1])
-            logs.append(chosen[span][batch.labels[span] != NOT_LEARNED])
-        ratio = (logs[0].sum() - batch.references[d]) - (logs[1].sum() - batch.references[d + 1])
-        total = total + batch.weights[d] * (-torch.log(torch.sigmoid(beta * ratio)) - gamma * logs[0].mean())
+            learned = [t for t in range(bounds[s], bounds[s + 1]) if batch.labels[t] != NOT_LEARNED]
+            weights = torch.tensor([dpo.changed_weight if changed[t] else 1.0 for t in learned])
+            logs.append(chosen[learned])
+            reference = batch.references[s, 0] + (dpo.changed_weight - 1) * batch.references[s, 1]
+            score = (weights * chosen[learned]).sum() - reference
+            scores.append(score / weights.sum() if dpo.mean else score)
+        losses = -torch.log(torch.sigmoid(dpo.beta * (scores[0] - scores[1]))) - dpo.gamma * logs[0].mean()
+        total = total + batch.weights[d] * losses
     return total
 
 
-@pytest.mark.parametrize(("beta", "gamma"), [(0.1, 0.0), (0.3, 0.5)])
-def test_it_is_its_formula(model: VisionLanguageModel, packs: PackWindows, beta: float, gamma: float) -> None:
+def compared(packs: PackWindows) -> Batch:
     samples = pairs_of(packs)
     pack = Pack.of_samples(samples, packs.pixels(samples))
     assert pack.branches.tolist() == [1, 2, 0, 1, 2, 1, 2]
-    references = np.linspace(-60, -80, 7, dtype=np.float32)
-    batch = Batch.of(replace(pack, references=references))
+    sums = np.linspace(-60, -80, 7, dtype=np.float32)
+    return Batch.of(replace(pack, references=np.stack([sums, 0.7 * sums], 1)))
+
+
+@pytest.mark.parametrize(
+    "dpo",
+    [DPO(), DPO(beta=0.3, gamma=0.5), DPO(changed_weight=3.0), DPO(changed_weight=5.0, mean=True, gamma=0.1)],
+    ids=["plain", "with the answer's loss", "changes", "changes, mean"],
+)
+def test_it_is_its_formula(model: VisionLanguageModel, packs: PackWindows, dpo: DPO) -> None:
+    batch = compared(packs)
     model.zero_grad()
-    expected = written_out(model, batch, beta, gamma)
+    expected = written_out(model, batch, dpo)
     expected.backward()
     wanted = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
-    output = DPO(beta=beta, gamma=gamma)(model, batch)
+    output = dpo(model, batch)
     output.sum.backward()
     assert output.sum.item() == pytest.approx(expected.item(), rel=1e-4)
     assert float(output.weight) == 6.0
@@ -74,7 +89,20 @@ def test_it_is_its_formula(model: VisionLanguageModel, packs: PackWindows, beta:
             torch.testing.assert_close(p.grad, wanted[name], rtol=1e-3, atol=1e-6, msg=name)
 
 
+def test_what_was_changed_counts_more(model: VisionLanguageModel, packs: PackWindows) -> None:
+    batch = compared(packs)
+    assert DPO(changed_weight=3.0)(model, batch).sum.item() != pytest.approx(DPO()(model, batch).sum.item(), rel=1e-3)
+
+
 def test_it_says_what_it_lacks(model: VisionLanguageModel, packs: PackWindows) -> None:
     samples = pairs_of(packs)
     with pytest.raises(ValueError, match="add reference_log_probs"):
         DPO()(model, Batch.of(Pack.of_samples(samples, packs.pixels(samples))))
+
+
+def test_documents_that_are_no_answers_are_scored_as_before_it(model: VisionLanguageModel, packs: PackWindows) -> None:
+    """Held-out losses before and after a stage of preferences compare."""
+    batch = Batch.of(next(iter(packs.packs(0))))
+    one, other = DPO()(model, batch), NextToken()(model, batch)
+    assert torch.equal(one.documents, other.documents)
+    assert one.sum.item() == other.sum.item() > 0

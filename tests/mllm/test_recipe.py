@@ -1,5 +1,6 @@
 """Every shipped recipe is a whole value; overrides are checked and their faults explained."""
 
+import re
 import shlex
 
 import pytest
@@ -122,3 +123,42 @@ def test_a_stage_is_named_by_all_that_decides_it() -> None:
 def test_an_unknown_recipe_names_the_nearest() -> None:
     with pytest.raises(RecipeError, match="did you mean vila_smoke"):
         by_name("vila_smok")
+
+
+OWN = {
+    # what recipes of one file, or made from one another, must not share
+    "llava_7b": "arXiv:2304.08485",
+    "llava_15_7b": "arXiv:2310.03744",
+    "llava_15_7b_lora": "arXiv:2310.03744",
+    "llava_next_interleave_7b": "arXiv:2407.07895",
+    "openflamingo_9b": "arXiv:2308.01390",
+    "otter_9b": "arXiv:2305.03726",
+    "minigpt4_7b": "arXiv:2304.10592",
+    "instructblip_7b": "arXiv:2305.06500",
+    "bliva_7b": "arXiv:2308.09936",
+    "mplug_owl_7b": "arXiv:2304.14178",
+    "shikra_7b": "arXiv:2306.15195",
+    "kosmos_1": "arXiv:2302.14045",
+    "cogvlm2_19b": "arXiv:2408.16500",
+    "minicpm_v_20": "arXiv:2408.01800",
+    "llava_uhd_13b": "arXiv:2403.11703",
+    "vgg16": "arXiv:1409.1556",
+    "resnet152": "arXiv:1512.03385",
+    "vit_b16": "arXiv:2010.11929",
+    "mae_b16": "arXiv:2111.06377",
+    "beit_b16": "arXiv:2106.08254",
+    "openclip_h14": "arXiv:2212.07143",
+}
+
+
+def test_recipes_name_their_own_papers() -> None:
+    """A number, or a venue and its year, for all but those that are no system of anybody's."""
+    papers = {name: by_name(name).paper for name in RECIPES}
+    assert {name for name, paper in papers.items() if not paper} == {"vila_smoke", "vila_real"}
+    wrong = {
+        name: paper
+        for name, paper in papers.items()
+        if not re.fullmatch(r"(arXiv:\d{4}\.\d{4,5}|[^:]+ \d{4}.*)?", paper)
+    }
+    assert not wrong
+    assert {name: papers[name] for name in OWN} == OWN

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from pipelines.chat import ChatML, Span, Vicuna, render
+from pipelines.chat import ChatML, Llama3, Mistral, Plain, Span, Vicuna, render
 from pipelines.encode import Encoder, TextCodec
 from pipelines.types import (
     IMAGE_TOKEN,
@@ -97,7 +97,10 @@ def test_only_answers_are_learned_in_a_real_conversation() -> None:
     assert learned(e, sample) == "".join(t.text + "<|im_end|>" for t in turns if t.role == "assistant")
 
 
-@pytest.mark.parametrize("template", [ChatML(), ChatML(system="Be brief."), Vicuna()])
+@pytest.mark.parametrize(
+    "template",
+    [ChatML(), ChatML(system="Be brief."), Vicuna(), Llama3(), Llama3(system="Be brief."), Mistral(), Plain()],
+)
 def test_the_exported_chat_template_writes_the_same_conversation(template) -> None:
     talk: list[tuple[Role, str]] = [
         ("user", "What is\n this? "),
