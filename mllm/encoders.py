@@ -18,20 +18,26 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from mllm.convnets import ConvNeXt, ConvTower, MobileNetV2, ResNet
+from mllm.eva02 import Eva02
+from mllm.nfnet import NFNet
+from mllm.own import Blind, BlindTower
 from mllm.towers import ClipVision, Cls, Dinov2, EvaClip, Grid, InternViT, SiglipVision, ViT, ViTTower
 from ops.images import normalize
 from pipelines.types import spec
 
 __all__ = [
+    "Blind",
     "ClipVision",
     "ConvNeXt",
     "Dinov2",
     "Encoder",
     "Encoders",
+    "Eva02",
     "EvaClip",
     "Folder",
     "InternViT",
     "MobileNetV2",
+    "NFNet",
     "ResNet",
     "SiglipVision",
     "ViT",
@@ -44,7 +50,18 @@ Folder = Callable[[str], str]
 """From a name of weights to the folder or hub id that the site keeps them under."""
 
 VisionArch = Annotated[
-    ClipVision | SiglipVision | Dinov2 | InternViT | EvaClip | ViT | ConvNeXt | ResNet | MobileNetV2,
+    ClipVision
+    | SiglipVision
+    | Dinov2
+    | InternViT
+    | EvaClip
+    | Eva02
+    | ViT
+    | ConvNeXt
+    | NFNet
+    | ResNet
+    | MobileNetV2
+    | Blind,
     Field(discriminator="kind"),
 ]
 
@@ -150,7 +167,7 @@ class VisionEncoder(nn.Module):
     mean: Tensor
     std: Tensor
 
-    def __init__(self, spec: Encoder, tower: ViTTower | ConvTower) -> None:
+    def __init__(self, spec: Encoder, tower: ViTTower | ConvTower | BlindTower) -> None:
         super().__init__()
         self.tower = tower
         self.register_buffer("mean", torch.tensor(spec.mean), persistent=False)
@@ -176,7 +193,7 @@ class VisionEncoder(nn.Module):
         return self._run(lambda: tower.slices(filled, grids))
 
     def _normalised(self, tiles: Tensor) -> Tensor:
-        return normalize(tiles, self.mean, self.std).to(next(self.tower.parameters()).dtype)
+        return normalize(tiles, self.mean, self.std).to(next(self.tower.parameters(), self.mean).dtype)
 
     def _run(self, read: Callable[[], Tensor]) -> Tensor:
         if any(p.requires_grad for p in self.tower.parameters()):
