@@ -198,6 +198,131 @@ class OPT:
 
 
 @spec
+class GLM(Decoder):
+    """GLM-4 (arXiv:2406.12793, 2.1): Llama's shape with biases of queries, keys and values, and half of each head turned.
+
+    Neighbouring channels turn together. Its layers have gate and up in one matrix.
+    """
+
+    family: ClassVar[str] = "GlmForCausalLM"
+    kind: Literal["glm"] = "glm"
+    head_size: int = 128
+    context: int = 8192
+    norm_eps: float = 1.5625e-7
+    turned: Annotated[float, Field(gt=0, le=1)] = 0.5
+
+    def config(self) -> Any:
+        """transformers' configuration."""
+        from transformers import GlmConfig
+
+        words = _common(self, self.head_size)
+        words["rope_parameters"] = {**words["rope_parameters"], "partial_rotary_factor": self.turned}
+        return GlmConfig(
+            **words, head_dim=self.head_size, rms_norm_eps=self.norm_eps, attention_bias=True, pad_token_id=None
+        )
+
+    def tiny(self, vocab_size: int = 512) -> GLM:
+        """The same structure in a toy's size."""
+        return replace(self, **_tiny(self, vocab_size), head_size=16, intermediate_size=96)
+
+
+@spec
+class GPTNeoX:
+    """GPT-NeoX (arXiv:2204.06745) and RedPajama-INCITE: LayerNorm, biases, rotary positions, GELU.
+
+    `turned` is the share of each head that is turned. With `parallel` attention and feed-forward stand beside each other.
+    """
+
+    family: ClassVar[str] = "GPTNeoXForCausalLM"
+    kind: Literal["gpt_neox"] = "gpt_neox"
+    vocab_size: int = 50_432
+    hidden_size: int
+    layers: int
+    heads: int
+    intermediate_size: int
+    context: int = 2048
+    rope_theta: float = 10_000.0
+    norm_eps: float = 1e-5
+    tied: bool = False
+    init_std: float = 0.02
+    turned: Annotated[float, Field(gt=0, le=1)] = 1.0
+    parallel: bool = False
+    bias: bool = True
+    rope_scaling: RopeScaling | None = None
+
+    @property
+    def kv_heads(self) -> int:
+        """Each head has keys and values of its own."""
+        return self.heads
+
+    def config(self) -> Any:
+        """transformers' configuration."""
+        from transformers import GPTNeoXConfig
+
+        words = _common(self)
+        del words["num_key_value_heads"]
+        words["rope_parameters"] = {**words["rope_parameters"], "partial_rotary_factor": self.turned}
+        return GPTNeoXConfig(
+            **words,
+            layer_norm_eps=self.norm_eps,
+            use_parallel_residual=self.parallel,
+            attention_bias=self.bias,
+            bos_token_id=None,
+            eos_token_id=None,
+        )
+
+    def tiny(self, vocab_size: int = 512) -> GPTNeoX:
+        """The same structure in a toy's size."""
+        small = {"hidden_size": 64, "layers": 2, "heads": 4, "context": min(self.context, 1024)}
+        return replace(self, vocab_size=vocab_size, intermediate_size=96, **small)
+
+
+@spec
+class MPT:
+    """MPT (MosaicML, 2023): ALiBi (arXiv:2108.12409) in place of positions, LayerNorm without biases, GELU, tied embeddings."""
+
+    family: ClassVar[str] = "MptForCausalLM"
+    kind: Literal["mpt"] = "mpt"
+    vocab_size: int = 50_432
+    hidden_size: int
+    layers: int
+    heads: int
+    context: int = 2048
+    norm_eps: float = 1e-5
+    tied: bool = True
+    init_std: float = 0.02
+
+    @property
+    def kv_heads(self) -> int:
+        """Each head has keys and values of its own."""
+        return self.heads
+
+    @property
+    def intermediate_size(self) -> int:
+        return 4 * self.hidden_size
+
+    def config(self) -> Any:
+        """transformers' configuration."""
+        from transformers import MptConfig
+
+        return MptConfig(
+            vocab_size=self.vocab_size,
+            d_model=self.hidden_size,
+            n_layers=self.layers,
+            n_heads=self.heads,
+            max_seq_len=self.context,
+            layer_norm_epsilon=self.norm_eps,
+            tie_word_embeddings=self.tied,
+            initializer_range=self.init_std,
+            use_cache=False,
+        )
+
+    def tiny(self, vocab_size: int = 512) -> MPT:
+        """The same structure in a toy's size."""
+        return replace(self, vocab_size=vocab_size, hidden_size=64, layers=2, heads=4, context=min(self.context, 1024))
+
+
+@spec
 class T5:
     """T5 v1.1 and Flan-T5 (arXiv:2210.11416): relative positions, gated GELU, heads of a width of their own, no biases.
 
@@ -246,10 +371,12 @@ class T5:
         return replace(self, vocab_size=vocab_size, **small)
 
 
-TextArch = Annotated[Llama | Qwen2 | Mistral | Gemma | MiniCPM | OPT | T5, Field(discriminator="kind")]
+TextArch = Annotated[
+    Llama | Qwen2 | Mistral | Gemma | MiniCPM | GLM | GPTNeoX | OPT | MPT | T5, Field(discriminator="kind")
+]
 
 
-def _common(arch: Decoder, head: int | None = None) -> dict[str, Any]:
+def _common(arch: Decoder | GPTNeoX, head: int | None = None) -> dict[str, Any]:
     """What the configurations of decoders with rotary positions have in common."""
     return {
         "vocab_size": arch.vocab_size,

@@ -130,14 +130,17 @@ class Pool:
 class ConvGLU:
     """CogVLM (arXiv:2311.03079, 2.1) and CogVLM2 (arXiv:2408.16500): a linear layer, LayerNorm, GELU, SwiGLU without biases.
 
-    `stride` 2 has a 2 x 2 convolution before it that quarters the features (CogVLM2, GLM-4V); 1 has none. With `marks` each
-    tile stands between two learned tokens. `intermediate_size` is the language model's own.
+    `stride` 2 has a 2 x 2 convolution before it that quarters the features (CogVLM2, GLM-4V); 1 has none. `widens` lets it
+    bring them to the language model's width (GLM-4V). With `marks` each tile stands between two learned tokens. What comes
+    out is divided by `divisor` (GLM-4V's `scaling_factor`). `intermediate_size` is the language model's own.
     """
 
     kind: Literal["conv_glu"] = "conv_glu"
     stride: int = 2
     intermediate_size: int = 14_336
     marks: bool = True
+    widens: bool = False
+    divisor: Annotated[float, Field(gt=0)] = 1.0
 
     def tokens(self, patches: int) -> int:
         """Visual tokens that a tile of `patches` patches becomes, marks among them."""
@@ -271,8 +274,10 @@ class GatedProjector(nn.Module):
 
     def __init__(self, spec: ConvGLU, d_in: int, d_out: int) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(d_in, d_in, spec.stride, spec.stride) if spec.stride > 1 else None
-        self.project = nn.Linear(d_in, d_out, bias=False)
+        between = d_out if spec.widens and spec.stride > 1 else d_in
+        self.conv = nn.Conv2d(d_in, between, spec.stride, spec.stride) if spec.stride > 1 else None
+        self.project = nn.Linear(between, d_out, bias=False)
+        self.divisor = spec.divisor
         self.norm = nn.LayerNorm(d_out)
         self.gate = nn.Linear(d_out, spec.intermediate_size, bias=False)
         self.up = nn.Linear(d_out, spec.intermediate_size, bias=False)
@@ -286,10 +291,10 @@ class GatedProjector(nn.Module):
             x = self.conv(x.transpose(1, 2).unflatten(2, (side, side))).flatten(2).transpose(1, 2)
         x = nn.functional.gelu(self.norm(self.project(x)))
         x = self.down(nn.functional.silu(self.gate(x)) * self.up(x))
-        if self.marks is None:
-            return x.clone()
-        first, last = self.marks.to(x.dtype).expand(len(x), 2, -1).split(1, dim=1)
-        return torch.cat([first, x, last], dim=1)
+        if self.marks is not None:
+            first, last = self.marks.to(x.dtype).expand(len(x), 2, -1).split(1, dim=1)
+            x = torch.cat([first, x, last], dim=1)
+        return x.clone() if self.divisor == 1 else x / self.divisor
 
 
 class TransformerProjector(nn.Module):

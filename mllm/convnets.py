@@ -15,13 +15,15 @@ from mllm.weights import agree, load
 from pipelines.types import spec
 
 
-def _cells(name: str, tile: int) -> int:
+def cells_of(name: str, tile: int) -> int:
+    """Cells of 32 x 32 pixels. Raises ValueError, naming the tower, when the tile is no multiple of 32."""
     if tile % 32:
         raise ValueError(f"tiling cuts tiles of {tile} pixels; {name} takes multiples of 32")
     return (tile // 32) ** 2
 
 
-def _last(name: str, layer: int, cls: Cls, normed: bool) -> None:
+def read_last(name: str, layer: int, cls: Cls, normed: bool) -> None:
+    """Raise ValueError, naming the tower, unless its last grid is read as it is."""
     if layer != -1:
         raise ValueError(f"encoder.layer={layer}: {name} is read at its last layer, -1")
     if cls != "drop" or normed:
@@ -42,7 +44,7 @@ class MobileNetV2:
 
     def tokens(self, tile: int, interpolate: bool = False) -> int:  # noqa: ARG002 -- any size that 32 divides
         """Cells of the final grid. Raises ValueError when the tile is no multiple of 32."""
-        return _cells("MobileNetV2", tile)
+        return cells_of("MobileNetV2", tile)
 
     def tiny(self) -> Self:
         """Itself: it has 2 million parameters, and no smaller form here."""
@@ -51,7 +53,7 @@ class MobileNetV2:
     def build(self, weights: str | None, layer: int, cls: Cls = "drop", normed: bool = False) -> ConvTower:
         from transformers import MobileNetV2Config, MobileNetV2Model
 
-        _last("MobileNetV2", layer, cls, normed)
+        read_last("MobileNetV2", layer, cls, normed)
         if weights is None:
             return ConvTower(MobileNetV2Model(MobileNetV2Config()))
         return ConvTower(load(MobileNetV2Model, "AutoModel", weights, dtype=torch.float32))
@@ -72,7 +74,7 @@ class ResNet:
 
     def tokens(self, tile: int, interpolate: bool = False) -> int:  # noqa: ARG002 -- any size that 32 divides
         """Cells of the final grid. Raises ValueError when the tile is no multiple of 32."""
-        return _cells("ResNet", tile)
+        return cells_of("ResNet", tile)
 
     def tiny(self) -> Self:
         return replace(self, depths=(1, 1, 1, 1), hidden_sizes=(16, 16, 32, 32), stem=16)
@@ -80,7 +82,7 @@ class ResNet:
     def build(self, weights: str | None, layer: int, cls: Cls = "drop", normed: bool = False) -> ConvTower:
         from transformers import ResNetConfig, ResNetModel
 
-        _last("ResNet", layer, cls, normed)
+        read_last("ResNet", layer, cls, normed)
         config = ResNetConfig(embedding_size=self.stem, hidden_sizes=list(self.hidden_sizes), depths=list(self.depths))
         if weights is None:
             return ConvTower(ResNetModel(config))
@@ -108,7 +110,7 @@ class ConvNeXt:
 
     def tokens(self, tile: int, interpolate: bool = False) -> int:  # noqa: ARG002 -- any size that 32 divides
         """Cells of the grid. Raises ValueError when the tile is no multiple of 32."""
-        cells = _cells("ConvNeXt", tile)
+        cells = cells_of("ConvNeXt", tile)
         return cells if self.grid is None else self.grid**2
 
     def tiny(self) -> Self:
@@ -117,7 +119,7 @@ class ConvNeXt:
     def build(self, weights: str | None, layer: int, cls: Cls = "drop", normed: bool = False) -> ConvTower:
         from transformers import ConvNextConfig, ConvNextModel
 
-        _last("ConvNeXt", layer, cls, normed)
+        read_last("ConvNeXt", layer, cls, normed)
         config = ConvNextConfig(hidden_sizes=list(self.hidden_sizes), depths=list(self.depths))
         if weights is None:
             return ConvNextTower(ConvNextModel(config), self.grid)

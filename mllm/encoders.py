@@ -20,11 +20,14 @@ from torch import Tensor, nn
 from mllm.convnets import ConvNeXt, ConvTower, MobileNetV2, ResNet
 from mllm.depth import Depth, DropPath
 from mllm.eva02 import Eva02
+from mllm.nfnet import NFNet
+from mllm.own import Blind, BlindTower
 from mllm.towers import ClipVision, Cls, Dinov2, EvaClip, Grid, InternViT, SiglipVision, ViT, ViTTower
 from ops.images import normalize
 from pipelines.types import spec
 
 __all__ = [
+    "Blind",
     "ClipVision",
     "ConvNeXt",
     "Dinov2",
@@ -35,6 +38,7 @@ __all__ = [
     "Folder",
     "InternViT",
     "MobileNetV2",
+    "NFNet",
     "ResNet",
     "SiglipVision",
     "ViT",
@@ -47,7 +51,18 @@ Folder = Callable[[str], str]
 """From a name of weights to the folder or hub id that the site keeps them under."""
 
 VisionArch = Annotated[
-    ClipVision | SiglipVision | Dinov2 | InternViT | EvaClip | Eva02 | ViT | ConvNeXt | ResNet | MobileNetV2,
+    ClipVision
+    | SiglipVision
+    | Dinov2
+    | InternViT
+    | EvaClip
+    | Eva02
+    | ViT
+    | ConvNeXt
+    | NFNet
+    | ResNet
+    | MobileNetV2
+    | Blind,
     Field(discriminator="kind"),
 ]
 
@@ -163,7 +178,7 @@ class VisionEncoder(nn.Module):
     mean: Tensor
     std: Tensor
 
-    def __init__(self, spec: Encoder, tower: ViTTower | ConvTower) -> None:
+    def __init__(self, spec: Encoder, tower: ViTTower | ConvTower | BlindTower) -> None:
         super().__init__()
         self.tower = tower
         self.depth: Depth | None = None
@@ -201,7 +216,7 @@ class VisionEncoder(nn.Module):
         return self._run(lambda: tower.slices(filled, grids))
 
     def _normalised(self, tiles: Tensor) -> Tensor:
-        return normalize(tiles, self.mean, self.std).to(next(self.tower.parameters()).dtype)
+        return normalize(tiles, self.mean, self.std).to(next(self.tower.parameters(), self.mean).dtype)
 
     @property
     def trained(self) -> bool:

@@ -13,6 +13,7 @@ from jaxtyping import Float
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from mllm.own import OwnTower
 from mllm.towers import Cls, ViTShape, ViTTower
 from ops.visual import interpolated_positions
 from pipelines.types import spec
@@ -112,7 +113,7 @@ class EvaLayer(nn.Module):
         return x + self.mlp(self.mlp_norm(x))
 
 
-class EvaNet(nn.Module):
+class EvaNet(OwnTower):
     """The transformer's weights: patches, CLS and positions, layers, the norm behind them."""
 
     def __init__(self, spec: Eva02) -> None:

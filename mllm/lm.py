@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from mllm.archs import T5, Llama, TextArch
+from mllm.archs import MPT, T5, Llama, TextArch
 from mllm.encoders import Folder
 from mllm.weights import load
 from ops.attention import Backend, varlen_attention
@@ -62,6 +62,10 @@ class CausalLM:
             from mllm.seq2seq import EncoderDecoder
 
             module, auto, attention = EncoderDecoder, "AutoModelForSeq2SeqLM", "sdpa"
+        if isinstance(self.arch, MPT):
+            from mllm.mpt import ALiBiModel
+
+            module, attention = ALiBiModel, "eager"
         if self.weights is None:
             return module(family._from_config(self.arch.config(), attn_implementation=attention))
         place = folder(self.weights)
@@ -112,6 +116,21 @@ class LanguageModel(nn.Module):
         return self.decoder.layers
 
     @property
+    def norm(self) -> nn.Module:
+        """The norm after the last layer."""
+        decoder = self.decoder
+        return decoder.norm if hasattr(decoder, "norm") else decoder.final_layer_norm
+
+    def placed(
+        self, hidden: Float[Tensor, "1 T D"], places: Int[Tensor, "1 T"]
+    ) -> tuple[Float[Tensor, "1 T D"], dict[str, Any]]:
+        """`hidden` with learned positions, where there are such, and what layers are told of positions otherwise."""
+        decoder = self.decoder
+        if hasattr(decoder, "rotary_emb"):
+            return hidden, {"position_embeddings": decoder.rotary_emb(hidden, position_ids=places)}
+        return hidden + decoder.embed_positions(None, position_ids=places), {}
+
+    @property
     def embedding(self) -> nn.Embedding:
         return self.model.get_input_embeddings()
 
@@ -143,14 +162,8 @@ class LanguageModel(nn.Module):
         and not by the decoder of transformers, which would let nothing between them.
         """
         places = (batch.positions if positions is None else positions).unsqueeze(0)
-        decoder = self.decoder
-        hidden = embeddings.unsqueeze(0)
-        words: dict[str, Any] = {}
-        if hasattr(decoder, "rotary_emb"):
-            words["position_embeddings"] = decoder.rotary_emb(hidden, position_ids=places)
-        else:  # learned positions
-            hidden = hidden + decoder.embed_positions(None, position_ids=places)
-        for number, layer in enumerate(decoder.layers):
+        hidden, words = self.placed(embeddings.unsqueeze(0), places)
+        for number, layer in enumerate(self.layers):
             more: dict[str, Any] = {}
             if before is not None:
                 states, more = before(number, hidden.squeeze(0))
@@ -167,8 +180,7 @@ class LanguageModel(nn.Module):
                 **words,
                 **more,
             )
-        norm = decoder.norm if hasattr(decoder, "norm") else decoder.final_layer_norm
-        out = norm(hidden).squeeze(0)
+        out = self.norm(hidden).squeeze(0)
         scale = getattr(self.model.config, "logits_scaling", 1.0)
         return out if scale == 1.0 else out / scale
 
@@ -204,13 +216,14 @@ def attend(
     share: Share | None = None,
     backend: Backend | None = None,
     beside: Beside | None = None,
+    slopes: Tensor | None = None,
     **_: object,
 ) -> tuple[Tensor, None]:
     """transformers' attention call, (1, H, T, E), over the documents of a pack; what `beside` sees is added to it."""
     q, k, v = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
     if share is not None:
         return share.attend(q, k, v, scaling).unsqueeze(0), None
-    seen = varlen_attention(q, k, v, documents, longest, scale=scaling, backend=backend)
+    seen = varlen_attention(q, k, v, documents, longest, scale=scaling, slopes=slopes, backend=backend)
     return (seen if beside is None else seen + beside(module, q, scaling)).unsqueeze(0), None
 
 

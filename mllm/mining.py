@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Literal, Self
 
@@ -34,8 +35,9 @@ def windows(features: Float[Tensor, "N P D"], side: int, window: int) -> Float[T
 class SVA:
     """Cambrian-1's spatial vision aggregator (arXiv:2406.16860, 3.2): `side`² queries, each at its window of every tower.
 
-    `windows` are the sides of these windows, one a tower; a layer joins each query with the mean of all towers, attends all its
-    windows in one softmax, and has an MLP. Two matrices follow, and one learned token ends each row of queries.
+    `windows` are the sides of these windows, one a tower. A layer joins each query with the mean of the first tower's features,
+    attends all its windows in one softmax, and has an MLP (`vision_sampler.py` of the released code). Two matrices follow,
+    and one learned token ends each row of queries. Towers of another grid are resized behind their own matrices.
     """
 
     kind: Literal["sva"] = "sva"
@@ -59,7 +61,7 @@ class SVA:
 
 
 class Aggregator(nn.Module):
-    """`SVA`."""
+    """`SVA`. With `shows_cells` what the queries looked at comes with the tokens: the means and each tower's cells."""
 
     def __init__(self, spec: SVA, d_in: tuple[int, ...], d_out: int) -> None:
         super().__init__()
@@ -69,50 +71,57 @@ class Aggregator(nn.Module):
             nn.Sequential(nn.Linear(d, width), nn.GELU(), nn.Linear(width, width), nn.LayerNorm(width)) for d in d_in
         )
         self.query = nn.Parameter(torch.randn(width) / math.sqrt(width))
-        self.layers = nn.ModuleList(AggregatorLayer(spec) for _ in range(spec.layers))
+        self.layers = nn.ModuleList(CellAttention(width, spec) for _ in range(spec.layers))
         self.project = nn.Sequential(nn.Linear(width, d_out), nn.GELU(), nn.Linear(d_out, d_out))
         self.newline = nn.Parameter(torch.randn(d_out) / math.sqrt(d_out))
+        self.shows_cells = False
 
-    def forward(self, features: tuple[Float[Tensor, "N _ _"], ...]) -> Float[Tensor, "N Q D"]:
+    def forward(self, features: tuple[Float[Tensor, "N _ _"], ...]) -> Float[Tensor, "N Q D"] | tuple[Tensor, ...]:
         projected = [tower(x) for tower, x in zip(self.towers, features, strict=True)]
-        means = torch.stack([x.mean(1) for x in projected]).mean(0)
+        means = projected[0].mean(1)
         cells = [windows(x, self.side, w) for x, w in zip(projected, self.windows, strict=True)]
         queries = self.query.to(means.dtype).expand(len(means), self.side**2, -1)
         for layer in self.layers:
             queries = layer(queries, means, cells)
         rows = self.project(queries).unflatten(1, (self.side, self.side))
         ends = self.newline.to(rows.dtype).expand(len(rows), self.side, 1, -1)
-        return torch.cat([rows, ends], dim=2).flatten(1, 2).clone()
+        tokens = torch.cat([rows, ends], dim=2).flatten(1, 2).clone()
+        return (tokens, means, *(x.clone() for x in cells)) if self.shows_cells else tokens
 
 
-class AggregatorLayer(nn.Module):
-    """One softmax over the windows of all towers, whose keys and values each tower has for itself."""
+class CellAttention(nn.Module):
+    """Queries of `width`, each at its cell of every tower: one softmax over all, keys and values each tower's own.
 
-    def __init__(self, spec: SVA) -> None:
+    What is found is added to a query that was joined with the mean of a tile, as wide as the cells, and enters through an MLP
+    beside the query itself. Windows of more than one feature have learned positions.
+    """
+
+    def __init__(self, width: int, spec: SVA) -> None:
         super().__init__()
-        width = spec.hidden_size
+        inner = spec.hidden_size
         self.heads = spec.heads
-        self.join = nn.Linear(2 * width, width, bias=False)
-        self.norm_queries = nn.LayerNorm(width)
-        self.query = nn.Linear(width, width, bias=False)
-        self.places = nn.ParameterList(nn.Parameter(torch.randn(w * w, width) * 0.02) for w in spec.windows)
-        self.keys = nn.ModuleList(_normed(width) for _ in spec.windows)
-        self.values = nn.ModuleList(_normed(width) for _ in spec.windows)
-        self.out = nn.Linear(width, width, bias=False)
-        self.norm = nn.LayerNorm(width)
-        self.mlp = nn.Sequential(nn.Linear(width, width, bias=False), nn.GELU(), nn.Linear(width, width, bias=False))
+        self.context = nn.Linear(inner, inner, bias=False)
+        self.join = nn.Linear(width + inner, inner, bias=False)
+        self.query = _normed(inner)
+        self.places = nn.ParameterDict(
+            {str(n): nn.Parameter(torch.randn(w * w, inner) * 0.02) for n, w in enumerate(spec.windows) if w > 1}
+        )
+        self.keys = nn.ModuleList(_normed(inner) for _ in spec.windows)
+        self.values = nn.ModuleList(_normed(inner) for _ in spec.windows)
+        self.out = nn.Linear(inner, inner, bias=False)
+        self.norm = nn.LayerNorm(inner)
+        self.mlp = nn.Sequential(nn.Linear(inner, inner, bias=False), nn.GELU(), nn.Linear(inner, width, bias=False))
 
     def forward(
-        self, queries: Float[Tensor, "N Q D"], means: Float[Tensor, "N D"], cells: list[Tensor]
+        self, queries: Float[Tensor, "N Q D"], means: Float[Tensor, "N E"], cells: Sequence[Float[Tensor, "N Q _ E"]]
     ) -> Float[Tensor, "N Q D"]:
-        joined = self.join(torch.cat([queries, means.unsqueeze(1).expand_as(queries)], dim=2))
-        placed = [x + place.to(x.dtype) for x, place in zip(cells, self.places, strict=True)]
+        context = self.context(means).unsqueeze(1).expand(-1, queries.shape[1], -1)
+        joined = self.join(torch.cat([queries, context], dim=2))
+        placed = [x + self.places[str(n)].to(x.dtype) if str(n) in self.places else x for n, x in enumerate(cells)]
         keys = torch.cat([key(x) for key, x in zip(self.keys, placed, strict=True)], dim=2)
         values = torch.cat([value(x) for value, x in zip(self.values, placed, strict=True)], dim=2)
-        q = self.query(self.norm_queries(joined)).unsqueeze(2)
-        found = windowed(q, keys, values, self.heads)
-        x = queries + self.out(found)
-        return x + self.mlp(self.norm(x))
+        found = joined + self.out(windowed(self.query(joined).unsqueeze(2), keys, values, self.heads))
+        return queries + self.mlp(self.norm(found))
 
 
 def _normed(width: int) -> nn.Module:

@@ -21,7 +21,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Discriminator, Field, Tag, TypeAdapter, ValidationError
 
 from mllm.annotators import Annotator, DiscreteCodes, FrozenFeatures, ReferenceLogProbs
-from mllm.archs import T5
+from mllm.archs import MPT, T5
 from mllm.care import Gate, Guard
 from mllm.classify import Classifier
 from mllm.dual import DualTower
@@ -409,7 +409,7 @@ class Recipe:
                     f"stage {stage.name!r}: rope_theta is the base of rotary positions, and "
                     f"{self.model.kind if arch is None else arch.kind!r} has none; leave it away"
                 )
-            if ranks > 1 and isinstance(arch, T5):
+            if ranks > 1 and isinstance(arch, T5 | MPT):
                 raise ValueError(
                     f"stage {stage.name!r}: context={ranks} ranks share each pack, which {arch.kind!r} cannot; take context=1"
                 )
@@ -662,6 +662,8 @@ def _steps(key: str) -> list[str]:
             "mark",
             "adapter",
             "experts",
+            "samplers",
+            "side",
         ):
             steps[at : at + 2] = [".".join(steps[at : at + 2])]
     return steps

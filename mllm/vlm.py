@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -25,7 +25,7 @@ from mllm.connectors import (
 )
 from mllm.encoders import Encoder, Encoders, Folder, VisionEncoder
 from mllm.folders import check_form, read_into
-from mllm.fusion import Fusion, PreLMAdapter, RoutedExperts, Splice, UnifiedVocabulary
+from mllm.fusion import Fusion, InLMSampler, PreLMAdapter, RoutedExperts, SideAttention, Splice, UnifiedVocabulary
 from mllm.joins import Joined, Joining, Tiles, cuts_of, slice_grids, with_scales
 from mllm.lm import CausalLM
 from mllm.model import Model, ModelSpec, Words
@@ -52,7 +52,8 @@ class VLM(ModelSpec):
     def __post_init__(self) -> None:
         if self.weights is not None:
             check_form(self)
-        several = isinstance(self.encoder, Encoders)
+        several = isinstance(self.encoder, Encoders) and not self.one_stands_beside
+        self._looks_beside()
         if several != isinstance(self.connector, SVA | PatchMining):
             number = len(self.encoder.towers)
             raise ValueError(
@@ -79,6 +80,29 @@ class VLM(ModelSpec):
                 f"fusion {self.fusion.kind!r} works inside a decoder's layers, and {self.lm.arch.kind!r} is none; take splice or "
                 "pre_lm_adapter, or a decoder"
             )
+
+    def _looks_beside(self) -> None:
+        """What the fusion looks at beside the visual tokens must be there."""
+        number = len(self.encoder.towers)
+        if isinstance(self.fusion, SideAttention) and number != 2:
+            raise ValueError(
+                f"fusion 'side_attention' looks from one tower's tokens at another, and the encoder has {number}; give it two"
+            )
+        if isinstance(self.fusion, InLMSampler) and not isinstance(self.connector, SVA):
+            raise ValueError(
+                f"fusion 'in_lm_sampler' looks at the cells of the connector 'sva', and it is {self.connector.kind!r}; take "
+                "sva or another fusion"
+            )
+        if isinstance(self.fusion, InLMSampler) and self.join != Tiles():
+            raise ValueError(
+                "fusion 'in_lm_sampler' finds its queries by their place in the sequence, where the join puts marks between "
+                "them; take the join 'tiles' without separators"
+            )
+
+    @property
+    def one_stands_beside(self) -> bool:
+        """Whether the connector takes the first of two towers and the fusion the second."""
+        return isinstance(self.fusion, SideAttention)
 
     @property
     def tower(self) -> Encoder:
@@ -126,7 +150,9 @@ class VLM(ModelSpec):
                 )
             tokens = self.connector.tokens((tiling.size // tiling.patch) ** 2)  # type: ignore[union-attr]  # Slices has it
         else:
-            tokens = self.connector.tokens(self.encoder.tokens(tiling.size))  # type: ignore[arg-type]  # both fit, see above
+            patches: int | tuple[int, ...] = self.encoder.tokens(tiling.size)
+            first = patches[0] if isinstance(patches, tuple) and self.one_stands_beside else patches
+            tokens = self.connector.tokens(first)  # type: ignore[arg-type]  # both fit, see above
         return VisionLayout(
             shape=tiling.shape,
             tokens_per_tile=self.fusion.positions(tokens),
@@ -192,8 +218,11 @@ class VisionLanguageModel(Model):
         width = spec.fusion.width(_one(spec.encoder.width), self.lm.width)
         self.connector = spec.connector.build(_widened(spec), width)  # type: ignore[arg-type]  # as the spec says
         read_weights(spec.connector, self.connector, folder)
-        self.fusion = spec.fusion.build(spec.lm, width)
+        self.fusion = _fusion(spec, width)
         self.fusion.attach(self.lm)
+        self.one_stands_beside = spec.one_stands_beside
+        if isinstance(spec.fusion, InLMSampler):
+            self.connector.shows_cells = True  # type: ignore[assignment]  # an Aggregator's word
         self.border = nn.Flatten(0, 1)  # a module, so that whoever measures can hook on where vision ends
         self.join = Joined(spec.join, self.lm.width)
         self.feature_width = spec.encoder.width
@@ -206,23 +235,28 @@ class VisionLanguageModel(Model):
         return self.encoder
 
     def forward(self, batch: Batch) -> Float[Tensor, "T D"]:
-        visual = self.visual(batch)
-        return self.fusion(self.lm, self.lm.embed(self.fusion.words(batch.input_ids)), visual, batch)
+        visual, beside = self._seen(batch)
+        text = self.lm.embed(self.fusion.words(batch.input_ids))
+        return self.fusion(self.lm, text, visual, batch, *([beside] if beside else []))
 
     def visual(self, batch: Batch) -> Float[Tensor, "V D"]:
         """The batch's visual tokens in the order of their positions; without pictures some that mean nothing, of a blank tile."""
+        return self._seen(batch)[0]
+
+    def _seen(self, batch: Batch) -> tuple[Float[Tensor, "V D"], tuple[Tensor, ...]]:
+        """Visual tokens, and what a fusion looks at beside them, if it does."""
         cuts = [] if self.join.trivial else cuts_of(batch.cuts.tolist(), batch.tiles.shape[1:])
         share = batch.share
-        tokens = self._tokens(batch, cuts)
+        tokens, *beside = self._tokens(batch, cuts)
         visual = self.border(tokens)
         if share is not None and self.join.spec.kind != "scales":  # each rank has seen some of the tiles
             visual = share.context.gather(visual)
         if not self.join.trivial:
             visual = self.join(visual, tokens.shape[1], cuts)
-        return visual if share is None else visual[share.visual]
+        return visual if share is None else visual[share.visual], tuple(beside)
 
-    def _tokens(self, batch: Batch, cuts: list[Cut]) -> Float[Tensor, "N P D"]:
-        """The connector's tokens of the tiles that are here."""
+    def _tokens(self, batch: Batch, cuts: list[Cut]) -> tuple[Tensor, ...]:
+        """The connector's tokens (N, P, D) of the tiles that are here, and what stands beside them."""
         share = batch.share
         match self.join.spec.kind:
             case "slices":
@@ -232,14 +266,18 @@ class VisionLanguageModel(Model):
                         "tiling of square tiles"
                     )
                 grids = slice_grids(cuts)
-                return self.connector(self.encoder(batch.tiles, grids), grids)
+                return (self.connector(self.encoder(batch.tiles, grids), grids),)
             case "scales":
                 features = self._features(batch)
                 if share is not None:  # the connector needs all of a picture's scales: each rank does all pictures
                     features = share.context.gather(features.flatten(0, 1)).unflatten(0, (-1, features.shape[1]))
-                return self.connector(with_scales(features, self.join.spec.scales))
+                return (self.connector(with_scales(features, self.join.spec.scales)),)
             case _:
-                return self.connector(self._features(batch))
+                features = self._features(batch)
+                if self.one_stands_beside:
+                    return self.connector(features[0]), *features[1:]
+                found = self.connector(features)
+                return found if isinstance(found, tuple) else (found,)
 
     def _features(self, batch: Batch) -> Float[Tensor, "N P Dv"]:
         """The encoder's features: computed here, or by an annotator in the pipeline, where it is frozen."""
@@ -306,7 +344,19 @@ def _one(width: int | tuple[int, ...]) -> int:
     return width if isinstance(width, int) else width[0]
 
 
+def _fusion(spec: VLM, width: int) -> Any:
+    """The fusion's module; those that look beside the visual tokens are told what they will see there."""
+    match spec.fusion:
+        case InLMSampler():
+            assert isinstance(spec.connector, SVA)  # as the spec says
+            return spec.fusion.build(spec.lm, width, spec.connector)
+        case SideAttention():
+            return spec.fusion.build(spec.lm, width, spec.encoder.towers[1].width)
+        case _:
+            return spec.fusion.build(spec.lm, width)
+
+
 def _widened(spec: VLM) -> int | tuple[int, ...]:
     """Width of what the connector gets: the encoder's, once for each scale."""
-    width = spec.encoder.width
+    width = spec.encoder.towers[0].width if spec.one_stands_beside else spec.encoder.width
     return width * len(spec.join.scales) if isinstance(width, int) else width

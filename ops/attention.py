@@ -86,6 +86,7 @@ def varlen_attention(
     scale: float | None = None,
     causal: bool = True,
     blocks: Int[Tensor, " T"] | None = None,
+    slopes: Float[Tensor, " H"] | None = None,
     backend: Backend | None = None,
 ) -> Float[Tensor, "T H E"]:
     """Attention inside each document `[cu_seqlens[i], cu_seqlens[i + 1])` of a pack, which may hold none.
@@ -93,27 +94,30 @@ def varlen_attention(
     H query heads share K key-value heads (H a multiple of K). `scale` defaults to E ** -0.5. A position sees itself and what
     comes before it; with `causal` off, its whole document. `blocks` adds to the causal view: positions of one document with
     the same number see each other, whichever comes first, and -1 is in no block. A prefix (PrefixLM, arXiv:1910.10683,
-    3.2.1) is a block of its own; so is each picture whose patches see each other.
+    3.2.1) is a block of its own; so is each picture whose patches see each other. `slopes` are ALiBi's (arXiv:2108.12409, 3):
+    a head's score falls by its slope for each position between the two.
 
     Cost is the sum of squared document lengths, except for `plain`. Raises ValueError when the lengths do not add up to T
     (where they are looked at: GPU kernels do not), and when the `backend` asked for cannot run this here.
     """
     if backend is None:
-        backend = chosen(q.device, q.dtype, blocks is not None)
+        backend = chosen(q.device, q.dtype, blocks is not None or slopes is not None)
     elif reason := available()[backend]:
         raise ValueError(f"attention by {backend!r} {reason}; leave the backend away for {chosen(q.device, q.dtype)!r}")
     if blocks is not None and backend not in WITH_BLOCKS:
         raise ValueError(f"attention by {backend!r} knows no blocks; those that do: {', '.join(WITH_BLOCKS)}")
+    if slopes is not None and backend not in WITH_BLOCKS:
+        raise ValueError(f"attention by {backend!r} knows no slopes; those that do: {', '.join(WITH_BLOCKS)}")
     if blocks is not None and not causal:
         raise ValueError("blocks widen a causal view, and without `causal` all of a document is seen already")
     if not len(q):  # a part of every pack's graph, even of an empty one's: no rank may lack gradients that others have
         return q + 0 * (k.sum() + v.sum())
     if backend == "sdpa":
-        return _sdpa(q, k, v, _lengths(cu_seqlens, len(q)), scale, causal, blocks)
+        return _sdpa(q, k, v, _lengths(cu_seqlens, len(q)), scale, causal, blocks, slopes)
     if backend == "plain":
-        return _plain(q, k, v, _documents(cu_seqlens, len(q)), scale, causal, blocks)
+        return _plain(q, k, v, _documents(cu_seqlens, len(q)), scale, causal, blocks, slopes)
     if backend == "flex":
-        return _flex(q, k, v, cu_seqlens, scale, causal, blocks)
+        return _flex(q, k, v, cu_seqlens, scale, causal, blocks, slopes)
     return flash(backend, q, k, v, cu_seqlens.to(torch.int32), max_seqlen, scale, causal)
 
 
@@ -140,24 +144,49 @@ def seen(positions: Int[Tensor, " n"], blocks: Int[Tensor, " n"] | None, causal:
     return view if blocks is None else view | ((blocks[:, None] == blocks[None]) & (blocks[:, None] >= 0))
 
 
+def falling(slopes: Float[Tensor, " H"], length: int) -> Float[Tensor, "H n n"]:
+    """What ALiBi adds to the scores of one document of `length` positions: slope * (key - query)."""
+    at = torch.arange(length, device=slopes.device)
+    return slopes[:, None, None] * (at[None] - at[:, None])
+
+
 def _plain(
-    q: Tensor, k: Tensor, v: Tensor, documents: Tensor, scale: float | None, causal: bool, blocks: Tensor | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    documents: Tensor,
+    scale: float | None,
+    causal: bool,
+    blocks: Tensor | None,
+    slopes: Tensor | None,
 ) -> Tensor:
     shared = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(shared, 1), v.repeat_interleave(shared, 1)
     scores = torch.einsum("ihe,jhe->hij", q, k) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    if slopes is not None:
+        scores = scores + falling(slopes, len(q)).to(scores.dtype)
     view = seen(torch.arange(len(q), device=q.device), blocks, causal) & (documents[:, None] == documents[None])
     return torch.einsum("hij,jhe->ihe", scores.masked_fill(~view, -torch.inf).softmax(-1), v)
 
 
 def _sdpa(
-    q: Tensor, k: Tensor, v: Tensor, lengths: list[int], scale: float | None, causal: bool, blocks: Tensor | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lengths: list[int],
+    scale: float | None,
+    causal: bool,
+    blocks: Tensor | None,
+    slopes: Tensor | None,
 ) -> Tensor:
     grouped = q.shape[1] != k.shape[1]
     parts = [None] * len(lengths) if blocks is None else blocks.split(lengths)
     outputs = []
     for a, b, c, part in zip(q.split(lengths), k.split(lengths), v.split(lengths), parts, strict=True):
         mask = None if part is None else seen(torch.arange(len(a), device=q.device), part, causal)
+        if slopes is not None:
+            view = seen(torch.arange(len(a), device=q.device), part, causal)
+            mask = falling(slopes, len(a)).masked_fill(~view, -torch.inf).to(q.dtype)
         heads = (x.transpose(0, 1).unsqueeze(0) for x in (a, b, c))  # torch's fused kernels want a batch
         out = F.scaled_dot_product_attention(
             *heads, attn_mask=mask, is_causal=causal and mask is None, scale=scale, enable_gqa=grouped
@@ -208,12 +237,25 @@ def _compiled_flex() -> Callable[..., Tensor]:
 
 
 def _flex(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float | None, causal: bool, blocks: Tensor | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    scale: float | None,
+    causal: bool,
+    blocks: Tensor | None,
+    slopes: Tensor | None,
 ) -> Tensor:
     heads = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))
     mask = _mask(cu_seqlens, len(q), causal, blocks)
     grouped = q.shape[1] != k.shape[1]
-    return _compiled_flex()(*heads, block_mask=mask, scale=scale, enable_gqa=grouped)[0].transpose(0, 1)
+
+    def fallen(score: Tensor, batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:  # noqa: ARG001 -- flex's
+        return score + slopes[head] * (key - query)  # type: ignore[index]  # only where there are slopes
+
+    of_scores = None if slopes is None else fallen
+    compiled = _compiled_flex()
+    return compiled(*heads, score_mod=of_scores, block_mask=mask, scale=scale, enable_gqa=grouped)[0].transpose(0, 1)
 
 
 def flash(

@@ -8,6 +8,9 @@ how many layers its pattern repeats (`period`), and `build`s a module:
     fusion(lm, text, visual, batch) -> hidden      (T, D), (V, width) and the pack; calls the language model itself
     fusion.parts(lm), fusion.units()               what can be tuned by name, and what is sharded one by one
 
+Two of them look beside the visual tokens, at what the towers made: `InLMSampler` at the cells of an `sva`, `SideAttention` at the
+features of a second tower. Their `build` is told that shape, and they are called with it as a fifth argument.
+
 To add one: such a spec and module, and its name in `Fusion`.
 """
 
@@ -21,12 +24,31 @@ from mllm.fusion.adapter import PreLMAdapter
 from mllm.fusion.cross import CrossAttention
 from mllm.fusion.experts import RoutedExperts
 from mllm.fusion.prompts import PromptAdapter
+from mllm.fusion.sampler import InLMSampler
+from mllm.fusion.side import SideAttention
 from mllm.fusion.splice import Splice
 from mllm.fusion.unified import UnifiedVocabulary
 
 Fusion = Annotated[
-    Splice | CrossAttention | PreLMAdapter | RoutedExperts | PromptAdapter | UnifiedVocabulary,
+    Splice
+    | CrossAttention
+    | PreLMAdapter
+    | RoutedExperts
+    | PromptAdapter
+    | UnifiedVocabulary
+    | InLMSampler
+    | SideAttention,
     Field(discriminator="kind"),
 ]
 
-__all__ = ["CrossAttention", "Fusion", "PreLMAdapter", "PromptAdapter", "RoutedExperts", "Splice", "UnifiedVocabulary"]
+__all__ = [
+    "CrossAttention",
+    "Fusion",
+    "InLMSampler",
+    "PreLMAdapter",
+    "PromptAdapter",
+    "RoutedExperts",
+    "SideAttention",
+    "Splice",
+    "UnifiedVocabulary",
+]

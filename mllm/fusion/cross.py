@@ -121,12 +121,7 @@ class GatedBlock(nn.Module):
             y.unflatten(1, (-1, self.head_size))
             for y in (self.to_q(self.norm(x)), self.to_k(visual), self.to_v(visual))
         )
-        if sight.runs is None:  # the blank tile's keys are part of the graph and of nothing else
-            seen = q[:0] + 0 * (k.sum() + v.sum())
-        else:
-            seen = cross_attention(q[sight.rows], k, v, sight.runs, backend=backend)
-        told = torch.zeros_like(q.flatten(1)).index_copy(0, sight.rows, seen.flatten(1))
-        attended = x + self.attention_gate.tanh() * self.to_out(told)
+        attended = x + self.attention_gate.tanh() * self.to_out(told(q, k, v, sight, backend))
         fed = attended + self.feed_gate.tanh() * self.down(nn.functional.gelu(self.up(self.feed_norm(attended))))
         return fed if self.everywhere else torch.where(sight.seeing.unsqueeze(1), fed, x)
 
@@ -143,10 +138,25 @@ class Sight:
     runs: Runs | None
 
 
-def sight_of(batch: Batch, visual_tokens: int) -> Sight:
+def told(
+    q: Float[Tensor, "T H E"],
+    k: Float[Tensor, "V H E"],
+    v: Float[Tensor, "V H E"],
+    sight: Sight,
+    backend: Backend | None,
+) -> Float[Tensor, "T I"]:
+    """What each position finds in the image that it sees, all heads beside one another; nothing where it sees none."""
+    if sight.runs is None:  # the blank tile's keys are part of the graph and of nothing else
+        seen = q[:0] + 0 * (k.sum() + v.sum())
+    else:
+        seen = cross_attention(q[sight.rows], k, v, sight.runs, backend=backend)
+    return torch.zeros_like(q.flatten(1)).index_copy(0, sight.rows, seen.flatten(1))
+
+
+def sight_of(batch: Batch, visual_tokens: int, marks: bool = True) -> Sight:
     """Who sees what in a pack of `visual_tokens`: from an image's first position on to the next image or the document's end.
 
-    Raises ValueError when images and visual tokens do not match.
+    Raises ValueError when images and visual tokens do not match; with `marks`, when a tile has not one position.
     """
     device, length = batch.visual.device, len(batch.visual)
     cuts = batch.cuts[:, :2].tolist()
@@ -156,7 +166,8 @@ def sight_of(batch: Batch, visual_tokens: int) -> Sight:
         )
     tiles = sum(tiles for tiles, _ in cuts)
     each, rest = divmod(visual_tokens, tiles)
-    if rest or any(tiles != positions for tiles, positions in cuts) or batch.visual_count != tiles:
+    marked = batch.visual_count == tiles and all(tiles == positions for tiles, positions in cuts)
+    if rest or (marks and not marked):
         raise ValueError(
             f"the pack's {len(cuts)} images have {tiles} tiles at {batch.visual_count} positions, and there are {visual_tokens} "
             "visual tokens; the pipeline was planned with another model: its VisionLayout must come from this model's layout()"

@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cache
 from typing import Any, ClassVar, Literal
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from mllm.fusion.opened import PROJECTIONS, Route, copied, open_layers
 from mllm.fusion.splice import Fused, spliced
-from mllm.lm import CausalLM, LanguageModel, attend
+from mllm.lm import CausalLM, LanguageModel
 from pipelines.types import Batch, spec
-
-PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 
 @spec
@@ -50,36 +45,15 @@ class RoutedExperts:
         return Routed(self)
 
 
-@dataclass(frozen=True, slots=True)
-class Route:
-    """Positions by the weights that they go through, both int64, and where each position is found behind one another."""
-
-    text: Int[Tensor, " t"]
-    image: Int[Tensor, " v"]
-    back: Int[Tensor, " T"]
-
-    def __call__(
-        self, x: Float[Tensor, "1 T D"], base: Callable[[Tensor], Tensor], expert: Callable[[Tensor], Tensor]
-    ) -> Float[Tensor, "1 T F"]:
-        """`base` of text positions and `expert` of image positions. Both run whatever there is: an empty part has gradients."""
-        rows = x.squeeze(0)
-        return torch.cat([base(rows[self.text]), expert(rows[self.image])])[self.back].unsqueeze(0)
-
-
 class Expert(nn.Module):
     """What image positions go through in one layer: copies of the layer's own."""
 
     def __init__(self, layer: Any, all_of_it: bool) -> None:
         super().__init__()
         self.attention = nn.ModuleDict(
-            {name: _copied(getattr(layer.self_attn, name)) for name in (PROJECTIONS if all_of_it else ())}
+            {name: copied(getattr(layer.self_attn, name)) for name in (PROJECTIONS if all_of_it else ())}
         )
-        self.mlp = _copied(layer.mlp)
-
-
-def _copied(module: nn.Module) -> nn.Module:
-    """`module` with parameters of its own, which tensors without memory can have too."""
-    return copy.deepcopy(module, {id(p): nn.Parameter(p.detach().clone()) for p in module.parameters()})
+        self.mlp = copied(layer.mlp)
 
 
 class Routed(Fused):
@@ -91,25 +65,25 @@ class Routed(Fused):
 
     def attach(self, lm: LanguageModel) -> None:
         """Give each layer its expert. Raises ValueError for layers that are not of Llama's form."""
+        open_layers(lm, "routed experts")
         for layer in lm.layers:
-            if type(layer).__name__ not in ("LlamaDecoderLayer", "Qwen2DecoderLayer", "MistralDecoderLayer"):
-                raise ValueError(
-                    f"fusion: routed experts know layers of Llama's form, and these are {type(layer).__name__}; take a llama, "
-                    "qwen2 or mistral as the language model"
-                )
             layer.expert = Expert(layer, self.spec.experts == "all")
-            layer.__class__ = _routed(type(layer))
 
     def forward(
         self, lm: LanguageModel, text: Float[Tensor, "T D"], visual: Float[Tensor, "V D"], batch: Batch
     ) -> Float[Tensor, "T D"]:
         fused = spliced(text, visual, batch.visual, batch.visual_count)
+        positions, route = self.routes(batch)
+        return lm(fused, batch, positions, before=lambda _, hidden: (hidden, {"route": route}))
+
+    def routes(self, batch: Batch) -> tuple[Int[Tensor, " T"], Route]:
+        """Rotary positions of a pack, and which of its positions go through experts."""
         first, last = borders(batch)
         route = route_of(self._image(batch))
         positions = batch.positions
         if self.spec.one_position:
             positions = gathered_positions(batch.visual & ~first & ~last, batch)
-        return lm(fused, batch, positions, before=lambda _, hidden: (hidden, {"route": route}))
+        return positions, route
 
     def _image(self, batch: Batch) -> Tensor:
         return batch.visual & ~borders(batch)[1] if self.spec.last == "text" else batch.visual
@@ -145,33 +119,3 @@ def gathered_positions(inside: Tensor, batch: Batch) -> Int[Tensor, " T"]:
     """Rotary positions where those `inside` an image, bool (T,), share one: only the first of a run moves on."""
     steps = (~(inside & inside.roll(1)) | (batch.positions == 0)).long().cumsum(0)
     return steps - steps[batch.cu_seqlens.long()[batch.document_of_token()]]
-
-
-@cache
-def _routed(kind: type) -> type:
-    """The decoder layer `kind` of transformers whose image positions go through `self.expert`."""
-    from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
-
-    class RoutedLayer(kind):
-        def forward(
-            self,
-            hidden_states: Tensor,
-            position_embeddings: tuple[Tensor, Tensor],
-            route: Route,
-            **words: Any,
-        ) -> Tensor:
-            attention, expert = self.self_attn, self.expert
-            x = self.input_layernorm(hidden_states)
-            mine = expert.attention if len(expert.attention) else {n: getattr(attention, n) for n in PROJECTIONS}
-            q, k, v = (
-                route(x, getattr(attention, name), mine[name]).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
-                for name in PROJECTIONS[:3]
-            )
-            q, k = apply_rotary_pos_emb(q, k, *position_embeddings)
-            out, _ = attend(attention, q, k, v, scaling=attention.scaling, **words)
-            hidden_states = hidden_states + route(out.flatten(2), attention.o_proj, mine["o_proj"])
-            x = self.post_attention_layernorm(hidden_states)
-            return hidden_states + route(x, self.mlp, expert.mlp)
-
-    RoutedLayer.__name__ = f"Routed{kind.__name__}"
-    return RoutedLayer

@@ -64,6 +64,15 @@ class Prompted(Fused):
         self.layers = nn.ModuleDict({str(n): Prompts(spec.prompts, width, heads) for n in range(spec.first, layers)})
         self.count = spec.prompts
 
+    def attach(self, lm: LanguageModel) -> None:
+        """Raises ValueError for layers that have no matrices of keys and values by themselves."""
+        layer: Any = lm.layers[0]
+        if not hasattr(getattr(layer, "self_attn", None), "k_proj"):
+            raise ValueError(
+                f"fusion: prompts go through a layer's own k_proj and v_proj, and {type(layer).__name__} has none; take another "
+                "language model or fusion"
+            )
+
     def forward(
         self, lm: LanguageModel, text: Float[Tensor, "T D"], visual: Float[Tensor, "V D"], batch: Batch
     ) -> Float[Tensor, "T D"]:

@@ -8,11 +8,20 @@ from difflib import get_close_matches
 from mllm.recipe import Recipe, RecipeError
 from mllm.recipes.adapter import llama_adapter_7b
 from mllm.recipes.blip import bliva_7b, instructblip_7b, minigpt4_7b
+from mllm.recipes.cambrian import cambrian_1_8b, cambrian_1_13b, cambrian_1_34b
 from mllm.recipes.clip import clip_b16, clip_b32, clip_l14, openclip_h14
-from mllm.recipes.cogvlm import cogvlm2_19b, cogvlm_17b
+from mllm.recipes.cogvlm import cogagent_18b, cogvlm2_19b, cogvlm_17b, glm4v_9b
 from mllm.recipes.crome import crome_7b, crome_13b, crome_flan_t5_xxl
 from mllm.recipes.eva import eva02_clip_l14, eva_clip_g14
-from mllm.recipes.flamingo import openflamingo_9b, otter_9b
+from mllm.recipes.flamingo import (
+    flamingo_3b,
+    flamingo_9b,
+    flamingo_80b,
+    openflamingo_3b,
+    openflamingo_4b,
+    openflamingo_9b,
+    otter_9b,
+)
 from mllm.recipes.gemini import mini_gemini_7b
 from mllm.recipes.interleave import (
     llava_next_interleave_0_5b,
@@ -39,6 +48,7 @@ from mllm.recipes.masked import beit_b16, mae_b16, mae_l16
 from mllm.recipes.minicpm import llava_uhd_13b, minicpm_llama3_v_25, minicpm_v_20
 from mllm.recipes.multiway import beit3_base, beit3_giant, beit3_large, vl_beit_base, vlmo_base, vlmo_large
 from mllm.recipes.owl import kosmos_1, mplug_owl_7b, shikra_7b
+from mllm.recipes.qwen_vl import qwen_vl_7b
 from mllm.recipes.real import vila_real
 from mllm.recipes.siglip import siglip_b16, siglip_so400m
 from mllm.recipes.smoke import vila_smoke
@@ -91,10 +101,30 @@ TOWERS_AND_SPLICE = (
     shikra_7b,
     kosmos_1,
     mini_gemini_7b,
+    qwen_vl_7b,
+    glm4v_9b,
 )
 """Systems whose pictures stand in the sequence as tokens."""
 
-FUSED = (openflamingo_9b, otter_9b, llama_adapter_7b, cogvlm_17b, cogvlm2_19b, crome_7b, crome_13b, crome_flan_t5_xxl)
+FUSED = (
+    flamingo_3b,
+    flamingo_9b,
+    flamingo_80b,
+    openflamingo_3b,
+    openflamingo_4b,
+    openflamingo_9b,
+    otter_9b,
+    llama_adapter_7b,
+    cogvlm_17b,
+    cogvlm2_19b,
+    cogagent_18b,
+    crome_7b,
+    crome_13b,
+    crome_flan_t5_xxl,
+    cambrian_1_8b,
+    cambrian_1_13b,
+    cambrian_1_34b,
+)
 """Systems that change how the language model meets pictures."""
 
 RECIPES: dict[str, Callable[[], Recipe]] = {

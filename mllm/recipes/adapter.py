@@ -12,8 +12,7 @@ from mllm.encoders import Encoder
 from mllm.fusion import PromptAdapter
 from mllm.lm import CausalLM
 from mllm.recipe import AdamW, Cosine, Epochs, Full, Recipe, Source, Stage
-from mllm.recipes.flamingo import LLAMA_7B
-from mllm.recipes.shapes import CLIP_L_224
+from mllm.recipes.shapes import CLIP_L_224, LLAMA_7B
 from mllm.vlm import VLM
 from pipelines.chat import Vicuna
 from pipelines.corpora import Conversations, Pairs, TextOnly

@@ -1,20 +1,21 @@
-"""CogVLM (arXiv:2311.03079) and CogVLM2 (arXiv:2408.16500): visual experts in every layer of a language model.
+"""CogVLM (arXiv:2311.03079), CogVLM2 (arXiv:2408.16500), CogAgent (arXiv:2312.08914) and GLM-4V (arXiv:2406.12793).
 
-EVA2-CLIP-E, a SwiGLU between two learned marks, and weights of their own for image positions, copies of the language model's at
-first. Differs from the papers: one size of pictures for all stages (CogVLM's first have 224 pixels), and learning rates, which
-the sources at hand do not tell.
+EVA2-CLIP-E, a SwiGLU between two learned marks, and visual experts in every layer of a language model: weights of their own for
+image positions, copies of the language model's at first; GLM-4V has none. Differs from the papers: one size of pictures for all
+stages (CogVLM's first have 224 pixels), and learning rates, which the sources at hand do not tell.
 """
 
 from dataclasses import replace
 
+from mllm.archs import GLM
 from mllm.connectors import ConvGLU
-from mllm.encoders import Encoder
-from mllm.fusion import RoutedExperts
+from mllm.encoders import Encoder, Encoders
+from mllm.fusion import RoutedExperts, SideAttention, Splice
 from mllm.lm import CausalLM
 from mllm.recipe import AdamW, Full, Recipe, Source, Stage, Steps
-from mllm.recipes.shapes import EVA_E, LLAMA3_8B, VICUNA_7B
+from mllm.recipes.shapes import EVA02_L, EVA_E, LLAMA3_8B, VICUNA_7B
 from mllm.vlm import VLM
-from pipelines.chat import Llama3, Vicuna
+from pipelines.chat import ChatML, Llama3, Vicuna
 from pipelines.corpora import Conversations, Pairs, Regions
 from pipelines.tiling import Resize
 
@@ -92,3 +93,89 @@ def cogvlm2_19b() -> Recipe:
         tiling=Resize(size=1344, mode="squash"),
         stages=stages,
     )
+
+
+def cogagent_18b() -> Recipe:
+    """CogVLM at 224 pixels, and at 1,120 a small tower that every layer looks at: 258 positions and 6,400 features aside.
+
+    Steps, batches and rates of the paper, 4.1, are not certain. The released code has one more table of learned positions
+    behind each tower, which begins at zero and is left away here.
+    """
+    base = cogvlm_17b()
+    rate = Full(lr=2e-5, weight_decay=0.05)
+    aside = replace(
+        base.stages[0],
+        name="aside",
+        mixture=(
+            Source(corpus=Pairs(name="synthetic-text-80m")),
+            Source(corpus=Pairs(name="natural-ocr-18m")),
+            Source(corpus=Regions(name="visual-grounding-40m")),
+            Source(corpus=Regions(name="ccs400k-gui")),
+        ),
+        tune={"fusion.side": rate},
+        tokens_per_step=4608 * 512,
+        max_tiles=8,
+        duration=Steps(count=20_000),
+    )
+    experts = replace(aside, name="experts", tune={"fusion": rate}, duration=Steps(count=40_000))
+    sft = replace(
+        aside,
+        name="sft",
+        mixture=(
+            Source(corpus=Conversations(name="gui-instructions")),
+            Source(corpus=Conversations(name="vqa-instructions")),
+        ),
+        tune=dict.fromkeys(("encoder", "connector", "fusion", "lm"), rate),
+        tokens_per_step=1024 * 512,
+        duration=Steps(count=10_000),
+    )
+    large = Encoder(arch=replace(EVA02_L, image=1120), weights="eva02-clip-l-1120", layer=-2)
+    model = replace(
+        base.model,
+        encoder=Encoders(towers=(EVA_ANY_SIZE, large), sizes=(224, 1120)),
+        fusion=SideAttention(experts=RoutedExperts()),
+    )
+    return Recipe(
+        name="cogagent_18b", model=model, tiling=Resize(size=1120, mode="squash"), stages=(aside, experts, sft)
+    )
+
+
+GLM4_9B = CausalLM(
+    arch=GLM(
+        vocab_size=151_552,
+        hidden_size=4096,
+        layers=40,
+        heads=32,
+        kv_heads=2,
+        head_size=128,
+        intermediate_size=13_696,
+        context=8192,
+    ),
+    weights="THUDM/glm-4-9b-chat-hf",
+    chat=ChatML(),  # GLM's own template is not among those here
+    bos="[gMASK]",
+    eos="<|endoftext|>",
+)
+
+
+def glm4v_9b() -> Recipe:
+    """GLM-4-9B without experts, pictures of 1,120 pixels: 6,400 features, a quarter of them after the convolution, two marks.
+
+    Trained as CogVLM2, by its report; what is known of that is not certain, nor is the encoder's freezing.
+    """
+    base = cogvlm2_19b()
+    model = replace(
+        base.model,
+        connector=ConvGLU(stride=2, intermediate_size=13_696, widens=True, divisor=8.0),
+        lm=GLM4_9B,
+        fusion=Splice(),
+    )
+    pairs, grounding, sft = base.stages
+    rate = Full(lr=1e-5, weight_decay=0.05)  # not certain
+    whole = dict.fromkeys(("connector", "lm"), rate)
+    stages = (
+        replace(pairs, tune={"connector": Full(lr=1e-4, weight_decay=0.05)}),
+        replace(grounding, tune=whole),
+        replace(sft, tune={"encoder": Full(lr=1e-6), **whole}),
+    )
+    return replace(base, name="glm4v_9b", model=model, tiling=Resize(size=1120, mode="squash"), stages=stages)

@@ -1,35 +1,37 @@
-"""OpenFlamingo (arXiv:2308.01390), the trainable form of Flamingo (arXiv:2204.14198), and Otter (arXiv:2305.03726) on top of it.
+"""Flamingo (arXiv:2204.14198), OpenFlamingo (arXiv:2308.01390), its trainable form, and Otter (arXiv:2305.03726) on top of it.
 
-CLIP-L/224, a perceiver resampler of 64 latents an image and gated cross-attention before every fourth layer of a frozen LLaMA-7B
-(the first release's; later ones have MPT, whose ALiBi no decoder here has). Differs from the papers: an image's place holds a
-learned mark in place of a new word, pages end with the tokenizer's own end and have no <|endofchunk|>, the resampler's latents
-go through one more matrix, and Otter's embeddings stay frozen. Flamingo itself is not here: its NFNet-F6 and Chinchilla are
-nobody's, and its batch sizes and schedule come from memory.
+A perceiver resampler of 64 latents an image and gated cross-attention between the layers of a frozen language model; OpenFlamingo
+has CLIP-L/224 and MPT or RedPajama-INCITE. Differs from the papers: an image's place holds a learned mark in place of a new
+word, pages end with the tokenizer's own end and have no <|endofchunk|>, the resampler's latents go through one more matrix,
+MPT-1B has no norms of queries and keys, and Otter's embeddings stay frozen.
+
+Flamingo's own parts were never published: an NFNet-F6 without its last convolution, and Chinchillas in GPT-NeoX's form, with
+LayerNorm and rotary positions for RMSNorm and relative ones. Its batches, shares and steps are not certain; the gated layers have
+GELU, and a video's frames are resampled one by one, without embeddings of their time, and each is seen as an image.
 """
 
 from dataclasses import replace
 
+from mllm.archs import MPT, GPTNeoX
 from mllm.connectors import Perceiver
-from mllm.encoders import Encoder
+from mllm.encoders import Encoder, NFNet
 from mllm.fusion import CrossAttention
-from mllm.lm import CausalLM, Llama
-from mllm.recipe import AdamW, Constant, Cosine, Epochs, Full, Recipe, Source, Stage, Tokens
+from mllm.lm import CausalLM
+from mllm.recipe import AdamW, Constant, Cosine, Epochs, Full, Recipe, Source, Stage, Steps, Tokens
 from mllm.recipes.shapes import CLIP_L_224
 from mllm.vlm import VLM
 from pipelines.chat import Vicuna
-from pipelines.corpora import Conversations, Interleaved, Pairs
+from pipelines.corpora import Conversations, Interleaved, Pairs, Videos
 from pipelines.tiling import Resize
 
-LLAMA_7B = Llama(
-    vocab_size=32_000,
-    hidden_size=4096,
-    layers=32,
-    heads=32,
-    kv_heads=32,
-    intermediate_size=11_008,
-    context=2048,
-    norm_eps=1e-6,
-)
+MPT_7B = MPT(hidden_size=4096, layers=32, heads=32)
+MPT_1B = MPT(vocab_size=50_368, hidden_size=2048, layers=24, heads=16)
+REDPAJAMA_3B = GPTNeoX(hidden_size=2560, layers=32, heads=32, intermediate_size=10_240)
+
+
+def _neox(arch: MPT | GPTNeoX, weights: str) -> CausalLM:
+    """With GPT-NeoX's tokenizer, which MPT has too."""
+    return CausalLM(arch=arch, weights=weights, chat=Vicuna(), bos=None, eos="<|endoftext|>")
 
 
 def openflamingo_9b() -> Recipe:
@@ -55,11 +57,31 @@ def openflamingo_9b() -> Recipe:
         model=VLM(
             encoder=Encoder(arch=CLIP_L_224, weights="openai/clip-vit-large-patch14", layer=-1),
             connector=Perceiver(),
-            lm=CausalLM(arch=LLAMA_7B, weights="huggyllama/llama-7b", chat=Vicuna(), bos="<s>", eos="</s>"),
+            lm=_neox(MPT_7B, "anas-awadalla/mpt-7b"),
             fusion=CrossAttention(every=4, everywhere=True),
         ),
         tiling=Resize(size=224),
         stages=(pretrain,),
+    )
+
+
+def openflamingo_3b() -> Recipe:
+    """MPT-1B with gated layers before every one of its own."""
+    base = openflamingo_9b()
+    model = replace(
+        base.model, lm=_neox(MPT_1B, "anas-awadalla/mpt-1b-redpajama-200b"), fusion=CrossAttention(everywhere=True)
+    )
+    return replace(base, name="openflamingo_3b", model=model)
+
+
+def openflamingo_4b() -> Recipe:
+    """RedPajama-INCITE-3B with gated layers before every second of its own."""
+    base = openflamingo_9b()
+    lm = _neox(REDPAJAMA_3B, "togethercomputer/RedPajama-INCITE-Base-3B-v1")
+    return replace(
+        base,
+        name="openflamingo_4b",
+        model=replace(base.model, lm=lm, fusion=CrossAttention(every=2, everywhere=True)),
     )
 
 
@@ -77,3 +99,60 @@ def otter_9b() -> Recipe:
         schedule=Cosine(warmup=0.01),  # not certain
     )
     return replace(base, name="otter_9b", paper="arXiv:2305.03726", stages=(*base.stages, sft))
+
+
+def _chinchilla(width: int, layers: int) -> GPTNeoX:
+    """Heads of 128, a fourfold feed-forward, 32,000 words."""
+    return GPTNeoX(
+        vocab_size=32_000,
+        hidden_size=width,
+        layers=layers,
+        heads=width // 128,
+        intermediate_size=4 * width,
+        bias=False,
+    )
+
+
+def _flamingo(name: str, arch: GPTNeoX, every: int) -> Recipe:
+    rate = Full(lr=1e-4, weight_decay=0.1)
+    pretrain = Stage(
+        name="pretrain",
+        mixture=(  # shares of rows are not certain; how much each counts is the paper's
+            Source(corpus=Interleaved(name="m3w-43m", max_images=5), weight=1.0),
+            Source(corpus=Pairs(name="align-1.8b"), weight=1.0, loss_weight=0.2),
+            Source(corpus=Pairs(name="ltip-312m"), weight=1.0, loss_weight=0.2),
+            Source(corpus=Videos(name="vtp-27m"), weight=1.0, loss_weight=0.03),
+        ),
+        tune={"connector": rate, "fusion": rate},
+        context=2048,
+        tokens_per_step=262_144,
+        max_tiles=64,
+        duration=Steps(count=500_000),
+        schedule=Constant(warmup=0.01),  # 5,000 steps
+    )
+    return Recipe(
+        name=name,
+        model=VLM(
+            encoder=Encoder(arch=NFNet(), weights="flamingo-nfnet-f6", layer=-1),
+            connector=Perceiver(heads=16, head_size=96),
+            lm=_neox(arch, f"chinchilla-{name}"),
+            fusion=CrossAttention(every=every, heads=arch.heads, head_size=128, everywhere=True, visual_width=1536),
+        ),
+        tiling=Resize(size=320),
+        stages=(pretrain,),
+    )
+
+
+def flamingo_3b() -> Recipe:
+    """Chinchilla 1.4B with gated layers before every one of its own."""
+    return _flamingo("flamingo_3b", _chinchilla(2048, 24), 1)
+
+
+def flamingo_9b() -> Recipe:
+    """Chinchilla 7B with gated layers before every fourth."""
+    return _flamingo("flamingo_9b", _chinchilla(4096, 32), 4)
+
+
+def flamingo_80b() -> Recipe:
+    """Chinchilla 70B with gated layers before every seventh."""
+    return _flamingo("flamingo_80b", _chinchilla(8192, 80), 7)

@@ -1,7 +1,7 @@
 """Towers and language models that several recipes name, by their published shapes."""
 
 from mllm.archs import T5, Mistral, Qwen2
-from mllm.encoders import ClipVision, ConvNeXt, Dinov2, EvaClip, InternViT, SiglipVision
+from mllm.encoders import ClipVision, ConvNeXt, Dinov2, Eva02, EvaClip, InternViT, SiglipVision
 from mllm.lm import Llama
 
 CLIP_L_224 = ClipVision(hidden_size=1024, layers=24, heads=16, intermediate_size=4096, patch=14, image=224)
@@ -32,12 +32,23 @@ INTERNVIT_6B_V15 = InternViT(  # without the last three layers
 )
 EVA_G = EvaClip(hidden_size=1408, layers=39, heads=16, intermediate_size=6144)  # BLIP-2 leaves the fortieth layer away
 EVA_E = EvaClip(hidden_size=1792, layers=63, heads=16, intermediate_size=15_360, post_norm=True)
+EVA02_L = Eva02(hidden_size=1024, layers=24, heads=16, intermediate_size=2730)
 CONVNEXT_L = ConvNeXt(depths=(3, 3, 27, 3), hidden_sizes=(192, 384, 768, 1536))
 CONVNEXT_XXL = ConvNeXt(depths=(3, 4, 30, 3), hidden_sizes=(384, 768, 1536, 3072))
 
 SIGLIP_NORM = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
 IMAGENET_NORM = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 
+LLAMA_7B = Llama(
+    vocab_size=32_000,
+    hidden_size=4096,
+    layers=32,
+    heads=32,
+    kv_heads=32,
+    intermediate_size=11_008,
+    context=2048,
+    norm_eps=1e-6,
+)
 VICUNA_7B = Llama(vocab_size=32_000, hidden_size=4096, layers=32, heads=32, kv_heads=32, intermediate_size=11_008)
 VICUNA_13B = Llama(vocab_size=32_000, hidden_size=5120, layers=40, heads=40, kv_heads=40, intermediate_size=13_824)
 LLAMA3_8B = Llama(

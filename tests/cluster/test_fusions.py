@@ -9,8 +9,19 @@ import torch.distributed as dist
 from benchmarks.common import on_ranks
 from cluster.recompute import named
 from cluster.site import load_site
-from mllm.fusion import CrossAttention, Fusion, PreLMAdapter, PromptAdapter, RoutedExperts
+from mllm.connectors import SVA
+from mllm.encoders import Encoder, Encoders, Eva02
+from mllm.fusion import (
+    CrossAttention,
+    Fusion,
+    InLMSampler,
+    PreLMAdapter,
+    PromptAdapter,
+    RoutedExperts,
+    SideAttention,
+)
 from mllm.recipe import DDP, FSDP, Full, Parallel, Recipe
+from mllm.vlm import VLM
 from pipelines.types import Pack
 from pipelines.windows import Stream
 from tests.cluster.test_engine import engine_of
@@ -22,7 +33,10 @@ FUSIONS: tuple[Fusion, ...] = (
     PreLMAdapter(hidden=16),
     RoutedExperts(),
     PromptAdapter(prompts=36, first=1),
+    InLMSampler(count=1, every=1),
+    SideAttention(hidden=16, heads=2, experts=RoutedExperts()),
 )
+SMALL = Encoder(arch=Eva02(hidden_size=16, layers=2, heads=2, intermediate_size=24, patch=16, image=96), layer=-1)
 WAYS: tuple[Parallel, ...] = (FSDP(dtype="float32", recompute="full"), DDP(dtype="float32", recompute="none"))
 PAIRS = (("pictures", "text"), ("empty", "mixed"), ("mixed", "pictures"), ("text", "empty"))
 
@@ -58,9 +72,24 @@ def _steps(recipe: Recipe, parallel: Parallel, tune: Any, packs: dict[str, Pack]
     return found
 
 
+def _with(model: VLM, fusion: Fusion) -> VLM:
+    """The model with `fusion`, and a second tower where it looks at one."""
+    if not isinstance(fusion, InLMSampler | SideAttention):
+        return replace(model, fusion=fusion)
+    assert isinstance(model.encoder, Encoder)
+    towers = Encoders(towers=(model.encoder, SMALL), sizes=(96, 96))
+    sampled = SVA(windows=(1, 2), side=4, hidden_size=16, layers=1, heads=2)
+    return replace(
+        model,
+        encoder=towers,
+        connector=sampled if isinstance(fusion, InLMSampler) else model.connector,
+        fusion=fusion,
+    )
+
+
 def test_a_step_ends_and_is_the_same_however_weights_lie(small: Recipe) -> None:
     site = load_site(str(ROOT / "examples" / "site.toml"))
-    recipes = [replace(small, model=replace(small.model, fusion=fusion)) for fusion in FUSIONS]
+    recipes = [replace(small, model=_with(small.vlm, fusion)) for fusion in FUSIONS]
     cases = [(recipe, site.stream(recipe, recipe.stage("pretrain"))) for recipe in recipes]
     one, other = on_ranks(2, steps, cases)
     assert one == other

@@ -1,12 +1,14 @@
 """Towers: sizes known from their shapes alone, features as transformers' own classes give them, several at once."""
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from mllm.encoders import Encoder, Encoders, ResNet, VisionArch, ViT
+from mllm.encoders import Blind, Encoder, Encoders, NFNet, ResNet, VisionArch, ViT
+from mllm.nfnet import StandardConv
 from mllm.recipes import shapes
 from ops.images import normalize, patchify
 
@@ -33,6 +35,10 @@ def parameters(arch: VisionArch, layer: int) -> int:
         (shapes.CONVNEXT_L, 320, 100, 1536, 196_230_336),
         (shapes.CONVNEXT_XXL, 1024, 1024, 3072, 843_398_016),
         (ResNet(), 224, 49, 2048, 23_508_032),
+        # 304.43 million with the projection of CLS to 768, which no tower here has
+        (shapes.EVA02_L, 336, 576, 1024, 304_432_832 - 768 * 1025),
+        # 438.36 million with the last convolution, to 3,072, and the classes
+        (NFNet(), 320, 100, 1536, 438_359_116 - (1536 + 2) * 3072 - 3073 * 1000),
     ],
     ids=lambda value: getattr(value, "kind", str(value)),
 )
@@ -52,6 +58,8 @@ ALL = [
     shapes.CONVNEXT_L,
     replace(shapes.CONVNEXT_XXL, grid=96),
     ResNet(),
+    shapes.EVA02_L,
+    NFNet(),
 ]
 
 
@@ -74,7 +82,11 @@ def test_a_tiny_tower_is_small_and_gives_what_it_says(arch: VisionArch) -> None:
 
 @pytest.mark.parametrize(
     "arch",
-    [arch for arch in ALL if hasattr(arch, "layers") and not getattr(arch, "post_norm", False)],
+    [
+        arch
+        for arch in ALL
+        if hasattr(arch, "layers") and not getattr(arch, "post_norm", False) and arch.kind != "eva02"
+    ],
     ids=lambda arch: arch.kind,
 )
 @pytest.mark.parametrize(("layer", "normed"), [(-2, False), (-1, True)])
@@ -90,6 +102,31 @@ def test_features_are_transformers_hidden_states(arch: Any, layer: int, normed: 
     if arch.kind == "clip_vision" and normed:  # which transformers puts to the pooled feature alone
         found = tower.tower.post_layernorm(found)
     torch.testing.assert_close(tower(pixels), found[:, tower.first :], rtol=1e-4, atol=1e-4)
+
+
+def test_nfnets_convolutions_keep_the_variance_whatever_their_weights_size() -> None:
+    torch.manual_seed(0)
+    convolution = StandardConv(64, 64, 3)
+    x = torch.randn(4, 64, 16, 16)
+    out = convolution(x)
+    assert out.std().item() == pytest.approx(1, rel=0.1)
+    with torch.no_grad():
+        convolution.weight.mul_(7).add_(3)
+    torch.testing.assert_close(convolution(x), out, rtol=1e-3, atol=1e-3)
+
+
+def test_towers_of_our_own_are_kept_and_read_back(tmp_path: Path) -> None:
+    for number, arch in enumerate((shapes.EVA02_L.tiny(), NFNet().tiny(), Blind())):
+        encoder = Encoder(arch=arch, layer=-1)
+        module: Any = encoder.build(str)
+        module.tower.tower.save_pretrained(tmp_path / str(number))
+        again: Any = replace(encoder, weights="mine").build(lambda _, n=number: str(tmp_path / str(n)))
+        tiles = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
+        assert torch.equal(module(tiles), again(tiles))
+    with pytest.raises(ValueError, match="mend the arch"):
+        replace(shapes.EVA02_L.tiny(), layers=2).build(str(tmp_path / "0"), -1)
+    with pytest.raises(ValueError, match=r"there is no model.safetensors, which a NFModel is read from"):
+        NFNet().tiny().build(str(tmp_path), -1)
 
 
 def test_post_norm_puts_the_norm_behind_each_branch() -> None:

@@ -14,7 +14,17 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mllm.archs import OPT
 from mllm.flops import cost_of, work_of
-from mllm.fusion import CrossAttention, Fusion, PreLMAdapter, PromptAdapter, RoutedExperts, Splice, UnifiedVocabulary
+from mllm.fusion import (
+    CrossAttention,
+    Fusion,
+    InLMSampler,
+    PreLMAdapter,
+    PromptAdapter,
+    RoutedExperts,
+    SideAttention,
+    Splice,
+    UnifiedVocabulary,
+)
 from mllm.fusion.cross import sight_of
 from mllm.fusion.experts import borders, gathered_positions
 from mllm.objectives import NextToken, TwoVocabularies
@@ -34,7 +44,13 @@ FUSIONS: dict[str, Fusion] = {
     "experts": RoutedExperts(),
     "feed-forward experts": RoutedExperts(experts="feed_forward", last="image", one_position=False),
     "prompts": PROMPTS,
+    "samplers": InLMSampler(count=2, every=1),
+    "side": SideAttention(hidden=16, heads=2),
+    "side of experts": SideAttention(hidden=16, heads=2, experts=RoutedExperts(last="image")),
 }
+BESIDE = ("samplers", "side", "side of experts")
+"""Those that look at two towers."""
+
 ALL = FUSIONS | {"two vocabularies": UnifiedVocabulary(rows=40)}
 
 TEXT: Doc = [5, 6, 7, 8, 9]
@@ -237,7 +253,7 @@ def test_prompts_see_the_pictures_of_their_document_alone() -> None:
         toy(PromptAdapter()).layout(TILING)
 
 
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", [name for name in ALL if name not in BESIDE])
 def test_recipes_say_it_and_refuse_what_cannot_be(name: str) -> None:
     smoke = by_name("vila_smoke")
     fusion = ALL[name]
@@ -270,7 +286,7 @@ def test_its_operations_are_those_that_torch_counts(name: str) -> None:
     work = work_of(pack_of(vlm, docs))
     every = replace(work, pairs=int((batch.cu_seqlens.diff() ** 2).sum()))
     assert cost.of(every) == pytest.approx(counter.get_total_flops(), rel=1e-9)
-    assert (cost.per_shown > 0) == isinstance(fusion, CrossAttention)
+    assert (cost.per_shown > 0) == isinstance(fusion, CrossAttention | SideAttention)
     assert (cost.per_document > 0) == isinstance(fusion, PromptAdapter)
 
 

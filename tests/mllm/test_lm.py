@@ -6,13 +6,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from mllm.archs import OPT, T5, Gemma, Llama, MiniCPM, Mistral, Qwen2, TextArch
-from mllm.fusion import CrossAttention
+from mllm.archs import GLM, MPT, OPT, T5, Gemma, GPTNeoX, Llama, MiniCPM, Mistral, Qwen2, TextArch
+from mllm.fusion import CrossAttention, PromptAdapter
+from mllm.mpt import alibi_slopes
 from mllm.objectives import NextToken
 from mllm.recipe import Full, override
 from mllm.recipes import by_name
 from mllm.rope import NTK, LinearRope, Llama3Rope, RopeScaling, YaRN
 from mllm.tune import apply_tuning
+from ops.attention import falling
 from tests.mllm.toys import PICTURE, Doc, built, logits, packed, toy
 
 LLAMA = Llama(vocab_size=32_000, hidden_size=4096, layers=32, heads=32, kv_heads=32, intermediate_size=11_008)
@@ -43,6 +45,16 @@ FULL: dict[str, tuple[TextArch, int]] = {
         2_724_880_896,
     ),
     "opt-6.7b": (OPT(hidden_size=4096, layers=32, heads=32, intermediate_size=16_384), 6_658_473_984),
+    "mpt-7b": (MPT(hidden_size=4096, layers=32, heads=32), 6_649_286_656),
+    "redpajama-3b": (GPTNeoX(hidden_size=2560, layers=32, heads=32, intermediate_size=10_240), 2_775_864_320),
+    "neox-20b": (
+        GPTNeoX(hidden_size=6144, layers=44, heads=64, intermediate_size=24_576, turned=0.25, parallel=True),
+        20_554_567_680,
+    ),
+    "glm-4-9b": (
+        GLM(vocab_size=151_552, hidden_size=4096, layers=40, heads=32, kv_heads=2, intermediate_size=13_696),
+        9_399_951_360,
+    ),
 }
 DOCS: list[Doc] = [[5, 6, 7, 8, 9], [3, PICTURE, 10, 11, 12], [2, 100]]
 
@@ -56,7 +68,8 @@ def test_a_family_is_transformers_own(name: str) -> None:
     small = arch.tiny(128)
     assert type(small) is type(arch)
     model = built(toy(arch=small))
-    theirs = getattr(transformers, arch.family)._from_config(small.config(), attn_implementation="sdpa").eval()
+    attention = "eager" if isinstance(arch, MPT) else "sdpa"  # MPT has no other of its own
+    theirs = getattr(transformers, arch.family)._from_config(small.config(), attn_implementation=attention).eval()
     theirs.load_state_dict(model.lm.model.state_dict())
     ours, at = logits(model, packed(toy(arch=small), DOCS)), 0
     for doc in DOCS:
@@ -80,6 +93,27 @@ def test_a_document_in_a_pack_is_as_alone(name: str) -> None:
         alone = logits(model, packed(vlm, [doc]))
         torch.testing.assert_close(together[at : at + len(alone)], alone, rtol=1e-4, atol=1e-4)
         at += len(alone)
+
+
+@pytest.mark.parametrize("heads", [4, 6, 32])
+def test_alibi_falls_as_in_mpt(heads: int) -> None:
+    from transformers.models.mpt.modeling_mpt import build_mpt_alibi_tensor
+
+    theirs = build_mpt_alibi_tensor(heads, 9)[:, 0]
+    slopes = torch.tensor(alibi_slopes(heads))
+    torch.testing.assert_close(slopes, theirs[:, 8] - theirs[:, 7])
+    torch.testing.assert_close(falling(slopes, 9)[:, 8], theirs)
+
+
+def test_alibi_is_not_for_packs_that_ranks_share_nor_for_prompts() -> None:
+    smoke = by_name("vila_smoke")
+    mpt = replace(
+        smoke, model=replace(smoke.model, lm=replace(smoke.vlm.lm, arch=MPT(hidden_size=64, layers=2, heads=4)))
+    )
+    with pytest.raises(ValueError, match="which 'mpt' cannot; take context=1"):
+        override(mpt, ['stages.sft.parallel={"kind": "fsdp", "context": 2}'])
+    with pytest.raises(ValueError, match="own k_proj and v_proj, and PackedBlock has none"):
+        toy(PromptAdapter(prompts=4), arch=MPT(hidden_size=64, layers=2, heads=4)).meta()
 
 
 SCALINGS: dict[str, RopeScaling] = {

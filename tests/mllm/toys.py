@@ -8,9 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mllm.connectors import MLP
-from mllm.encoders import ClipVision, Encoder
-from mllm.fusion import Fusion, Splice
+from mllm.connectors import MLP, SVA
+from mllm.encoders import ClipVision, Encoder, Encoders, Eva02
+from mllm.fusion import Fusion, InLMSampler, SideAttention, Splice
 from mllm.lm import CausalLM, Llama, TextArch
 from mllm.vlm import VLM, VisionLanguageModel
 from pipelines.chat import ChatML
@@ -24,6 +24,17 @@ LLAMA = Llama(
 )
 TOWER = ClipVision(hidden_size=32, layers=2, heads=2, intermediate_size=48, patch=16, image=32)
 
+TWO_TOWERS = Encoders(
+    towers=(
+        Encoder(arch=TOWER, layer=-1),
+        Encoder(
+            arch=Eva02(hidden_size=24, layers=2, heads=2, intermediate_size=40, patch=8, image=32, grid=2), layer=-1
+        ),
+    ),
+    sizes=(32, 32),
+)
+AGGREGATOR = SVA(windows=(1, 2), side=2, hidden_size=16, layers=1, heads=2)
+
 PICTURE = None
 """Stands for a picture in a document; everything else is a token's id."""
 
@@ -32,8 +43,13 @@ Doc = list[Item]
 
 
 def toy(fusion: Fusion | None = None, arch: TextArch = LLAMA, **parts: Any) -> VLM:
-    """A model of four patches a tile."""
-    words = {"encoder": Encoder(arch=TOWER, layer=-1), "connector": MLP(depth=1), **parts}
+    """A model of four patches a tile; of two towers where the fusion looks beside the visual tokens."""
+    beside = isinstance(fusion, InLMSampler | SideAttention)
+    words = {
+        "encoder": TWO_TOWERS if beside else Encoder(arch=TOWER, layer=-1),
+        "connector": AGGREGATOR if isinstance(fusion, InLMSampler) else MLP(depth=1),
+        **parts,
+    }
     return VLM(lm=CausalLM(arch=arch, tokenizer="none", chat=ChatML()), fusion=fusion or Splice(), **words)
 
 
