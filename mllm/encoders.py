@@ -17,12 +17,14 @@ from jaxtyping import Float, UInt8
 from pydantic import Field
 from torch import Tensor, nn
 
+from mllm.blipvision import BlipVision
 from mllm.convnets import ConvNeXt, ConvTower, MobileNetV2, ResNet
 from mllm.towers import ClipVision, Cls, Dinov2, EvaClip, Grid, InternViT, SiglipVision, ViT, ViTTower
 from ops.images import normalize
 from pipelines.types import spec
 
 __all__ = [
+    "BlipVision",
     "ClipVision",
     "ConvNeXt",
     "Dinov2",
@@ -44,7 +46,7 @@ Folder = Callable[[str], str]
 """From a name of weights to the folder or hub id that the site keeps them under."""
 
 VisionArch = Annotated[
-    ClipVision | SiglipVision | Dinov2 | InternViT | EvaClip | ViT | ConvNeXt | ResNet | MobileNetV2,
+    ClipVision | BlipVision | SiglipVision | Dinov2 | InternViT | EvaClip | ViT | ConvNeXt | ResNet | MobileNetV2,
     Field(discriminator="kind"),
 ]
 

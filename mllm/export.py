@@ -3,7 +3,9 @@
 llava: encoder CLIP, connector MLP of depth 2, a Llama decoder, Splice  ->  one `LlavaForConditionalGeneration` folder
 parts: any other vision-language model                                  ->  encoder/, lm/ (transformers), connector.safetensors
                                                                             and, where a fusion has weights, fusion.safetensors
-whole: a model of another kind                                          ->  model.safetensors under the model's own names
+whole: a model of another kind                                          ->  model.safetensors under the model's own names;
+                                                                            BLIP and BLIP-2's first stage besides as
+                                                                            transformers' classes, captioner/ and retriever/
 """
 
 from __future__ import annotations
@@ -17,6 +19,8 @@ from typing import Any, Literal
 import torch
 from safetensors.torch import load_file, save_file
 
+from mllm.aligned import Aligned, Aligner
+from mllm.aligned.folders import write
 from mllm.connectors import MLP, bare
 from mllm.encoders import ClipVision, Encoder, VisionEncoder
 from mllm.fusion import Splice
@@ -58,6 +62,8 @@ def export(recipe: Recipe, model: Model, tokenizer: str | None, out: Path) -> Pa
         for file in ("tokenizer.json", "tokenizer_config.json") if tokenizer else ():
             if (Path(tokenizer or "") / file).is_file():
                 shutil.copyfile(Path(tokenizer or "") / file, scratch / file)
+        if isinstance(model, Aligner) and isinstance(recipe.model, Aligned) and tokenizer:
+            write(model, recipe.model, tokenizer, scratch)
     elif format_of(recipe) == "llava":
         assert tokenizer is not None
         _llava(recipe, model, tokenizer, scratch)

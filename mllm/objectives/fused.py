@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Protocol
 
 import torch
 import torch.distributed as dist
@@ -21,6 +21,14 @@ from pipelines.types import NOT_LEARNED, Batch, spec
 
 TURN, HIDE, HOW, WHAT = range(4)
 """Salts: whether a pair is torn apart, which tokens are masked, in which way, by which words."""
+
+
+class Vocabulary(Protocol):
+    """A model that knows how many words there are, and which stands for a masked one."""
+
+    vocabulary: int
+    mask: int
+
 
 Share = Annotated[float, Field(gt=0, lt=1)]
 
@@ -40,7 +48,7 @@ class MaskedTokens:
         paired = model.pairs(batch)
         texts = paired.texts
         masked = self.masked(batch, paired)
-        ids = self._hidden(model, batch, paired, masked)
+        ids = self.hidden(model, batch, paired, masked)
         seen = Paired(replace(texts, ids=ids), paired.tiles)
         logits = model.words_of(model.fuse(batch, seen).texts[masked]).float()
         right = texts.ids[masked]
@@ -73,7 +81,8 @@ class MaskedTokens:
         inner[last] = False
         return inner & (self._draw(batch, paired, HIDE) < self.share)
 
-    def _hidden(self, model: PairEncoder, batch: Batch, paired: Paired, masked: Tensor) -> Tensor:
+    def hidden(self, model: Vocabulary, batch: Batch, paired: Paired, masked: Tensor) -> Tensor:
+        """Ids of the pairs' texts, int64 (T,), with what stands in the place of those that are masked."""
         texts = paired.texts
         if not len(texts.documents):
             return texts.ids
