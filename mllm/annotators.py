@@ -26,6 +26,7 @@ from pydantic import Field, TypeAdapter
 from torch import Tensor, nn
 
 from mllm.encoders import Encoder, VisionEncoder
+from mllm.instructed import Instructions
 from mllm.weights import UntrustedCode, refusal_by_annotator
 from ops import images
 from ops.losses import linear_cross_entropy
@@ -287,7 +288,8 @@ class ReferenceLogProbs:
 
 
 Annotator = Annotated[
-    ScoreFilter | Recaption | DiscreteCodes | FrozenFeatures | ReferenceLogProbs, Field(discriminator="kind")
+    ScoreFilter | Recaption | DiscreteCodes | FrozenFeatures | ReferenceLogProbs | Instructions,
+    Field(discriminator="kind"),
 ]
 
 

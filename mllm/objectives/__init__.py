@@ -6,11 +6,13 @@ from typing import Annotated
 
 from pydantic import Field
 
+from mllm.objectives.aligned import Captioning, DistilledTokens, HardMatching, MomentumContrast
 from mllm.objectives.base import Gathered, LossOutput
 from mllm.objectives.contrast import Contrastive
 from mllm.objectives.fused import MaskedTokens, Matching
 from mllm.objectives.language import DPO, Ids, NextToken
 from mllm.objectives.pictures import Classification, MaskedCodes, MaskedPixels
+from mllm.objectives.retrieval import RetrievalToken
 from mllm.objectives.sums import Sum, Term
 from mllm.objectives.vocabularies import TwoVocabularies
 
@@ -24,23 +26,33 @@ Objective = Annotated[
     | MaskedCodes
     | Matching
     | MaskedTokens
+    | MomentumContrast
+    | HardMatching
+    | DistilledTokens
+    | Captioning
+    | RetrievalToken
     | Sum,
     Field(discriminator="kind"),
 ]
 
 __all__ = [
     "DPO",
+    "Captioning",
     "Classification",
     "Contrastive",
+    "DistilledTokens",
     "Gathered",
+    "HardMatching",
     "Ids",
     "LossOutput",
     "MaskedCodes",
     "MaskedPixels",
     "MaskedTokens",
     "Matching",
+    "MomentumContrast",
     "NextToken",
     "Objective",
+    "RetrievalToken",
     "Sum",
     "Term",
     "TwoVocabularies",
