@@ -7,11 +7,15 @@ from difflib import get_close_matches
 
 from mllm.recipe import Recipe, RecipeError
 from mllm.recipes.adapter import llama_adapter_7b
+from mllm.recipes.albef import albef, blip_base, blip_large
 from mllm.recipes.blip import bliva_7b, instructblip_7b, minigpt4_7b
+from mllm.recipes.blip2 import blip2_flan_t5_xl, blip2_opt_2_7b, blip2_opt_6_7b, blip2_stage1
 from mllm.recipes.clip import clip_b16, clip_b32, clip_l14, openclip_h14
+from mllm.recipes.coca import coca_base, coca_large
 from mllm.recipes.cogvlm import cogvlm2_19b, cogvlm_17b
 from mllm.recipes.crome import crome_7b, crome_13b
 from mllm.recipes.flamingo import openflamingo_9b, otter_9b
+from mllm.recipes.fromage import fromage
 from mllm.recipes.gemini import mini_gemini_7b
 from mllm.recipes.internvl import internvl_12_40b, internvl_15_26b
 from mllm.recipes.llava import (
@@ -73,6 +77,9 @@ TOWERS_AND_SPLICE = (
     shikra_7b,
     kosmos_1,
     mini_gemini_7b,
+    blip2_opt_2_7b,
+    blip2_opt_6_7b,
+    blip2_flan_t5_xl,
 )
 """Systems whose pictures stand in the sequence as tokens."""
 
@@ -89,6 +96,7 @@ RECIPES: dict[str, Callable[[], Recipe]] = {
         *(lenet5, alexnet, vgg16, vgg19, resnet50, resnet101, resnet152, vit_b16, vit_l16),
         *(mae_b16, mae_l16, beit_b16),
         *(vilt_b32,),
+        *(albef, blip_base, blip_large, coca_base, coca_large, blip2_stage1, fromage),
     )
 }
 

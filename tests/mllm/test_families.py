@@ -37,6 +37,12 @@ SIZES = {
     "mae_b16": 111_907_840,
     "mae_l16": 329_541_888,
     "vilt_b32": 112_219_196,
+    "albef": 85_844_736 + 123_073_536 + 1_017_917,
+    "blip_base": 85_798_656 + 165_625_344 + 1_017_919,
+    "blip_large": 303_301_632 + 170_343_936 + 1_083_455,
+    "coca_base": 86_001_408 + 247_677_696 + 54_080_257,
+    "coca_large": 303_571_968 + 418_317_312 + 74_204_161,
+    "blip2_stage1": 985_952_256 + 185_684_736 + 1_017_918,
     "beit_b16": 91_965_776 + 29_423_616,  # the second is the frozen tokenizer's
 }
 """Weights of each, as its model card or `transformers`' own class has them."""
