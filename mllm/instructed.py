@@ -91,10 +91,13 @@ class InstructedQuerying(Querying):
         """`asked` are ids of each tile's instruction, and `NOT_LEARNED` where it has ended."""
         if asked is None:
             asked = torch.full((len(features), 1), NOT_LEARNED, device=features.device)
-        there = nn.functional.pad((asked != NOT_LEARNED).long(), (len(self.queries), 0), value=1)
+        there = nn.functional.pad(asked != NOT_LEARNED, (len(self.queries), 0), value=True)
+        seen = there[:, None, None].expand(
+            -1, -1, there.shape[1], -1
+        )  # whole, or transformers would look what is in it
         found = self.model(
             input_ids=asked.clamp(min=0),
-            attention_mask=there,
+            attention_mask=seen,
             query_embeds=self.queries.expand(len(features), -1, -1),
             encoder_hidden_states=features,
         ).last_hidden_state

@@ -1,4 +1,5 @@
 """ALBEF and BLIP: BERT's layers, some of which look at the picture. The layers are those of `transformers`' BLIP."""
+# ruff: noqa: ARG002 -- one signature for all kinds
 
 from __future__ import annotations
 
@@ -89,9 +90,6 @@ class BLIP:
 
     def build(self, vision: int) -> Aligning:
         return BLIPNet(self, vision)
-
-
-# ruff: noqa: ARG002 -- one signature for all kinds
 
 
 class Aligning(nn.Module):

@@ -37,7 +37,7 @@ class Twin:
     """A slow copy of the weights, each step by 1 - `momentum`, whose embeddings are what others are compared with.
 
     `queue` keeps those of so many pairs (ALBEF, arXiv:2107.07651, 3.2; BLIP). Pairs come into it in the order of their rows'
-    seeds, so that neither packs nor ranks matter.
+    seeds, so that neither packs nor ranks matter. Every rank has the whole twin, in float32.
     """
 
     momentum: Annotated[float, Field(gt=0, lt=1)] = 0.995

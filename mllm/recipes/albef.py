@@ -11,7 +11,7 @@ here, unless `model.encoder.weights` and `model.weights` name some.
 from dataclasses import replace
 
 from mllm.aligned import ALBEF, BLIP, Aligned, Twin
-from mllm.annotators import Recaption
+from mllm.annotators import Recaption, ScoreFilter
 from mllm.dual import Layers
 from mllm.encoders import BlipVision, Encoder, ViT
 from mllm.objectives import Captioning, DistilledTokens, HardMatching, MomentumContrast, Sum, Term
@@ -65,7 +65,7 @@ def albef() -> Recipe:
 
 
 def blip_base() -> Recipe:
-    """BLIP with ViT-B/16 on 14 million pictures; its captioner, exported, is what `blip_large` bootstraps with."""
+    """BLIP (arXiv:2201.12086) with ViT-B/16 on 14 million pictures; an export of it bootstraps `blip_large`."""
     pictures, pairs, epochs = 14_000_000, 2880, 20
     a_pair = 197 + TEXT
     corpora = ("coco-captions", "visual-genome", "cc3m", "cc12m", "sbu")
@@ -102,8 +102,11 @@ def blip_base() -> Recipe:
 
 
 def blip_large() -> Recipe:
-    """BLIP with ViT-L/16 on 129 million pictures, half of whose captions are a captioner's (CapFilt, 3.3, without its filter)."""
-    # not certain: which share of captions CapFilt leaves; here a row keeps its own or gets the captioner's
+    """BLIP (arXiv:2201.12086) with ViT-L/16 on 129 million pictures: captions are the web's or a captioner's, if a filter agrees.
+
+    CapFilt's two models (3.3) are an export of `blip_base`, each tuned on COCO first: `captioner/` writes, `retriever/` filters.
+    The paper keeps both captions of a picture where both pass; here each row has one of the two.
+    """
     base = blip_base()
     a_pair = 197 + TEXT
     vision = BlipVision(hidden_size=1024, layers=24, heads=16, intermediate_size=4096, patch=16, image=224)
@@ -116,7 +119,10 @@ def blip_large() -> Recipe:
         context=40 * a_pair,
         max_tiles=40,
         tokens_per_step=2400 * a_pair,
-        annotators=(Recaption(weights="blip-captioner", mode="either"),),
+        annotators=(
+            Recaption(weights="blip-captioner", mode="either"),
+            ScoreFilter(weights="blip-filter", at_least=0.5),
+        ),
     )
     model = replace(base.model, encoder=replace(base.model.encoder, arch=vision))
     return replace(base, name="blip_large", model=model, stages=(stage,))

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from benchmarks.common import on_ranks
 from cluster.engines import alone, build_engine
-from cluster.site import Site
+from cluster.plan import plan
+from cluster.site import Site, load_site
 from mllm.aligned import QFormerPairs
 from mllm.connectors import InstructedQFormer, QFormer
 from mllm.instructed import Instructions
@@ -24,6 +25,7 @@ from mllm.vlm import VLM, VisionLanguageModel
 from ops.images import normalize
 from pipelines.types import NOT_LEARNED, Batch, Pack
 from pipelines.windows import PackWindows
+from tests.conftest import ROOT
 from tests.mllm.toys import PICTURE, packed
 
 CPU = torch.device("cpu")
@@ -131,6 +133,14 @@ def test_an_instruction_is_what_stands_before_the_answer(site: Site) -> None:
     torch.isfinite(built(recipe.vlm)(Batch.of(empty))).all()
     with pytest.raises(ValueError, match="set the annotator's `of` to that"):
         override(by_name("instructblip_7b"), ["model.lm.tokenizer=other"])
+
+
+def test_instructblip_is_planned() -> None:
+    recipe = tiny(by_name("instructblip_7b"))
+    (stage,) = plan(recipe, load_site(str(ROOT / "examples" / "site.toml")), (1, 8)).stages
+    assert stage.flops is not None
+    assert stage.flops > 0
+    assert stage.memory[1] > stage.memory[8] > 0
 
 
 def test_the_q_former_counts_as_in_the_paper() -> None:
