@@ -137,6 +137,8 @@ class FSDPEngine:
             now = named(self.module.model)
             for name, average in self.averages.items():
                 local(average).lerp_(local(now[name]), 1 - (self.stage.ema or 0))
+        if taken:
+            self._settle(told)
         return StepReport(
             loss=loss,
             grad_norm=grad_norm,
@@ -155,6 +157,13 @@ class FSDPEngine:
             return []
         collected = [self.module(batch, collect=True) for batch, _ in self._batches(packs)]
         return objective.whole(collected, dist.group.WORLD if self.world > 1 else None)
+
+    @torch.no_grad()
+    def _settle(self, told: Sequence[Any]) -> None:
+        """Let objective and model remember what they must of a step that was taken."""
+        if told and isinstance(self.stage.objective, Gathered):
+            self.stage.objective.settle(self.module.model, told)
+        self.module.model.stepped()
 
     def _begin_averages(self) -> None:
         """Averages begin at the weights that are there before the first step, wherever they have come from."""

@@ -27,6 +27,7 @@ from pydantic import Field, TypeAdapter
 from torch import Tensor, nn
 
 from mllm.encoders import Encoder, VisionEncoder
+from mllm.instructed import Instructions
 from mllm.weights import UntrustedCode, refusal_by_annotator
 from ops import images
 from ops.losses import linear_cross_entropy
@@ -61,6 +62,8 @@ AT_ONCE = 32
 class ScoreFilter:
     """Leaves out what does not belong together: cosine similarity of a picture and the text after it, by CLIP or SigLIP.
 
+    BLIP's filter (CapFilt, arXiv:2201.12086, 3.3) says instead how sure it is that they match, 0 to 1; BLIP's own takes 0.5.
+
     A picture below `at_least` is taken out of its document, with nothing else but its regions (MMC4, arXiv:2304.06939, 3); a row
     of which no picture is left, as of a pair, is dropped (LAION, arXiv:2111.02114, 2). The text is the next one that is not
     blank, or the one before where none follows, as far as the model reads. Videos and rows without pictures or text pass.
@@ -71,8 +74,9 @@ class ScoreFilter:
     at_least: Annotated[float, Field(ge=-1, le=1)]
 
     def documents(self, folder: Folder) -> Callable[[Rows], Rows]:
-        """Load the two towers. Raises ValueError when the folder holds no model of the kind."""
-        likeness = _TwoTowers(folder(self.weights))
+        """Load the model. Raises ValueError when the folder holds none of the kind."""
+        place = folder(self.weights)
+        likeness = (_Matcher if _kind_of(place, ("clip", "siglip", "blip")) == "blip" else _TwoTowers)(place)
 
         def ask(shown: list[Shown], tiles: Tensor) -> list[float]:
             return likeness(tiles, [_text_of(row, place) for row, place in shown])
@@ -312,7 +316,8 @@ def _exported(place: str) -> nn.Module:
 
 
 Annotator = Annotated[
-    ScoreFilter | Recaption | DiscreteCodes | FrozenFeatures | ReferenceLogProbs, Field(discriminator="kind")
+    ScoreFilter | Recaption | DiscreteCodes | FrozenFeatures | ReferenceLogProbs | Instructions,
+    Field(discriminator="kind"),
 ]
 
 
@@ -506,6 +511,35 @@ class _TwoTowers:
         ).to(self.device)
         out = self.model(pixel_values=self.preprocess(tiles, self.device), **words)
         return torch.nn.functional.cosine_similarity(out.image_embeds, out.text_embeds).tolist()
+
+
+class _Matcher:
+    """How sure BLIP is that a text belongs to a picture: the "yes" of its matching head."""
+
+    def __init__(self, folder: str) -> None:
+        from transformers import AutoTokenizer, BlipForImageTextRetrieval
+
+        self.device = _device()
+        self.model: Any = BlipForImageTextRetrieval.from_pretrained(
+            folder, dtype=torch.float32, trust_remote_code=False
+        )
+        self.model.to(self.device).eval()
+        self.tokenizer: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        self.preprocess = _Preprocess(folder, self.model.config.vision_config.image_size, crop=False)
+        config = self.model.config.text_config
+        self.mark = config.bos_token_id + 1  # [ENC], which in BLIP's vocabulary follows [DEC]
+        self.length = min(config.max_position_embeddings, 40)
+
+    @torch.no_grad()
+    def __call__(self, tiles: Tensor, texts: list[str]) -> list[float]:
+        begins = self.tokenizer.cls_token_id is not None
+        words = self.tokenizer(texts, truncation=True, max_length=self.length - (not begins)).input_ids
+        marked = [torch.tensor([self.mark, *ids[begins:]]) for ids in words]
+        ids = torch.nn.utils.rnn.pad_sequence(marked, batch_first=True, padding_value=-1).to(self.device)
+        pixels = self.preprocess(tiles, self.device)
+        there = (ids >= 0).long()
+        scores = self.model(input_ids=ids.clamp(min=0), attention_mask=there, pixel_values=pixels).itm_score
+        return scores.softmax(1)[:, 1].tolist()
 
 
 class _Captioner:

@@ -17,7 +17,9 @@ from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor, nn
 
+from mllm.instructed import InstructedQFormer
 from mllm.mining import SVA, PatchMining
+from mllm.pooled import FirstFeature
 from mllm.resamplers import Abstractor, CrossPool, Perceiver, QFormer
 from ops.visual import pooled, side_of, space_to_depth
 from pipelines.types import spec
@@ -30,6 +32,8 @@ __all__ = [
     "Connector",
     "ConvGLU",
     "CrossPool",
+    "FirstFeature",
+    "InstructedQFormer",
     "Linear",
     "PatchMining",
     "Perceiver",
@@ -207,7 +211,7 @@ def read_weights(spec: Connector, module: nn.Module, folder: Callable[[str], str
     """Give `module` the weights that its spec names, if it does; `folder` finds them."""
     parts = zip(spec.parts, module.parts, strict=True) if isinstance(spec, Branches) else [(spec, module)]  # type: ignore[arg-type]  # a ModuleList
     for part, built in parts:
-        if isinstance(part, QFormer) and part.weights:
+        if isinstance(part, QFormer | InstructedQFormer) and part.weights:
             built.read(folder(part.weights))  # type: ignore[operator]  # a Querying
 
 
@@ -215,6 +219,8 @@ def bare(spec: Connector) -> Connector:
     """The same without weights to be read."""
     if isinstance(spec, Branches):
         return replace(spec, parts=tuple(replace(p, weights=None) if isinstance(p, QFormer) else p for p in spec.parts))
+    if isinstance(spec, InstructedQFormer):
+        return spec.bare()
     return replace(spec, weights=None) if isinstance(spec, QFormer) else spec
 
 
@@ -340,6 +346,8 @@ Connector = Annotated[
     | CrossPool
     | Abstractor
     | Branches
+    | InstructedQFormer
+    | FirstFeature
     | SVA
     | PatchMining,
     Field(discriminator="kind"),

@@ -17,6 +17,7 @@ from jaxtyping import Float, Int, UInt8
 from pydantic import Field
 from torch import Tensor, nn
 
+from mllm.blipvision import BlipVision
 from mllm.convnets import ConvNeXt, ConvTower, MobileNetV2, ResNet
 from mllm.depth import Depth, DropPath
 from mllm.eva02 import Eva02
@@ -28,6 +29,7 @@ from pipelines.types import spec
 
 __all__ = [
     "Blind",
+    "BlipVision",
     "ClipVision",
     "ConvNeXt",
     "Dinov2",
@@ -52,6 +54,7 @@ Folder = Callable[[str], str]
 
 VisionArch = Annotated[
     ClipVision
+    | BlipVision
     | SiglipVision
     | Dinov2
     | InternViT

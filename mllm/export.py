@@ -5,7 +5,8 @@ parts: any other vision-language model          encoder/, lm/ (transformers), co
                                                 and, where a fusion has weights, fusion.safetensors
 transformers: a model of another kind that      a folder of its class, see `mllm.families`
     transformers has
-whole: any other                                model.safetensors under the model's own names
+whole: any other                                model.safetensors under the model's own names; BLIP and BLIP-2's
+                                                first stage besides as transformers' classes, captioner/, retriever/
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mllm import families
+from mllm.aligned import Aligned, Aligner
+from mllm.aligned.folders import write
 from mllm.connectors import bare
 from mllm.encoders import Encoder, VisionEncoder
 from mllm.folders import IMAGE, Form, form_of, pinpoints, read_into, whole
@@ -52,6 +55,8 @@ def export(recipe: Recipe, model: Model, tokenizer: str | None, out: Path) -> Pa
         for file in ("tokenizer.json", "tokenizer_config.json") if tokenizer else ():
             if (Path(tokenizer or "") / file).is_file():
                 shutil.copyfile(Path(tokenizer or "") / file, scratch / file)
+        if isinstance(model, Aligner) and isinstance(recipe.model, Aligned) and tokenizer:
+            write(model, recipe.model, tokenizer, scratch)
     else:
         assert tokenizer is not None
         form = form_of(recipe.model)

@@ -144,6 +144,9 @@ class Model(nn.Module):
         """Modules to be sharded (and recomputed) one by one; each is called as a module, and gives no view of its input."""
         raise NotImplementedError
 
+    def stepped(self) -> None:
+        """Called on every rank once a step has been taken: for what follows the weights without being trained."""
+
     def attend_by(self, backend: Backend | None) -> None:
         """Ask for a backend of the attention over documents; None for the best that there is."""
 

@@ -20,12 +20,14 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag, TypeAdapter, ValidationError
 
+from mllm.aligned import Aligned
 from mllm.annotators import Annotator, DiscreteCodes, FrozenFeatures, ReferenceLogProbs
 from mllm.archs import MPT, T5
 from mllm.care import Gate, Guard
 from mllm.classify import Classifier
 from mllm.dual import DualTower
 from mllm.fusion import UnifiedVocabulary
+from mllm.instructed import Instructions
 from mllm.masked import MaskedImage
 from mllm.multiway import Multiway
 from mllm.objectives import DPO, Gathered, NextToken, Objective, Sum
@@ -361,7 +363,9 @@ class Stage:
         return Budget(tokens=self.context, tiles=self.max_tiles)
 
 
-ModelKind = Annotated[VLM | DualTower | Classifier | MaskedImage | SingleStream | Multiway, Field(discriminator="kind")]
+ModelKind = Annotated[
+    VLM | DualTower | Classifier | MaskedImage | SingleStream | Multiway | Aligned, Field(discriminator="kind")
+]
 
 
 @spec
@@ -477,9 +481,10 @@ class Recipe:
                 f"stage {stage.name!r}: a model of kind {self.model.kind!r} cannot learn {one!r}; it learns "
                 f"{', '.join(self.model.learns)}"
             )
-        if "contrastive" in kinds and any(source.loss_weight != 1 for source in stage.mixture):
+        among = [one for one in kinds if one in ("contrastive", "retrieval_token")]
+        if among and any(source.loss_weight != 1 for source in stage.mixture):
             raise ValueError(
-                f"stage {stage.name!r}: contrastive compares all pairs with each other, and a source's loss_weight would count "
+                f"stage {stage.name!r}: {among[0]} compares all pairs with each other, and a source's loss_weight would count "
                 "for nothing; leave it at 1"
             )
         if isinstance(stage.objective, DPO) and not any(isinstance(a, ReferenceLogProbs) for a in stage.annotators):
@@ -521,6 +526,11 @@ class Recipe:
                         "the reference's checkpoint, or put a stage before it"
                     )
             for one in stage.annotators:
+                if isinstance(one, Instructions) and one.of != self.model.words.tokenizer:
+                    raise ValueError(
+                        f"stage {stage.name!r}: instructions are read back by the tokenizer {one.of!r}, and documents are "
+                        f"written by {self.model.words.tokenizer!r}; set the annotator's `of` to that"
+                    )
                 if isinstance(one, DiscreteCodes) and one.last >= vocabulary:
                     raise ValueError(
                         f"stage {stage.name!r}: discrete_codes writes ids up to {one.last} and the language model has a "

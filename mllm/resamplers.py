@@ -74,14 +74,19 @@ class Querying(nn.Module):
         self.model = model
         self.project = nn.Linear(width, d_out)
 
+    def own_name(self, name: str) -> str | None:
+        """What the model calls the weight that BLIP-2's form calls `name`; None for what is not the Q-Former's."""
+        return name.rpartition("qformer.")[2] if "qformer." in name or name.endswith("query_tokens") else None
+
     def read(self, folder: str) -> None:
         """Take the Q-Former and its queries from a folder or hub id in BLIP-2's form. Raises ValueError for what it lacks."""
         found: dict[str, Tensor] = {}
         for file in _safetensors(folder):
             with safe_open(file, "pt") as tensors:
                 for name in tensors.keys():  # noqa: SIM118 -- it is no dict
-                    if "qformer." in name or name.endswith("query_tokens"):
-                        found[name.rpartition("qformer.")[2]] = tensors.get_tensor(name)
+                    own = self.own_name(name)
+                    if own is not None:
+                        found[own] = tensors.get_tensor(name)
         queries = next((value for name, value in found.items() if name.endswith("query_tokens")), None)
         own = self.model.state_dict()
         missing = [name for name in own if name not in found or found[name].shape != own[name].shape]

@@ -13,6 +13,7 @@ from typing import Any
 
 from mllm.annotators import ReferenceLogProbs
 from mllm.encoders import Encoder, Encoders
+from mllm.instructed import Instructions
 from mllm.lm import CausalLM, Llama
 from mllm.objectives import DPO
 from mllm.recipe import FSDP, Frozen, Full, LoRA, Recipe, Source, Stage, Steps, Tuning
@@ -71,7 +72,8 @@ def _of_another_kind(recipe: Recipe) -> Recipe:
     layout = model.layout(tiling)
     context = 6 * (layout.tokens_per_tile + 24)
     stages = (
-        replace(_shorter(stage), context=context, tokens_per_step=2 * context, max_tiles=6) for stage in recipe.stages
+        replace(_shorter(stage), context=context, tokens_per_step=2 * context, max_tiles=6, annotators=())
+        for stage in recipe.stages
     )
     return replace(recipe, model=model, tiling=tiling, stages=tuple(stages), held_out=_held_out(recipe), shots=())
 
@@ -123,7 +125,11 @@ def _stage(stage: Stage, layout: VisionLayout, tiling: AnyTiling) -> Stage:
         context=context,
         tokens_per_step=2 * context,
         max_tiles=max(2 * largest.tiles, 6),
-        annotators=tuple(ReferenceLogProbs() for a in stage.annotators if isinstance(a, ReferenceLogProbs)),
+        annotators=tuple(
+            one.tiny() if isinstance(one, Instructions) else ReferenceLogProbs()
+            for one in stage.annotators
+            if isinstance(one, Instructions | ReferenceLogProbs)
+        ),
     )
 
 

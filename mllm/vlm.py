@@ -17,6 +17,7 @@ from mllm.connectors import (
     Branches,
     Connector,
     CrossPool,
+    FirstFeature,
     PatchMining,
     Perceiver,
     QFormer,
@@ -26,6 +27,7 @@ from mllm.connectors import (
 from mllm.encoders import Encoder, Encoders, Folder, VisionEncoder
 from mllm.folders import check_form, read_into
 from mllm.fusion import Fusion, InLMSampler, PreLMAdapter, RoutedExperts, SideAttention, Splice, UnifiedVocabulary
+from mllm.instructed import InstructedQuerying, asked_of_tiles
 from mllm.joins import Joined, Joining, Tiles, cuts_of, slice_grids, with_scales
 from mllm.lm import CausalLM
 from mllm.model import Model, ModelSpec, Words
@@ -132,7 +134,8 @@ class VLM(ModelSpec):
 
     @property
     def learns(self) -> tuple[str, ...]:
-        return ("next_token", "two_vocabularies", "dpo")
+        found = ("next_token", "two_vocabularies", "dpo")
+        return (*found, "retrieval_token") if isinstance(self.connector, FirstFeature) else found
 
     @property
     def heads(self) -> tuple[int, int]:
@@ -268,10 +271,13 @@ class VisionLanguageModel(Model):
                 grids = slice_grids(cuts)
                 return (self.connector(self.encoder(batch.tiles, grids), grids),)
             case "scales":
-                features = self._features(batch)
+                features = self.features(batch)
                 if share is not None:  # the connector needs all of a picture's scales: each rank does all pictures
                     features = share.context.gather(features.flatten(0, 1)).unflatten(0, (-1, features.shape[1]))
                 return (self.connector(with_scales(features, self.join.spec.scales)),)
+            case _ if isinstance(self.connector, InstructedQuerying):
+                features = self.features(batch)
+                return (self.connector(features, asked_of_tiles(batch, len(features))),)
             case _:
                 features = self._features(batch)
                 if self.one_stands_beside:
@@ -279,7 +285,7 @@ class VisionLanguageModel(Model):
                 found = self.connector(features)
                 return found if isinstance(found, tuple) else (found,)
 
-    def _features(self, batch: Batch) -> Float[Tensor, "N P Dv"]:
+    def features(self, batch: Batch) -> Float[Tensor, "N P Dv"]:
         """The encoder's features: computed here, or by an annotator in the pipeline, where it is frozen."""
         if batch.features is None:
             return self.encoder(batch.tiles, seeds=self._seeds(batch))

@@ -475,8 +475,9 @@ class Pack:
     a tile); `cuts` int32 (I, 11) of each picture: its tiles, its positions and `Cut.numbers`. `at` is the pack's place in the
     order and `of` the number of packs in its window; `rows` were trained on here, `dropped` rows are named by the pack that they
     would have been in, or by the window's first. Annotators may add `features`, bfloat16 as uint16 (N, P, D), of the frozen
-    encoder in place of the tiles, and `references` float32 (S, 2), under a reference model the log-probability of each document's
-    learned tokens, and of those among them that the other answer has not (`pipelines.answers`).
+    encoder in place of the tiles; `references` float32 (S, 2), under a reference model the log-probability of each document's
+    learned tokens, and of those among them that the other answer has not (`pipelines.answers`); and `instructions` int32 (S, L),
+    each document's prompt in another vocabulary, filled up with `NOT_LEARNED`.
     """
 
     at: Position
@@ -496,6 +497,7 @@ class Pack:
     dropped: tuple[Rejected, ...] = ()
     features: NDArray[np.uint16] | None = None
     references: NDArray[np.float32] | None = None
+    instructions: NDArray[np.int32] | None = None
 
     @classmethod
     def of_samples(
@@ -584,9 +586,9 @@ class Batch:
     `cu_seqlens` int32 (S+1,); `sources`, `classes` int64, `branches` int8, `weights` float32 and `pictured` bool (whether it
     has pictures), all (S,), and so are `seeds` int64, those of their rows; `cuts` int32 (I, 11) as in `Pack`; `tiles` uint8
     (max(N, 1), 3, H, W) -- a batch without images carries one blank tile, whose features the model multiplies by zero, so that
-    every rank runs the same modules. `features` bfloat16 (max(N, 1), P, D) and `references` float32 (S, 2) where annotators
-    made them. With a `share` the batch holds some positions of its pack and some of its tiles, as many on each rank that
-    shares it; what is said of documents stays whole.
+    every rank runs the same modules. `features` bfloat16 (max(N, 1), P, D), `references` float32 (S, 2) and `instructions` int64
+    (S, L) where annotators made them. With a `share` the batch holds some positions of its pack and some of its tiles, as many
+    on each rank that shares it; what is said of documents stays whole.
     """
 
     input_ids: Tensor
@@ -606,6 +608,7 @@ class Batch:
     seeds: Tensor | None = None
     features: Tensor | None = None
     references: Tensor | None = None
+    instructions: Tensor | None = None
     share: Share | None = None
 
     @classmethod
@@ -641,6 +644,9 @@ class Batch:
             ),
             features=None if pack.features is None else on(_lively(pack.features).view(np.int16)).view(torch.bfloat16),
             references=None if pack.references is None else on(np.zeros((1, 2)) if blank else pack.references),
+            instructions=None
+            if pack.instructions is None
+            else on(np.full((1, 1), NOT_LEARNED) if blank else pack.instructions).long(),
         )
 
     def document_of_token(self) -> Tensor:

@@ -6,12 +6,14 @@ from typing import Annotated
 
 from pydantic import Field
 
+from mllm.objectives.aligned import Captioning, DistilledTokens, HardMatching, MomentumContrast
 from mllm.objectives.base import Gathered, LossOutput
 from mllm.objectives.contrast import Contrastive
 from mllm.objectives.data import MaskedData
 from mllm.objectives.fused import MaskedTokens, Matching
 from mllm.objectives.language import DPO, Ids, NextToken
 from mllm.objectives.pictures import Classification, MaskedCodes, MaskedPixels
+from mllm.objectives.retrieval import RetrievalToken
 from mllm.objectives.sums import Sum, Term
 from mllm.objectives.vocabularies import TwoVocabularies
 
@@ -26,15 +28,23 @@ Objective = Annotated[
     | Matching
     | MaskedTokens
     | MaskedData
+    | MomentumContrast
+    | HardMatching
+    | DistilledTokens
+    | Captioning
+    | RetrievalToken
     | Sum,
     Field(discriminator="kind"),
 ]
 
 __all__ = [
     "DPO",
+    "Captioning",
     "Classification",
     "Contrastive",
+    "DistilledTokens",
     "Gathered",
+    "HardMatching",
     "Ids",
     "LossOutput",
     "MaskedCodes",
@@ -42,8 +52,10 @@ __all__ = [
     "MaskedPixels",
     "MaskedTokens",
     "Matching",
+    "MomentumContrast",
     "NextToken",
     "Objective",
+    "RetrievalToken",
     "Sum",
     "Term",
     "TwoVocabularies",

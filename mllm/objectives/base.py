@@ -52,6 +52,9 @@ class Gathered:
         """The pack's part of the loss, with its gradient."""
         raise NotImplementedError
 
+    def settle(self, model: Any, told: Sequence[Any]) -> None:
+        """Let the model remember what it must of a step that was taken, `told` what `whole` gave. Called on every rank."""
+
     def __call__(self, model: Any, batch: Batch) -> LossOutput:
         """The loss of a batch as if it were the whole step, as when it is scored."""
         with torch.no_grad():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Annotated, Any, Literal
 
 import torch
@@ -10,13 +11,32 @@ import torch.distributed as dist
 from pydantic import Field
 from torch import Tensor
 
+from mllm.objectives.aligned import Captioning, DistilledTokens, HardMatching, MomentumContrast
 from mllm.objectives.base import Gathered, LossOutput
 from mllm.objectives.contrast import Contrastive
 from mllm.objectives.fused import MaskedTokens, Matching
 from mllm.objectives.language import NextToken
+from mllm.objectives.retrieval import RetrievalToken
 from pipelines.types import Batch, spec
 
-Single = Annotated[NextToken | Contrastive | Matching | MaskedTokens, Field(discriminator="kind")]
+Single = Annotated[
+    NextToken
+    | Contrastive
+    | Matching
+    | MaskedTokens
+    | MomentumContrast
+    | HardMatching
+    | DistilledTokens
+    | Captioning
+    | RetrievalToken,
+    Field(discriminator="kind"),
+]
+
+
+def once(model: Any) -> AbstractContextManager[None]:
+    """Within it a model that can see a batch once for all terms does."""
+    can = getattr(model, "once", None)
+    return nullcontext() if can is None else can()
 
 
 @spec
@@ -49,9 +69,10 @@ class Sum(Gathered):
     def collect(self, model: Any, batch: Batch) -> Any:
         """Of each term its weight in the pack, and what it collects itself."""
         found = []
-        for term in self.terms:
-            own = term.objective.collect(model, batch) if isinstance(term.objective, Gathered) else ()
-            found.append((term.objective.counted(model, batch).double(), own))
+        with once(model):
+            for term in self.terms:
+                own = term.objective.collect(model, batch) if isinstance(term.objective, Gathered) else ()
+                found.append((term.objective.counted(model, batch).double(), own))
         return tuple(found)
 
     def whole(self, packs: Sequence[Any], group: dist.ProcessGroup | None) -> list[Any]:
@@ -74,10 +95,16 @@ class Sum(Gathered):
 
     def again(self, model: Any, batch: Batch, told: tuple[list[float], list[Any]]) -> LossOutput:
         outputs = []
-        for term, own in zip(self.terms, told[1], strict=True):
-            one = term.objective
-            outputs.append(one.again(model, batch, own) if isinstance(one, Gathered) else one(model, batch))
+        with once(model):
+            for term, own in zip(self.terms, told[1], strict=True):
+                one = term.objective
+                outputs.append(one.again(model, batch, own) if isinstance(one, Gathered) else one(model, batch))
         losses: list[Tensor] = [factor * output.sum for factor, output in zip(told[0], outputs, strict=True)]
         documents = outputs[0].documents.clone()
         documents[:, 0] = sum(f * output.documents[:, 0] for f, output in zip(told[0], outputs, strict=True))
         return LossOutput(sum=torch.stack(losses).sum(), weight=outputs[0].weight, documents=documents)
+
+    def settle(self, model: Any, told: Sequence[tuple[list[float], list[Any]]]) -> None:
+        for place, term in enumerate(self.terms):
+            if isinstance(term.objective, Gathered):
+                term.objective.settle(model, [own[place] for _, own in told])

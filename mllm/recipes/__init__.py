@@ -7,9 +7,12 @@ from difflib import get_close_matches
 
 from mllm.recipe import Recipe, RecipeError
 from mllm.recipes.adapter import llama_adapter_7b
+from mllm.recipes.albef import albef, blip_base, blip_large
 from mllm.recipes.blip import bliva_7b, instructblip_7b, minigpt4_7b
+from mllm.recipes.blip2 import blip2_flan_t5_xl, blip2_opt_2_7b, blip2_opt_6_7b, blip2_stage1
 from mllm.recipes.cambrian import cambrian_1_8b, cambrian_1_13b, cambrian_1_34b
 from mllm.recipes.clip import clip_b16, clip_b32, clip_l14, openclip_h14
+from mllm.recipes.coca import coca_base, coca_large
 from mllm.recipes.cogvlm import cogagent_18b, cogvlm2_19b, cogvlm_17b, glm4v_9b
 from mllm.recipes.crome import crome_7b, crome_13b, crome_flan_t5_xxl
 from mllm.recipes.eva import eva02_clip_l14, eva_clip_g14
@@ -22,6 +25,7 @@ from mllm.recipes.flamingo import (
     openflamingo_9b,
     otter_9b,
 )
+from mllm.recipes.fromage import fromage
 from mllm.recipes.gemini import mini_gemini_7b
 from mllm.recipes.interleave import (
     llava_next_interleave_0_5b,
@@ -103,6 +107,9 @@ TOWERS_AND_SPLICE = (
     mini_gemini_7b,
     qwen_vl_7b,
     glm4v_9b,
+    blip2_opt_2_7b,
+    blip2_opt_6_7b,
+    blip2_flan_t5_xl,
 )
 """Systems whose pictures stand in the sequence as tokens."""
 
@@ -138,6 +145,7 @@ RECIPES: dict[str, Callable[[], Recipe]] = {
         *(mae_b16, mae_l16, beit_b16),
         *(vilt_b32,),
         *(vlmo_base, vlmo_large, vl_beit_base, beit3_base, beit3_large, beit3_giant),
+        *(albef, blip_base, blip_large, coca_base, coca_large, blip2_stage1, fromage),
     )
 }
 

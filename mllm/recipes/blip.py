@@ -1,13 +1,15 @@
 """What was built on BLIP-2's Q-Former: MiniGPT-4 (arXiv:2304.10592), InstructBLIP (arXiv:2305.06500), BLIVA (arXiv:2308.09936).
 
-EVA-CLIP g/14 at 224 pixels with CLS, 257 features. The Q-Former's weights are BLIP-2's own. Differs from the papers:
-InstructBLIP's Q-Former does not read the instruction here, and BLIVA's first stage has the Q-Former's tokens in the sequence.
+EVA-CLIP g/14 at 224 pixels with CLS, 257 features. The Q-Former's weights are BLIP-2's own; InstructBLIP's, which reads the
+instruction, begins from an export of `blip2_stage1`. Differs from the papers: BLIVA's first stage has the Q-Former's tokens in
+the sequence, and its Q-Former does not read the instruction.
 """
 
 from dataclasses import replace
 
-from mllm.connectors import Branches, Linear, QFormer
+from mllm.connectors import Branches, InstructedQFormer, Linear, QFormer
 from mllm.encoders import Encoder
+from mllm.instructed import Instructions
 from mllm.lm import CausalLM
 from mllm.recipe import AdamW, Cosine, Epochs, Full, Recipe, Source, Stage, Steps
 from mllm.recipes.llava import VICUNA_7B_V15
@@ -18,12 +20,18 @@ from pipelines.order import BySize
 from pipelines.tiling import Resize
 
 BLIP2 = "Salesforce/blip2-opt-2.7b"
+STAGE1 = "blip2-stage1"
+"""What `blip2_stage1` was exported to."""
+
+BERT = "bert-base-uncased-blip"
+"""BERT's tokenizer with [DEC] and [ENC] behind its words."""
+
 EVA_224 = Encoder(arch=EVA_G, weights="eva-clip-g-39", layer=-1, cls="keep", normed=True)
 VICUNA_V0 = replace(VICUNA_7B_V15, weights="vicuna-7b-v0")
 VICUNA_V11 = replace(VICUNA_7B_V15, weights="lmsys/vicuna-7b-v1.1")
 
 
-def _model(connector: QFormer | Branches, lm: CausalLM) -> VLM:
+def _model(connector: QFormer | InstructedQFormer | Branches, lm: CausalLM) -> VLM:
     return VLM(encoder=EVA_224, connector=connector, lm=lm)
 
 
@@ -61,7 +69,7 @@ def minigpt4_7b() -> Recipe:
 
 
 def instructblip_7b() -> Recipe:
-    """The Q-Former and its matrix on 26 data sets, each drawn by the root of its size. Batches are not certain."""
+    """A Q-Former that reads the instruction, on 26 data sets, each drawn by the root of its size. Batches are not certain."""
     sft = Stage(
         name="sft",
         mixture=tuple(
@@ -75,11 +83,12 @@ def instructblip_7b() -> Recipe:
         duration=Steps(count=60_000),
         schedule=Cosine(warmup=0.017),
         sampling=BySize(power=0.5),
+        annotators=(Instructions(tokenizer=BERT, of=VICUNA_V11.text_codec, chat=VICUNA_V11.chat),),
     )
     return Recipe(
         name="instructblip_7b",
         paper="arXiv:2305.06500",
-        model=_model(QFormer(weights=BLIP2), VICUNA_V11),
+        model=_model(InstructedQFormer(former=QFormer(weights=STAGE1)), VICUNA_V11),
         tiling=Resize(size=224, mode="squash"),
         stages=(sft,),
     )

@@ -1,0 +1,317 @@
+"""ALBEF and BLIP: BERT's layers, some of which look at the picture. The layers are those of `transformers`' BLIP."""
+# ruff: noqa: ARG002 -- one signature for all kinds
+
+from __future__ import annotations
+
+from copy import deepcopy
+from dataclasses import replace
+from typing import Annotated, Any, ClassVar, Literal, Self
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from pydantic import Field
+from torch import Tensor, nn
+
+from mllm.aligned.rows import Rows
+from mllm.aligned.twin import unit
+from mllm.dual import Layers
+from pipelines.types import spec
+
+
+def text_config(shape: Layers, vocab_size: int, positions: int, vision: int, crosses: bool) -> Any:
+    """transformers' configuration of BERT as BLIP has it, without dropout; if it `crosses`, each layer can look at a picture."""
+    from transformers import BlipTextConfig
+
+    return BlipTextConfig(
+        vocab_size=vocab_size,
+        hidden_size=shape.hidden_size,
+        encoder_hidden_size=vision,
+        intermediate_size=shape.intermediate_size,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        max_position_embeddings=positions,
+        is_decoder=crosses,
+        bos_token_id=None,
+        eos_token_id=None,
+        pad_token_id=None,
+        sep_token_id=None,
+        attn_implementation="eager",
+    )
+
+
+@spec
+class ALBEF:
+    """ALBEF (arXiv:2107.07651, 3.1): BERT's lower layers read text, its last `fusion` look at the picture too, in every layer.
+
+    Without BERT's segment embeddings, of which ALBEF's texts have but one. `context` is the longest text, its first and last
+    mark with it; `mask` the id that stands for a masked token; `width` that of the embeddings of a pair.
+    """
+
+    learns: ClassVar[tuple[str, ...]] = ("contrastive", "momentum_contrast", "hard_matching", "distilled_tokens")
+    kind: Literal["albef"] = "albef"
+    text: Layers
+    fusion: Annotated[int, Field(gt=0)] = 6
+    vocab_size: int = 30_522
+    positions: int = 512
+    context: int = 30
+    mask: int = 103
+    width: int = 256
+
+    def tiny(self) -> Self:
+        shape = Layers(hidden_size=32, layers=2, heads=2, intermediate_size=64)
+        return replace(self, text=shape, fusion=1, vocab_size=2048, positions=32, context=24, mask=3, width=16)
+
+    def build(self, vision: int) -> Aligning:
+        return ALBEFNet(self, vision)
+
+
+@spec
+class BLIP:
+    """BLIP (arXiv:2201.12086, 3.1): BERT as encoder of text, of text with the picture, and as decoder, by one set of weights.
+
+    The decoder has its self-attention for itself; all else is shared. A text that begins with `enc` is to be looked at with its
+    picture, one that begins with `dec` to be written; `context` is the longest text, its first and last mark with it.
+    """
+
+    learns: ClassVar[tuple[str, ...]] = ("contrastive", "momentum_contrast", "hard_matching", "captioning")
+    kind: Literal["blip"] = "blip"
+    text: Layers
+    vocab_size: int = 30_524
+    positions: int = 512
+    context: int = 30
+    dec: int = 30_522
+    enc: int = 30_523
+    width: int = 256
+
+    def tiny(self) -> Self:
+        shape = Layers(hidden_size=32, layers=2, heads=2, intermediate_size=64)
+        return replace(self, text=shape, vocab_size=2048, positions=32, context=24, dec=4, enc=5, width=16)
+
+    def build(self, vision: int) -> Aligning:
+        return BLIPNet(self, vision)
+
+
+class Aligning(nn.Module):
+    """What stands behind the picture's encoder, each kind in its own way. Rows are texts, features those of each row's picture.
+
+    `look` and `read` give what pictures and texts are known by, of which `embed_pictures` and `embed_texts` are made.
+    """
+
+    def look(self, features: Float[Tensor, "S P D"]) -> Float[Tensor, "S N W"]:
+        """What is asked of a picture without its text: by default its features themselves."""
+        return features
+
+    def read(self, rows: Rows) -> Float[Tensor, "S L W"]:
+        """Hidden states of texts alone."""
+        raise NotImplementedError
+
+    def embed_pictures(self, looked: Float[Tensor, "S N W"]) -> Float[Tensor, "S Q E"]:
+        """Of unit length, one or several a picture."""
+        raise NotImplementedError
+
+    def embed_texts(self, read: Float[Tensor, "S L W"]) -> Float[Tensor, "S E"]:
+        """Of unit length."""
+        raise NotImplementedError
+
+    def matched(self, features: Float[Tensor, "S P D"], rows: Rows) -> Float[Tensor, "S 2"]:
+        """Scores of two answers, no and yes: does the text belong to the picture?"""
+        raise ValueError(f"{type(self).__name__} does not match texts with pictures; leave hard_matching away")
+
+    def masked(self, features: Float[Tensor, "S P D"], rows: Rows, at: Bool[Tensor, "S L"]) -> Float[Tensor, "M C"]:
+        """Scores of the vocabulary at the places `at`, seen with the picture and the whole text."""
+        raise ValueError(f"{type(self).__name__} knows no masked words; leave distilled_tokens away")
+
+    def caption(
+        self, features: Float[Tensor, "S P D"], rows: Rows, read: Tensor | None = None
+    ) -> Float[Tensor, "S L C"]:
+        """Scores of the token after each, seen with the picture and what comes before; `read` as it gave of these rows."""
+        raise ValueError(f"{type(self).__name__} writes no captions; leave captioning away")
+
+    def slow(self) -> tuple[str, ...]:
+        """Names of modules that a twin has no use for."""
+        return ()
+
+    def units(self) -> list[nn.Module]:
+        """Modules to be sharded (and recomputed) one by one."""
+        raise NotImplementedError
+
+    def heads(self) -> list[nn.Parameter]:
+        """What stands behind the layers: projections and answers."""
+        raise NotImplementedError
+
+
+def both_ways(there: Bool[Tensor, "S L"]) -> Bool[Tensor, "S 1 1 L"]:
+    """Every token sees all of its text."""
+    return there[:, None, None]
+
+
+def backwards(there: Bool[Tensor, "S L"]) -> Bool[Tensor, "S 1 L L"]:
+    """Every token sees itself and what comes before it."""
+    places = torch.arange(there.shape[1], device=there.device)
+    return there[:, None, None] & (places[:, None] >= places)
+
+
+class BertLayer(nn.Module):
+    """One layer, of the modules of transformers' `BlipTextLayer`; `own` gives it a second self-attention, a decoder's."""
+
+    def __init__(self, layer: Any, own: bool = False) -> None:
+        super().__init__()
+        self.attention = layer.attention
+        self.decoder_attention = deepcopy(layer.attention) if own else None
+        self.crossattention = getattr(layer, "crossattention", None)
+        self.intermediate = layer.intermediate
+        self.output = layer.output
+
+    def forward(
+        self,
+        x: Float[Tensor, "S L W"],
+        seen: Bool[Tensor, "S 1 _ L"],
+        features: Tensor | None = None,
+        writes: bool = False,
+    ) -> Float[Tensor, "S L W"]:
+        """`seen` says which keys each token sees; with `features` it looks at them, and if it `writes` by its decoder's part."""
+        attention: Any = self.decoder_attention if writes else self.attention
+        hidden = torch.zeros_like(seen, dtype=x.dtype).masked_fill(~seen, torch.finfo(x.dtype).min)
+        x, _ = attention(x, attention_mask=hidden)
+        if features is not None:
+            look: Any = self.crossattention
+            x, _ = look(x, encoder_hidden_states=features)
+        return self.output(self.intermediate(x), x)
+
+
+class Words(nn.Module):
+    """BERT's head: a matrix, GELU and a norm, then the table of embeddings itself and a bias for each word."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        from transformers.models.blip.modeling_blip_text import BlipTextPredictionHeadTransform
+
+        self.transform = BlipTextPredictionHeadTransform(config)
+        self.bias = nn.Parameter(torch.zeros(config.vocab_size))
+
+    def forward(self, hidden: Float[Tensor, "... W"], table: Float[Tensor, "C W"]) -> Float[Tensor, "... C"]:
+        return F.linear(self.transform(hidden), table, self.bias)
+
+
+class _Bert(Aligning):
+    """Word embeddings, layers, two projections and the answer whether a pair belongs together."""
+
+    def __init__(self, config: Any, layers: list[BertLayer], embeddings: nn.Module, vision: int, width: int) -> None:
+        super().__init__()
+        self.embeddings = embeddings
+        self.layers = nn.ModuleList(layers)
+        self.vision_proj = nn.Linear(vision, width)
+        self.text_proj = nn.Linear(config.hidden_size, width)
+        self.match = nn.Linear(config.hidden_size, 2)
+        self.words = Words(config)
+        for module in (self.vision_proj, self.text_proj, self.match, self.words.transform.dense):
+            nn.init.normal_(module.weight, std=config.initializer_range)
+            nn.init.zeros_(module.bias)
+
+    def embed(self, ids: Int[Tensor, "S L"]) -> Float[Tensor, "S L W"]:
+        places = torch.arange(ids.shape[1], device=ids.device)[None]
+        table: Any = self.embeddings
+        # Not by transformers' own forward, which adds positions in place.
+        return table.LayerNorm(table.word_embeddings(ids) + table.position_embeddings(places))
+
+    @property
+    def table(self) -> Float[Tensor, "C W"]:
+        """The word embeddings."""
+        embeddings: Any = self.embeddings
+        return embeddings.word_embeddings.weight
+
+    def embed_pictures(self, looked: Tensor) -> Tensor:
+        return unit(self.vision_proj(looked[:, :1]))
+
+    def embed_texts(self, read: Tensor) -> Tensor:
+        return unit(self.text_proj(read[:, 0]))
+
+    def units(self) -> list[nn.Module]:
+        return list(self.layers)
+
+    def heads(self) -> list[nn.Parameter]:
+        modules = (self.vision_proj, self.text_proj, self.match, self.words)
+        return [p for module in modules for p in module.parameters()]
+
+
+def _made(shape: Layers, vocab_size: int, positions: int, vision: int, crosses: bool) -> Any:
+    """transformers' BLIP text model of this shape, drawn anew."""
+    from transformers import BlipTextModel
+
+    return BlipTextModel(text_config(shape, vocab_size, positions, vision, crosses), add_pooling_layer=False)
+
+
+class ALBEFNet(_Bert):
+    """`ALBEF`. The first layers read a text alone; where a picture is looked at, the rest go on from what they gave."""
+
+    def __init__(self, spec: ALBEF, vision: int) -> None:
+        shape = spec.text
+        if spec.fusion >= shape.layers:
+            raise ValueError(
+                f"fusion={spec.fusion} of {shape.layers} layers look at pictures, and none is left for text alone; lower fusion"
+            )
+        lower = _made(replace(shape, layers=shape.layers - spec.fusion), spec.vocab_size, spec.positions, vision, False)
+        upper = _made(replace(shape, layers=spec.fusion), 1, 1, vision, True)
+        layers = [BertLayer(layer) for layer in (*lower.encoder.layer, *upper.encoder.layer)]
+        super().__init__(lower.config, layers, lower.embeddings, vision, spec.width)
+        self.alone = shape.layers - spec.fusion
+
+    def read(self, rows: Rows) -> Tensor:
+        x, seen = self.embed(rows.ids), both_ways(rows.there)
+        for layer in self.layers[: self.alone]:
+            x = layer(x, seen)
+        return x
+
+    def fused(self, features: Tensor, rows: Rows) -> Float[Tensor, "S L W"]:
+        x, seen = self.read(rows), both_ways(rows.there)
+        for layer in self.layers[self.alone :]:
+            x = layer(x, seen, features)
+        return x
+
+    def matched(self, features: Tensor, rows: Rows) -> Tensor:
+        return self.match(self.fused(features, rows)[:, 0])
+
+    def masked(self, features: Tensor, rows: Rows, at: Tensor) -> Tensor:
+        return self.words(self.fused(features, rows)[at], self.table)
+
+    def slow(self) -> tuple[str, ...]:
+        return ("match",)
+
+
+class BLIPNet(_Bert):
+    """`BLIP`. The twin has no decoder: it teaches the contrast alone."""
+
+    def __init__(self, spec: BLIP, vision: int) -> None:
+        bert = _made(spec.text, spec.vocab_size, spec.positions, vision, True)
+        super().__init__(
+            bert.config,
+            [BertLayer(layer, own=True) for layer in bert.encoder.layer],
+            bert.embeddings,
+            vision,
+            spec.width,
+        )
+        self.enc, self.dec = spec.enc, spec.dec
+
+    def read(self, rows: Rows) -> Tensor:
+        x, seen = self.embed(rows.ids), both_ways(rows.there)
+        for layer in self.layers:
+            x = layer(x, seen)
+        return x
+
+    def matched(self, features: Tensor, rows: Rows) -> Tensor:
+        rows = rows.begun_with(self.enc)
+        x, seen = self.embed(rows.ids), both_ways(rows.there)
+        for layer in self.layers:
+            x = layer(x, seen, features)
+        return self.match(x[:, 0])
+
+    def caption(self, features: Tensor, rows: Rows, read: Tensor | None = None) -> Tensor:
+        rows = rows.begun_with(self.dec)
+        x, seen = self.embed(rows.ids), backwards(rows.there)
+        for layer in self.layers:
+            x = layer(x, seen, features, writes=True)
+        return self.words(x, self.table)
+
+    def slow(self) -> tuple[str, ...]:
+        return ("match", "words", "decoder_attention", "crossattention")

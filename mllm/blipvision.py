@@ -1,0 +1,60 @@
+"""BLIP's vision transformer, whose layers are named otherwise than other towers'."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, Self
+
+import torch
+
+from mllm.towers import Cls, EvaTower, ViTTower, agree, patches_of, toy
+from mllm.weights import load
+from pipelines.types import spec
+
+
+@spec
+class BlipVision:
+    """The vision transformer of BLIP (arXiv:2201.12086), ViT-B/16 or L/16: learned positions, CLS first."""
+
+    kind: Literal["blip_vision"] = "blip_vision"
+    hidden_size: int
+    layers: int
+    heads: int
+    intermediate_size: int
+    patch: int = 16
+    image: int = 224
+
+    @property
+    def width(self) -> int:
+        return self.hidden_size
+
+    def tokens(self, tile: int, interpolate: bool = False) -> int:
+        """Patches of a tile. Raises ValueError, see `patches_of`."""
+        return patches_of(self, tile, interpolate)
+
+    def tiny(self) -> Self:
+        return toy(self)
+
+    def config(self) -> Any:
+        from transformers import BlipVisionConfig
+
+        return BlipVisionConfig(
+            hidden_size=self.hidden_size,
+            num_hidden_layers=self.layers,
+            num_attention_heads=self.heads,
+            intermediate_size=self.intermediate_size,
+            patch_size=self.patch,
+            image_size=self.image,
+            initializer_range=0.02,  # transformers' own default is as good as zero
+        )
+
+    def build(self, weights: str | None, layer: int, cls: Cls = "drop", normed: bool = False) -> ViTTower:
+        from transformers import BlipVisionModel
+
+        if weights is None:  # its attention is transformers' plain one, the only one that this class has
+            tower = BlipVisionModel._from_config(self.config(), attn_implementation="eager")
+        else:
+            tower = load(BlipVisionModel, "AutoModel", weights, attn_implementation="eager", dtype=torch.float32)
+            agree(
+                weights, self.config(), tower.config, ("hidden_size", "num_hidden_layers", "patch_size", "image_size")
+            )
+        return EvaTower(tower, layer, cls, normed)
