@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, Literal, Self
+from typing import Any, Literal, Protocol, Self, TypeVar
 
 import torch
 from jaxtyping import Float, Int
@@ -14,6 +14,7 @@ from mllm.encoders import Folder
 from mllm.model import Model, ModelSpec, Words, check_tiles
 from mllm.pairs import Texts, first_pictures, texts_of
 from mllm.weights import load
+from mllm.words import continuing
 from ops.attention import Backend, varlen_attention
 from ops.images import normalize
 from pipelines.tiling import Tiling
@@ -131,11 +132,47 @@ class Paired:
 
 @dataclass(slots=True)
 class Fused:
-    """Hidden states of texts float (T, D) and of pictures float (P, 1 + patches, D), CLS first; the pooled first token (P, D)."""
+    """Hidden states of texts float (T, D) and of pictures, and the pooled first token of each text (P, D).
+
+    Pictures are float (P, 1 + patches, D), CLS first, where all are of one size; where they are runs of regions, float (V, D).
+    """
 
     texts: Float[Tensor, "T D"]
-    pictures: Float[Tensor, "P N D"]
+    pictures: Tensor
     pooled: Float[Tensor, "P D"]
+
+
+P = TypeVar("P", bound=Paired)
+
+
+class Fuser(Protocol):
+    """What the objectives of pairs ask of a model that sees a text and its picture together."""
+
+    context: int
+    vocabulary: int
+    mask: int
+    continues: Tensor
+
+    def pairs(self, batch: Batch) -> Paired:
+        """The pairs of a batch, as the model reads them."""
+        ...
+
+    def fuse(self, batch: Batch, paired: Any) -> Fused:
+        """Each text with its picture, through all layers."""
+        ...
+
+    def words_of(self, hidden: Tensor) -> Tensor:
+        """Scores of the vocabulary, float (M, C), at some positions of a text."""
+        ...
+
+    @property
+    def match(self) -> Any:
+        """Maps pooled pairs (P, D) to scores (P, 2) that the two do not belong together, and that they do."""
+        ...
+
+    def aligned(self, fused: Fused, paired: Any) -> tuple[Tensor, Tensor]:
+        """What words are moved onto, float (P, N, D), and which of it is there, bool (P, N)."""
+        ...
 
 
 def pairs_of(batch: Batch, longest: int) -> Paired:
@@ -146,16 +183,17 @@ def pairs_of(batch: Batch, longest: int) -> Paired:
     lengths = texts.cu_seqlens.diff()
     if not kept.any():
         return Paired(
-            _laid_out(texts.ids[:1], texts.positions[:1], lengths[:0], texts.documents[:0], texts.at[:0]), tiles
+            laid_out(texts.ids[:1], texts.positions[:1], lengths[:0], texts.documents[:0], texts.at[:0]), tiles
         )
     words = kept[texts.owner]
     return Paired(
-        _laid_out(texts.ids[words], texts.positions[words], lengths[kept], texts.documents[kept], texts.at[words]),
+        laid_out(texts.ids[words], texts.positions[words], lengths[kept], texts.documents[kept], texts.at[words]),
         tiles,
     )
 
 
-def _laid_out(ids: Tensor, positions: Tensor, lengths: Tensor, documents: Tensor, at: Tensor) -> Texts:
+def laid_out(ids: Tensor, positions: Tensor, lengths: Tensor, documents: Tensor, at: Tensor) -> Texts:
+    """Texts of `lengths` end to end; without any, the first token of `ids` as the blank one."""
     if not len(lengths):
         lengths = torch.ones(1, dtype=torch.int32, device=ids.device)
         ids, positions = torch.zeros_like(ids), torch.zeros_like(positions)
@@ -163,7 +201,7 @@ def _laid_out(ids: Tensor, positions: Tensor, lengths: Tensor, documents: Tensor
     return Texts(ids, positions, bounds, int(lengths.max()), documents, at)
 
 
-def with_texts(paired: Paired, words: list[list[int]]) -> Paired:
+def with_texts(paired: P, words: list[list[int]]) -> P:
     """The same pictures with other texts."""
     texts = paired.texts
     if not words:
@@ -172,7 +210,7 @@ def with_texts(paired: Paired, words: list[list[int]]) -> Paired:
     lengths = torch.tensor([len(each) for each in words], dtype=torch.int32, device=device)
     ids = torch.tensor([i for each in words for i in each], device=device)
     positions = torch.tensor([n for each in words for n in range(len(each))], device=device)
-    return Paired(_laid_out(ids, positions, lengths, texts.documents, torch.zeros_like(ids)), paired.tiles)
+    return replace(paired, texts=laid_out(ids, positions, lengths, texts.documents, torch.zeros_like(ids)))
 
 
 class PairEncoder(Model):
@@ -181,6 +219,7 @@ class PairEncoder(Model):
     net: Any
     mean: Tensor
     std: Tensor
+    continues: Tensor
 
     def __init__(self, spec: SingleStream, folder: Folder) -> None:
         super().__init__()
@@ -192,6 +231,7 @@ class PairEncoder(Model):
         self.vocabulary = spec.arch.vocab_size
         self.mask = spec.mask
         self.backend: Backend | None = None
+        self.register_buffer("continues", continuing(folder(spec.words.tokenizer or ""), self.vocabulary))
         self.register_buffer("mean", torch.tensor(spec.mean), persistent=False)
         self.register_buffer("std", torch.tensor(spec.std), persistent=False)
 
@@ -224,6 +264,11 @@ class PairEncoder(Model):
     def words_of(self, hidden: Float[Tensor, "M D"]) -> Float[Tensor, "M C"]:
         """Scores of the vocabulary at some positions."""
         return self.net.mlm_score(hidden)
+
+    def aligned(self, fused: Fused, paired: Paired) -> tuple[Tensor, Tensor]:  # noqa: ARG002 -- pictures are of one size
+        """Patches without CLS, all of which are there."""
+        patches = fused.pictures[:, 1:]
+        return patches, torch.ones(patches.shape[:2], dtype=torch.bool, device=patches.device)
 
     def _words(self, texts: Texts) -> Float[Tensor, "T D"]:
         embed = self.net.vilt.embeddings
