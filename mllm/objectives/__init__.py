@@ -11,7 +11,8 @@ from mllm.objectives.contrast import Contrastive
 from mllm.objectives.fused import MaskedTokens, Matching
 from mllm.objectives.language import DPO, Ids, NextToken
 from mllm.objectives.pictures import Classification, MaskedCodes, MaskedPixels
-from mllm.objectives.sums import Sum, Term
+from mllm.objectives.regions import MaskedRegions
+from mllm.objectives.sums import OneOf, Sum, Term
 from mllm.objectives.vocabularies import TwoVocabularies
 
 Objective = Annotated[
@@ -24,7 +25,9 @@ Objective = Annotated[
     | MaskedCodes
     | Matching
     | MaskedTokens
-    | Sum,
+    | MaskedRegions
+    | Sum
+    | OneOf,
     Field(discriminator="kind"),
 ]
 
@@ -37,10 +40,12 @@ __all__ = [
     "LossOutput",
     "MaskedCodes",
     "MaskedPixels",
+    "MaskedRegions",
     "MaskedTokens",
     "Matching",
     "NextToken",
     "Objective",
+    "OneOf",
     "Sum",
     "Term",
     "TwoVocabularies",
