@@ -256,7 +256,7 @@ def _of_files(files: Mapping[str, bytes]) -> Guess:
     caption = "txt" in files or bool({"caption", "text"} & set(_keys(files.get("json", b"{}"))))
     if caption and any(ending in files for ending in VIDEO_SUFFIXES):
         kinds.append("videos")
-    if image and caption:
+    if (image or "npz" in files) and caption:
         kinds.append("pairs")
     if image and "cls" in files:
         kinds.append("labelled")

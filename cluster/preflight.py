@@ -10,7 +10,7 @@ import torch
 
 from cluster.fsdp import context_of, mesh_shape
 from cluster.site import Site
-from mllm.annotators import DiscreteCodes, Recaption, ScoreFilter
+from mllm.annotators import DiscreteCodes, GridRegions, Recaption, ScoreFilter
 from mllm.recipe import DDP, FSDP, AdamW, Recipe, Stage, ZeRO
 from mllm.weights import refusal, refusal_by_annotator
 from ops.attention import Backend, available, chosen
@@ -57,7 +57,9 @@ def untrusted(recipe: Recipe, site: Site, fetch: bool = True) -> tuple[str, ...]
     model = recipe.model
     parts = dict.fromkeys(model.reads)
     annotators = (annotator for stage in recipe.stages for annotator in stage.annotators)
-    theirs = dict.fromkeys(a.weights for a in annotators if isinstance(a, ScoreFilter | Recaption | DiscreteCodes))
+    theirs = dict.fromkeys(
+        a.weights for a in annotators if isinstance(a, ScoreFilter | Recaption | DiscreteCodes | GridRegions)
+    )
     whys = [refusal(site.folder(name), site.trust_remote_code, fetch) for name in parts]
     whys += [refusal_by_annotator(site.folder(name), fetch) for name in theirs]
     return tuple(why for why in whys if why)

@@ -1,6 +1,7 @@
 """Models in the pipeline: filters, captions, codes, frozen features, a reference's log-probabilities.
 
-    ScoreFilter, Recaption, DiscreteCodes     of documents: before rows are measured and packed
+    ScoreFilter, Recaption, DiscreteCodes,
+    GridRegions                               of documents: before rows are measured and packed
     FrozenFeatures, ReferenceLogProbs         of packs: after they are cut, in place of work that the trainer would do
 
 Each is a value that an actor builds once; what is built is a pure function of the rows or the pack that it is given (greedy
@@ -31,7 +32,7 @@ from mllm.instructed import Instructions
 from mllm.weights import UntrustedCode, refusal_by_annotator
 from ops import images
 from ops.losses import linear_cross_entropy
-from pipelines import pictures, storage
+from pipelines import objects, pictures, storage
 from pipelines.annotate import Folder, Rows
 from pipelines.answers import changed_tokens
 from pipelines.place import Place
@@ -177,6 +178,46 @@ class DiscreteCodes:
 
 
 @spec
+class GridRegions:
+    """Regions for pictures that have none beside them: a grid of `rows` x `cols` boxes, each seen by a frozen classifier.
+
+    A stand-in for a detector (grids do as well as objects: arXiv:2001.03615). The picture is squeezed so that a box is `size`
+    pixels a side; a box's features are the classifier's pooled ones and its classes the distribution that it gives. Weights are
+    those of a ResNet or a ViT with a head.
+    """
+
+    kind: Literal["grid_regions"] = "grid_regions"
+    weights: str
+    rows: Annotated[int, Field(gt=0)] = 6
+    cols: Annotated[int, Field(gt=0)] = 6
+    size: Annotated[int, Field(gt=0)] = 224
+
+    def documents(self, folder: Folder) -> Callable[[Rows], Rows]:
+        """Load the classifier. Raises ValueError when the folder holds none of the kinds."""
+        look = _classifier(folder(self.weights), self.size)
+        boxes = objects.grid(self.rows, self.cols)
+        tiling = Resize(size=self.size * max(self.rows, self.cols), mode="squash")
+
+        def ask(_: list[Shown], tiles: Tensor) -> list[bytes]:
+            none = np.zeros((len(boxes), 0), np.float32)
+            high, wide = self.rows * self.size, self.cols * self.size
+            crops = (images.grid(images.resize(tile, high, wide), self.rows, self.cols).flatten(0, 1) for tile in tiles)
+            return [objects.packed(objects.Found(*look(each), none, boxes)) for each in crops]
+
+        def bare(row: Document) -> list[int]:
+            return [n for n, s in enumerate(row.segments) if isinstance(s, Image) and s.objects is None and s.data]
+
+        return lambda rows: _by_pictures(rows, bare, tiling, ask, self._found)
+
+    def _found(self, row: Document, found: dict[int, list[bytes]]) -> Document:
+        segments = [
+            replace(s, objects=found[n][0]) if n in found and isinstance(s, Image) else s
+            for n, s in enumerate(row.segments)
+        ]
+        return replace(row, segments=tuple(segments))
+
+
+@spec
 class FrozenFeatures:
     """The frozen encoder run in the pipeline: packs carry features, bfloat16 (N, P, D), in place of tiles.
 
@@ -316,7 +357,7 @@ def _exported(place: str) -> nn.Module:
 
 
 Annotator = Annotated[
-    ScoreFilter | Recaption | DiscreteCodes | FrozenFeatures | ReferenceLogProbs | Instructions,
+    ScoreFilter | Recaption | DiscreteCodes | GridRegions | FrozenFeatures | ReferenceLogProbs | Instructions,
     Field(discriminator="kind"),
 ]
 
@@ -563,6 +604,27 @@ class _Captioner:
         pixels = self.preprocess(tiles, self.device)
         written = self.model.generate(pixels, max_new_tokens=self.tokens, num_beams=1, do_sample=False)
         return [text.strip() for text in self.tokenizer.batch_decode(written, skip_special_tokens=True)]
+
+
+def _classifier(folder: str, size: int) -> Callable[[Tensor], tuple[NDArray[np.float32], NDArray[np.float32]]]:
+    """uint8 (n, 3, S, S) -> pooled features (n, F) and class probabilities (n, C), by the classifier in `folder`."""
+    from transformers import AutoModelForImageClassification
+
+    kind = _kind_of(folder, ("resnet", "vit"))
+    device = _device()
+    preprocess = _Preprocess(folder, size, crop=False)
+    model: Any = AutoModelForImageClassification.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False)
+    model.to(device).eval()
+
+    @torch.no_grad()
+    def look(pixels: Tensor) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        seen = preprocess(pixels, device)
+        resnet = kind == "resnet"
+        pooled = model.resnet(seen).pooler_output.flatten(1) if resnet else model.vit(seen).last_hidden_state[:, 0]
+        scores = model.classifier(pooled).softmax(1)
+        return pooled.cpu().numpy(), scores.cpu().numpy()
+
+    return look
 
 
 def _codebook(folder: str, codes: int) -> Callable[[Tensor], Tensor]:

@@ -6,8 +6,8 @@ from typing import Any, Literal, Self
 
 import torch
 
-from mllm.towers import Cls, EvaTower, ViTTower, agree, patches_of, toy
-from mllm.weights import load
+from mllm.towers import Cls, EvaTower, ViTTower, patches_of, toy
+from mllm.weights import agree, load
 from pipelines.types import spec
 
 

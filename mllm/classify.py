@@ -217,6 +217,10 @@ class ImageClassifier(Model):
     def forward(self, batch: Batch) -> Float[Tensor, "I C"]:
         return self.scores(batch).logits
 
+    def scored(self, batch: Batch) -> Int[Tensor, " I"]:
+        """The documents that `scores` are of."""
+        return first_pictures(batch).documents
+
     def scores(self, batch: Batch) -> Scores:
         pixels = normalize(batch.tiles, self.mean, self.std).to(next(self.net.parameters()).dtype)
         if self.depth is not None:

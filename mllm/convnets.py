@@ -85,10 +85,66 @@ class ResNet:
         read_last("ResNet", layer, cls, normed)
         config = ResNetConfig(embedding_size=self.stem, hidden_sizes=list(self.hidden_sizes), depths=list(self.depths))
         if weights is None:
-            return ConvTower(ResNetModel(config))
+            return ResidualTower(ResNetModel(config))
         tower = load(ResNetModel, "AutoModel", weights, dtype=torch.float32)
         agree(weights, config, tower.config, ("hidden_sizes", "depths"))
-        return ConvTower(tower)
+        return ResidualTower(tower)
+
+
+@spec
+class ResNeXt:
+    """ResNeXt (arXiv:1611.05431): ResNet whose 3 x 3 convolutions are in `groups`, in the first stage `per_group` channels each.
+
+    152 layers of 32 x 8d are those of Pixel-BERT's larger tower. `transformers` has no class of it: weights cannot be loaded.
+    """
+
+    kind: Literal["resnext"] = "resnext"
+    depths: tuple[int, ...] = (3, 8, 36, 3)
+    hidden_sizes: tuple[int, ...] = (256, 512, 1024, 2048)
+    stem: int = 64
+    groups: int = 32
+    per_group: int = 8
+
+    @property
+    def width(self) -> int:
+        return self.hidden_sizes[-1]
+
+    def tokens(self, tile: int, interpolate: bool = False) -> int:  # noqa: ARG002 -- any size that 32 divides
+        """Cells of the final grid. Raises ValueError when the tile is no multiple of 32."""
+        return cells_of("ResNeXt", tile)
+
+    def tiny(self) -> Self:
+        return replace(self, depths=(1, 1, 1, 1), hidden_sizes=(16, 16, 32, 32), stem=16, groups=2, per_group=4)
+
+    def build(self, weights: str | None, layer: int, cls: Cls = "drop", normed: bool = False) -> ConvTower:
+        from transformers import ResNetConfig, ResNetModel
+        from transformers.models.resnet.modeling_resnet import ResNetConvLayer
+
+        read_last("ResNeXt", layer, cls, normed)
+        if weights is not None:
+            raise ValueError(
+                f"transformers has no ResNeXt to read weights={weights!r} with; leave them away, or take a ResNet"
+            )
+        tower = ResNetModel(
+            ResNetConfig(embedding_size=self.stem, hidden_sizes=list(self.hidden_sizes), depths=list(self.depths))
+        )
+        before = self.stem
+        for number, (stage, after) in enumerate(zip(tower.encoder.stages, self.hidden_sizes, strict=True)):
+            for place, block in enumerate(stage.layers):
+                inner = self.groups * self.per_group * 2**number
+                stride = 2 if number and not place else 1
+                middle = ResNetConvLayer(inner, inner, stride=stride)
+                middle.convolution = nn.Conv2d(inner, inner, 3, stride, 1, groups=self.groups, bias=False)
+                block.layer = nn.Sequential(
+                    ResNetConvLayer(before, inner, kernel_size=1),
+                    middle,
+                    ResNetConvLayer(inner, after, 1, activation=None),
+                )
+                before = after
+        for module in tower.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        return ResidualTower(tower)
 
 
 @spec
@@ -146,6 +202,13 @@ class ConvTower(nn.Module):
 
     def units(self) -> list[nn.Module]:
         return []
+
+
+class ResidualTower(ConvTower):
+    """ResNet and its kin, whose blocks can be sharded one by one."""
+
+    def units(self) -> list[nn.Module]:
+        return [block for stage in self.tower.encoder.stages for block in stage.layers]
 
 
 class ConvNextTower(ConvTower):

@@ -25,12 +25,13 @@ from mllm.annotators import Annotator, DiscreteCodes, FrozenFeatures, ReferenceL
 from mllm.archs import MPT, T5
 from mllm.care import Gate, Guard
 from mllm.classify import Classifier
+from mllm.crossmodal import CrossModal
 from mllm.dual import DualTower
 from mllm.fusion import UnifiedVocabulary
 from mllm.instructed import Instructions
 from mllm.masked import MaskedImage
 from mllm.multiway import Multiway
-from mllm.objectives import DPO, Gathered, NextToken, Objective, Sum
+from mllm.objectives import DPO, Gathered, NextToken, Objective, OneOf, Sum
 from mllm.streams import SingleStream
 from mllm.vlm import VLM
 from ops.attention import Backend
@@ -364,7 +365,7 @@ class Stage:
 
 
 ModelKind = Annotated[
-    VLM | DualTower | Classifier | MaskedImage | SingleStream | Multiway | Aligned, Field(discriminator="kind")
+    VLM | DualTower | Classifier | MaskedImage | SingleStream | CrossModal | Multiway | Aligned, Field(discriminator="kind")
 ]
 
 
@@ -473,7 +474,7 @@ class Recipe:
     def _objective_fits(self, stage: Stage) -> None:
         """The model must be able to learn the objective, and the engine to train it so."""
         kind, parallel = stage.objective.kind, stage.parallel
-        kinds = stage.objective.kinds if isinstance(stage.objective, Sum) else (kind,)
+        kinds = stage.objective.kinds if isinstance(stage.objective, Sum | OneOf) else (kind,)
         for one in kinds:
             if one in self.model.learns:
                 continue

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, Literal, Self
+from typing import Any, Literal, Protocol, Self, TypeVar
 
 import torch
 from jaxtyping import Float, Int
@@ -14,6 +14,7 @@ from mllm.layers import TOY, Layers, Patched
 from mllm.model import HALF, RGB, Model, PictureModel, Words, check_mask
 from mllm.pairs import Texts, first_pictures, texts_of
 from mllm.weights import TOWER_FIELDS, agree, load
+from mllm.words import continuing
 from ops.attention import Backend, varlen_attention
 from ops.images import normalize
 from pipelines.types import Batch, spec
@@ -113,11 +114,47 @@ class Paired:
 
 @dataclass(slots=True)
 class Fused:
-    """Hidden states of texts float (T, D) and of pictures float (P, 1 + patches, D), CLS first; the pooled first token (P, D)."""
+    """Hidden states of texts float (T, D) and of pictures, and the pooled first token of each text (P, D).
+
+    Pictures are float (P, 1 + patches, D), CLS first, where all are of one size; where they are runs of regions, float (V, D).
+    """
 
     texts: Float[Tensor, "T D"]
-    pictures: Float[Tensor, "P N D"]
+    pictures: Tensor
     pooled: Float[Tensor, "P D"]
+
+
+P = TypeVar("P", bound=Paired)
+
+
+class Fuser(Protocol):
+    """What the objectives of pairs ask of a model that sees a text and its picture together."""
+
+    context: int
+    vocabulary: int
+    mask: int
+    continues: Tensor
+
+    def pairs(self, batch: Batch) -> Paired:
+        """The pairs of a batch, as the model reads them."""
+        ...
+
+    def fuse(self, batch: Batch, paired: Any) -> Fused:
+        """Each text with its picture, through all layers."""
+        ...
+
+    def words_of(self, hidden: Tensor) -> Tensor:
+        """Scores of the vocabulary, float (M, C), at some positions of a text."""
+        ...
+
+    @property
+    def match(self) -> Any:
+        """Maps pooled pairs (P, D) to scores (P, 2) that the two do not belong together, and that they do."""
+        ...
+
+    def aligned(self, fused: Fused, paired: Any) -> tuple[Tensor, Tensor]:
+        """What words are moved onto, float (P, N, D), and which of it is there, bool (P, N)."""
+        ...
 
 
 def pairs_of(batch: Batch, longest: int) -> Paired:
@@ -146,7 +183,7 @@ def laid_out(ids: Tensor, positions: Tensor, lengths: Tensor, documents: Tensor,
     return Texts(ids, positions, bounds, int(lengths.max()), documents, at)
 
 
-def with_texts(paired: Paired, words: list[list[int]]) -> Paired:
+def with_texts(paired: P, words: list[list[int]]) -> P:
     """The same pictures with other texts."""
     texts = paired.texts
     if not words:
@@ -155,7 +192,7 @@ def with_texts(paired: Paired, words: list[list[int]]) -> Paired:
     lengths = torch.tensor([len(each) for each in words], dtype=torch.int32, device=device)
     ids = torch.tensor([i for each in words for i in each], device=device)
     positions = torch.tensor([n for each in words for n in range(len(each))], device=device)
-    return Paired(laid_out(ids, positions, lengths, texts.documents, torch.zeros_like(ids)), paired.tiles)
+    return replace(paired, texts=laid_out(ids, positions, lengths, texts.documents, torch.zeros_like(ids)))
 
 
 class PairEncoder(Model):
@@ -164,6 +201,7 @@ class PairEncoder(Model):
     net: Any
     mean: Tensor
     std: Tensor
+    continues: Tensor
 
     def __init__(self, spec: SingleStream, folder: Folder) -> None:
         super().__init__()
@@ -175,6 +213,7 @@ class PairEncoder(Model):
         self.vocabulary = spec.arch.vocab_size
         self.mask = spec.mask
         self.backend: Backend | None = None
+        self.register_buffer("continues", continuing(folder(spec.words.tokenizer or ""), self.vocabulary))
         self.register_buffer("mean", torch.tensor(spec.mean), persistent=False)
         self.register_buffer("std", torch.tensor(spec.std), persistent=False)
 
@@ -207,6 +246,11 @@ class PairEncoder(Model):
     def words_of(self, hidden: Float[Tensor, "M D"]) -> Float[Tensor, "M C"]:
         """Scores of the vocabulary at some positions."""
         return self.net.mlm_score(hidden)
+
+    def aligned(self, fused: Fused, paired: Paired) -> tuple[Tensor, Tensor]:  # noqa: ARG002 -- pictures are of one size
+        """Patches without CLS, all of which are there."""
+        patches = fused.pictures[:, 1:]
+        return patches, torch.ones(patches.shape[:2], dtype=torch.bool, device=patches.device)
 
     def _words(self, texts: Texts) -> Float[Tensor, "T D"]:
         embed = self.net.vilt.embeddings

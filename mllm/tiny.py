@@ -12,6 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 from mllm.annotators import ReferenceLogProbs
+from mllm.crossmodal import CrossModal
 from mllm.encoders import Encoder, Encoders
 from mllm.instructed import Instructions
 from mllm.lm import CausalLM, Llama
@@ -28,10 +29,12 @@ from pipelines.corpora import (
     Obelics,
     Pairs,
     Preferences,
+    Questions,
     Regions,
     TextOnly,
     Videos,
 )
+from pipelines.objects import Objects
 from pipelines.tiling import AnyRes, AnyTiling, DynamicTiles, Slices
 from pipelines.types import VisionLayout
 
@@ -66,15 +69,21 @@ def tiny(recipe: Recipe) -> Recipe:
 
 
 def _of_another_kind(recipe: Recipe) -> Recipe:
-    """Of models that take whole pictures of one size."""
+    """Of models that take whole pictures of one size, or the regions of a picture."""
     model = recipe.model.tiny()
-    tiling = replace(recipe.tiling, size=model.side)
+    regions = isinstance(model, CrossModal)
+    tiling = model.arch.tiling(recipe.tiling) if regions else replace(recipe.tiling, size=model.side)
     layout = model.layout(tiling)
-    context = 6 * (layout.tokens_per_tile + 24)
+    if isinstance(tiling, Objects):
+        tiling = replace(tiling, least=4, most=9)
+    cut = tiling.cut(tiling.size, tiling.size)
+    context = 6 * (layout.tokens(cut) + 24)
     stages = (
-        replace(_shorter(stage), context=context, tokens_per_step=2 * context, max_tiles=6, annotators=())
+        replace(_shorter(stage), context=context, tokens_per_step=2 * context, max_tiles=6 * cut.tiles, annotators=())
         for stage in recipe.stages
     )
+    if isinstance(tiling, Objects):
+        stages = (replace(stage, mixture=_with_regions(stage.mixture), annotators=()) for stage in stages)
     return replace(recipe, model=model, tiling=tiling, stages=tuple(stages), held_out=_held_out(recipe), shots=())
 
 
@@ -171,6 +180,8 @@ def example_of(corpus: Corpus, suffix: str = "") -> Corpus:
     match corpus:
         case Pairs() | CaptionList():
             return Pairs(name=f"example-pairs{suffix}")
+        case Questions():
+            return Questions(name="example-questions")
         case Interleaved() | Obelics():
             return Interleaved(name=f"example-pages{suffix}")
         case Conversations() | Videos() | Regions():
@@ -193,6 +204,12 @@ def _mixture(sources: Sequence[Source]) -> tuple[Source, ...]:
         weight = None if source.weight is None else source.weight + ((before and before.weight) or 0.0)
         found[corpus.name] = replace(source, corpus=corpus, weight=weight, cap=None, repeat=1.0)
     return tuple(found.values())
+
+
+def _with_regions(sources: Sequence[Source]) -> tuple[Source, ...]:
+    """The same, pairs being those that have regions beside them."""
+    pairs = Pairs(name="example-regions")
+    return tuple(replace(s, corpus=pairs) if isinstance(s.corpus, Pairs) else s for s in sources)
 
 
 def _held_out(recipe: Recipe) -> tuple[Corpus, ...]:

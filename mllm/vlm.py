@@ -32,6 +32,7 @@ from mllm.joins import Joined, Joining, Tiles, cuts_of, slice_grids, with_scales
 from mllm.lm import CausalLM
 from mllm.model import Model, ModelSpec, Words
 from ops.attention import Backend
+from pipelines.objects import Objects
 from pipelines.tiling import Tiling
 from pipelines.types import Batch, Cut, VisionLayout, spec
 
@@ -164,6 +165,8 @@ class VLM(ModelSpec):
         )
 
     def _joins(self, tiling: Tiling) -> None:
+        if isinstance(tiling, Objects):
+            raise ValueError("tiling 'objects' gives regions, and this model's towers look at pixels; take resize, say")
         if tiling.join != self.join.kind:
             raise ValueError(
                 f"tiling {tiling.kind!r} needs features joined as {tiling.join!r}, and this model joins {self.join.kind!r}; "

@@ -1,6 +1,7 @@
 """Corpora as the field publishes them. Each is a frozen value that can scan a shard and read rows of it.
 
     Pairs            webdataset tars of pictures and captions           COYO, LAION, CC (img2dataset)
+    Questions        webdataset tars of pictures, questions, answers    VQA 2.0, GQA
     CaptionList      csv, tsv or jsonl of paths and captions            FROMAGe, LLaMA-Adapter
     Labelled         webdataset tars with classes, or a list of paths   ImageNet
     Interleaved      jsonl of pages, pictures in a tar or a folder      MMC4
@@ -63,7 +64,8 @@ class Pairs:
     """Image-caption pairs in webdataset tars as img2dataset writes them: `key.jpg`, `key.txt`, `key.json` (COYO, LAION, CC).
 
     The caption is the `.txt`, or `caption` or `text` of the `.json`. The document is the image, a line break and the caption,
-    all of whose tokens are learned (VILA 4.1; LLaVA `plain`).
+    all of whose tokens are learned (VILA 4.1; LLaVA `plain`). A `.npz` is what a detector found (`pipelines.objects`), and
+    may stand without the picture.
     """
 
     kind: Literal["pairs"] = "pairs"
@@ -80,7 +82,37 @@ class Pairs:
         return read_tar(self.name, shard, chunk, limits, self._draft)
 
     def _draft(self, files: Files) -> Draft:
-        return Draft(segments=(Image(data=_picture(files)), Text(text="\n" + _caption(files))))
+        return Draft(segments=(_seen(files), Text(text="\n" + _caption(files))))
+
+
+@spec
+class Questions:
+    """Questions about pictures, each with one of a list of answers: webdataset tars of `key.jpg`, `key.txt` and `key.cls`.
+
+    The `.txt` is the question and the `.cls` the number of its answer, `Document.label`; a row without one has none that is in
+    the list. The document is the image, a line break and the question. A `.npz` is as in `Pairs` (VQA 2.0, GQA; LXMERT,
+    arXiv:1908.07490, 3.1).
+    """
+
+    kind: Literal["questions"] = "questions"
+    name: str
+
+    def files(self, uri: str) -> tuple[str, ...]:
+        return (uri,)
+
+    def scan(self, uri: str, opener: Opener = storage.open_file) -> ShardIndex:
+        return scan_tar(uri, opener, self._draft)
+
+    def read(self, shard: Shard, chunk: Chunk, limits: Limits = LIMITS) -> Read:
+        """Documents of rows `[chunk.start, chunk.stop)`, in order."""
+        return read_tar(self.name, shard, chunk, limits, self._draft)
+
+    def _draft(self, files: Files) -> Draft:
+        answer = utf8(files["cls"]).strip() if "cls" in files else ""
+        if answer and not (answer.isascii() and answer.isdigit() and len(answer) < 10):
+            raise SkipSample(Reason.MISSING_FIELD, f"answer {answer[:40]!r} is no number of a list")
+        label = int(answer) if answer else None
+        return Draft(segments=(_seen(files), Text(text="\n" + _caption(files))), label=label)
 
 
 @spec
@@ -765,7 +797,17 @@ class Videos:
 
 
 Corpus = Annotated[
-    Pairs | CaptionList | Labelled | Interleaved | Obelics | Conversations | TextOnly | Preferences | Regions | Videos,
+    Pairs
+    | Questions
+    | CaptionList
+    | Labelled
+    | Interleaved
+    | Obelics
+    | Conversations
+    | TextOnly
+    | Preferences
+    | Regions
+    | Videos,
     Field(discriminator="kind"),
 ]
 
@@ -775,6 +817,14 @@ def _picture(files: Files) -> bytes:
     if image is None:
         raise SkipSample(Reason.MISSING_IMAGE, f"the row holds {sorted(files)}")
     return image
+
+
+def _seen(files: Files) -> Image:
+    """The picture, or what a detector found in it, or both."""
+    objects = files.get("npz")
+    return Image(
+        data=b"" if objects is not None and not set(files) & set(IMAGE_SUFFIXES) else _picture(files), objects=objects
+    )
 
 
 def _caption(files: Files) -> str:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ops import images
 from pipelines import video
+from pipelines.objects import Objects
 from pipelines.tiling import AnyTiling, Size
 from pipelines.types import (
     Codes,
@@ -43,6 +44,8 @@ def measure(document: Document, tiling: AnyTiling, limits: Limits | None = None)
     for segment in document.segments:
         if isinstance(segment, (Text, Codes)):
             segments.append(segment)
+        elif isinstance(tiling, Objects):
+            segments.append(_regions(segment, tiling))
         elif isinstance(segment, Image):
             cut = tiling.cut(*_size(segment.data, limits), limit=limit)
             segments.append(Picture(of=segment, cut=cut, role=segment.role))
@@ -56,6 +59,12 @@ def measure(document: Document, tiling: AnyTiling, limits: Limits | None = None)
         label=document.label,
         regions=document.regions,
     )
+
+
+def _regions(segment: Image | Video, tiling: Objects) -> Picture:
+    if isinstance(segment, Video):
+        raise SkipSample(Reason.MISSING_FIELD, "a video has no regions; take a tiling of pixels")
+    return Picture(of=segment, cut=tiling.found(segment.objects), role=segment.role)
 
 
 def _size(data: bytes, limits: Limits) -> Size:
@@ -117,8 +126,14 @@ def pixels(pictures: Sequence[Picture], tiling: AnyTiling, out: NDArray[np.uint8
         out = np.empty(shape, np.uint8)
     if out.shape != shape or not out.flags.c_contiguous:
         raise ValueError(f"out is {out.shape} and the tiles are {shape}; give a C-contiguous array of that shape")
-    rows = torch.from_numpy(out)
     first = 0
+    if isinstance(tiling, Objects):
+        for picture in pictures:
+            found = picture.of.objects if isinstance(picture.of, Image) else None
+            tiling.rows(found, picture.cut, out[first : first + picture.cut.tiles])
+            first += picture.cut.tiles
+        return out
+    rows = torch.from_numpy(out)
     for _, run in groupby(pictures, key=lambda picture: id(picture.of)):
         run = list(run)
         bodies = _decoded(run, tiling)

@@ -27,6 +27,7 @@ from pydantic import Field
 from torch import Tensor
 
 from ops import images
+from pipelines.objects import Objects
 from pipelines.types import (
     Cut,
     Join,
@@ -475,5 +476,5 @@ class Native:
         return out
 
 
-AnyTiling = Resize | Pad | AnyRes | DynamicTiles | Slices | MultiScale | Native
+AnyTiling = Resize | Pad | AnyRes | DynamicTiles | Slices | MultiScale | Native | Objects
 Tiling = Annotated[AnyTiling, Field(discriminator="kind")]

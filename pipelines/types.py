@@ -195,10 +195,11 @@ class Text:
 
 @spec
 class Image:
-    """An image as stored: its encoded bytes."""
+    """An image as stored: its encoded bytes; `objects` is what a detector found in it, a `.npz` (see `pipelines.objects`)."""
 
     data: bytes
     role: Role | None = None
+    objects: bytes | None = None
 
 
 @spec

@@ -13,8 +13,9 @@ from mllm.objectives.data import MaskedData
 from mllm.objectives.fused import MaskedTokens, Matching
 from mllm.objectives.language import DPO, Ids, NextToken
 from mllm.objectives.pictures import Classification, MaskedCodes, MaskedPixels
+from mllm.objectives.regions import MaskedRegions
 from mllm.objectives.retrieval import RetrievalToken
-from mllm.objectives.sums import Sum, Term
+from mllm.objectives.sums import OneOf, Sum, Term
 from mllm.objectives.vocabularies import TwoVocabularies
 
 Objective = Annotated[
@@ -28,12 +29,14 @@ Objective = Annotated[
     | Matching
     | MaskedTokens
     | MaskedData
+    | MaskedRegions
     | MomentumContrast
     | HardMatching
     | DistilledTokens
     | Captioning
     | RetrievalToken
-    | Sum,
+    | Sum
+    | OneOf,
     Field(discriminator="kind"),
 ]
 
@@ -50,11 +53,13 @@ __all__ = [
     "MaskedCodes",
     "MaskedData",
     "MaskedPixels",
+    "MaskedRegions",
     "MaskedTokens",
     "Matching",
     "MomentumContrast",
     "NextToken",
     "Objective",
+    "OneOf",
     "RetrievalToken",
     "Sum",
     "Term",

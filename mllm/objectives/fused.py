@@ -15,12 +15,12 @@ from torch import Tensor
 
 from mllm.chance import chosen
 from mllm.objectives.base import Collected, Gathered, LossOutput, no_documents
-from mllm.streams import Paired, PairEncoder, with_texts
+from mllm.streams import Fused, Fuser, Paired, with_texts
 from ops.transport import transport_cost
 from pipelines.types import NOT_LEARNED, Batch, spec
 
-TURN, HIDE, HOW, WHAT = range(4)
-"""Salts: whether a pair is torn apart, which tokens are masked, in which way, by which words."""
+TURN, HIDE, HOW, WHAT, REGION = range(5)
+"""Salts: whether a pair is torn apart, which tokens are masked, in which way, by which words, which regions are."""
 
 
 class Vocabulary(Protocol):
@@ -38,18 +38,20 @@ class MaskedTokens:
     """Cross-entropy of masked words, seen with their picture; the weight is their number (BERT, arXiv:1810.04805, 3.1).
 
     `share` of a text's tokens, without its first and last, are masked: eight in ten become the mask, one another word, one stays.
-    Which ones is a function of the row and the epoch. Whole words are not kept together, which needs the tokenizer's word.
+    Which ones is a function of the row and the epoch. With `whole_words` all tokens of a word are masked or none (ViLT,
+    arXiv:2102.03334, 3.3); where a word ends the model knows from its tokenizer.
     """
 
     kind: Literal["masked_tokens"] = "masked_tokens"
     share: Share = 0.15
+    whole_words: bool = False
 
-    def __call__(self, model: PairEncoder, batch: Batch) -> LossOutput:
+    def __call__(self, model: Fuser, batch: Batch) -> LossOutput:
         paired = model.pairs(batch)
         texts = paired.texts
-        masked = self.masked(batch, paired)
+        masked = self.masked(batch, paired, model.continues)
         ids = self.hidden(model, batch, paired, masked)
-        seen = Paired(replace(texts, ids=ids), paired.tiles)
+        seen = replace(paired, texts=replace(texts, ids=ids))
         logits = model.words_of(model.fuse(batch, seen).texts[masked]).float()
         right = texts.ids[masked]
         each = F.cross_entropy(logits, right, reduction="none")
@@ -60,10 +62,10 @@ class MaskedTokens:
         often = batch.weights[owner]
         return LossOutput(sum=(each * often).sum(), weight=often.sum(), documents=documents)
 
-    def counted(self, model: PairEncoder, batch: Batch) -> Tensor:
+    def counted(self, model: Fuser, batch: Batch) -> Tensor:
         """The weight, without asking the model."""
         paired = model.pairs(batch)
-        masked = self.masked(batch, paired)
+        masked = self.masked(batch, paired, model.continues)
         texts = paired.texts
         return (
             batch.weights[texts.documents[texts.owner[masked]]].sum()
@@ -71,15 +73,21 @@ class MaskedTokens:
             else batch.weights.new_zeros(())
         )
 
-    def masked(self, batch: Batch, paired: Paired) -> Tensor:
-        """Which tokens of the pairs' texts are masked, bool (T,)."""
+    def masked(self, batch: Batch, paired: Paired, continues: Tensor | None = None) -> Tensor:
+        """Which tokens of the pairs' texts are masked, bool (T,). `continues` (C,) says which tokens are no word's first."""
         texts = paired.texts
         if not len(texts.documents):
             return torch.zeros_like(texts.ids, dtype=torch.bool)
         last = texts.cu_seqlens[1:].long() - 1
         inner = texts.positions > 0
         inner[last] = False
-        return inner & (self._draw(batch, paired, HIDE) < self.share)
+        if not self.whole_words or continues is None:
+            return inner & (self._draw(batch, paired, HIDE) < self.share)
+        # A word is drawn by its first token, which bos never is.
+        first = (continues[texts.ids] == 0) | (texts.positions <= 1)
+        number = torch.arange(len(first), device=first.device)
+        begin = torch.where(first, number, 0).cummax(0).values
+        return inner & (self._draw(batch, paired, HIDE)[begin] < self.share)
 
     def hidden(self, model: Vocabulary, batch: Batch, paired: Paired, masked: Tensor) -> Tensor:
         """Ids of the pairs' texts, int64 (T,), with what stands in the place of those that are masked."""
@@ -95,7 +103,7 @@ class MaskedTokens:
 
     def _draw(self, batch: Batch, paired: Paired, salt: int) -> Float[Tensor, " T"]:
         texts = paired.texts
-        return chosen(_seeds(batch)[texts.documents], texts.owner, texts.positions, salt)
+        return chosen(seeds(batch)[texts.documents], texts.owner, texts.positions, salt)
 
 
 @spec
@@ -111,15 +119,15 @@ class Matching(Gathered):
     torn: Share = 0.5
     alignment: Annotated[float, Field(ge=0)] = 0.0
 
-    def collect(self, model: PairEncoder, batch: Batch) -> Collected:
+    def collect(self, model: Fuser, batch: Batch) -> Collected:
         texts = model.pairs(batch).texts
         count = len(texts.documents)
         ids = torch.full((max(count, 1), model.context), NOT_LEARNED, device=texts.ids.device)
         ids[texts.owner, texts.positions] = texts.ids
-        seeds = _seeds(batch)[texts.documents]
-        zero = torch.zeros_like(seeds)
-        turn = chosen(seeds, torch.arange(count, device=seeds.device), zero, TURN) if count else zero.float()
-        return ids[:count], seeds, turn < self.torn
+        rows = seeds(batch)[texts.documents]
+        zero = torch.zeros_like(rows)
+        turn = chosen(rows, torch.arange(count, device=rows.device), zero, TURN) if count else zero.float()
+        return ids[:count], rows, turn < self.torn
 
     def whole(self, packs: Sequence[Collected], group: dist.ProcessGroup | None) -> list[list[tuple[list[int], bool]]]:
         mine = [list(zip(*(x.tolist() for x in pack), strict=True)) for pack in packs]
@@ -138,7 +146,7 @@ class Matching(Gathered):
             told.append(rows)
         return told
 
-    def again(self, model: PairEncoder, batch: Batch, told: list[tuple[list[int], bool]]) -> LossOutput:
+    def again(self, model: Fuser, batch: Batch, told: list[tuple[list[int], bool]]) -> LossOutput:
         paired = model.pairs(batch)
         fused = model.fuse(batch, with_texts(paired, [words for words, _ in told]))
         count = len(told)
@@ -146,7 +154,7 @@ class Matching(Gathered):
         belongs = torch.tensor([right for _, right in told], dtype=torch.long, device=logits.device)
         each = F.cross_entropy(logits, belongs, reduction="none")
         if self.alignment:
-            each = each + self.alignment * self._moved(fused, told) * (2 * belongs - 1)
+            each = each + self.alignment * self._moved(model, fused, paired, told) * (2 * belongs - 1)
         documents = no_documents(batch)
         rows = paired.texts.documents
         right = (logits.argmax(-1) == belongs).to(each) if count else each.detach()
@@ -154,22 +162,26 @@ class Matching(Gathered):
         often = batch.weights[rows]
         return LossOutput(sum=(each * often).sum(), weight=often.sum(), documents=documents)
 
-    def counted(self, model: PairEncoder, batch: Batch) -> Tensor:
+    def counted(self, model: Fuser, batch: Batch) -> Tensor:
         """The weight, without asking the model."""
         return batch.weights[model.pairs(batch).texts.documents].sum()
 
-    def _moved(self, fused: Any, told: list[tuple[list[int], bool]]) -> Float[Tensor, " P"]:
-        """The cost of moving words onto patches, without the first and last token and the picture's CLS."""
+    def _moved(
+        self, model: Fuser, fused: Fused, paired: Paired, told: list[tuple[list[int], bool]]
+    ) -> Float[Tensor, " P"]:
+        """The cost of moving words onto patches or regions, without the first and last token and the picture's CLS."""
         lengths = torch.tensor([len(words) for words, _ in told], device=fused.texts.device)
         if not len(lengths):
             return fused.texts[:0, 0].float()
         spread = torch.nn.utils.rnn.pad_sequence(list(fused.texts.split(lengths.tolist())), batch_first=True)
         places = torch.arange(spread.shape[1], device=lengths.device)[None]
         there = (places > 0) & (places < lengths[:, None] - 1)
-        return transport_cost(spread, fused.pictures[:, 1:], there)
+        onto, which = model.aligned(fused, paired)
+        return transport_cost(spread, onto, there, onto=which)
 
 
-def _seeds(batch: Batch) -> Tensor:
+def seeds(batch: Batch) -> Tensor:
+    """The seed of each document's row, int64 (S,)."""
     if batch.seeds is None:
         raise ValueError("the batch knows no seeds of its rows; make it with Batch.of")
     return batch.seeds

@@ -10,6 +10,7 @@ from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor
 
+from mllm.bert import CrossEncoder
 from mllm.classify import ImageClassifier
 from mllm.masked import MaskedAutoencoder, MaskedPredictor
 from mllm.objectives.base import LossOutput, no_documents
@@ -20,13 +21,14 @@ from pipelines.types import Batch, spec
 class Classification:
     """Cross-entropy of each document's class, by its first picture; the weight is the number of those that have one.
 
-    `smoothing` of the labels as in Inception-v3 (arXiv:1512.00567, 7).
+    Of a model that reads a question with the picture the class is the answer (VQA). `smoothing` of the labels as in Inception-v3
+    (arXiv:1512.00567, 7).
     """
 
     kind: Literal["classification"] = "classification"
     smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
 
-    def __call__(self, model: ImageClassifier, batch: Batch) -> LossOutput:
+    def __call__(self, model: ImageClassifier | CrossEncoder, batch: Batch) -> LossOutput:
         scores = model.scores(batch)
         logits = scores.logits.float()
         classes = batch.classes[scores.documents]
@@ -40,6 +42,11 @@ class Classification:
         )
         right = known & (logits.argmax(1) == classes) if len(classes) else known
         return _summed(batch, scores.documents, each, known.float(), right.float())
+
+    def counted(self, model: ImageClassifier | CrossEncoder, batch: Batch) -> Tensor:
+        """The weight, without running the model."""
+        documents = model.scored(batch)
+        return (batch.weights[documents] * (batch.classes[documents] >= 0)).sum()
 
 
 @spec

@@ -1,7 +1,8 @@
-"""Several objectives at once, each divided by its own weight over the whole step."""
+"""Several objectives: all at once, each divided by its own weight over the whole step, or one of them in each step."""
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Annotated, Any, Literal
@@ -16,6 +17,8 @@ from mllm.objectives.base import Gathered, LossOutput
 from mllm.objectives.contrast import Contrastive
 from mllm.objectives.fused import MaskedTokens, Matching
 from mllm.objectives.language import NextToken
+from mllm.objectives.pictures import Classification
+from mllm.objectives.regions import MaskedRegions
 from mllm.objectives.retrieval import RetrievalToken
 from pipelines.types import Batch, spec
 
@@ -24,6 +27,8 @@ Single = Annotated[
     | Contrastive
     | Matching
     | MaskedTokens
+    | MaskedRegions
+    | Classification
     | MomentumContrast
     | HardMatching
     | DistilledTokens
@@ -108,3 +113,61 @@ class Sum(Gathered):
         for place, term in enumerate(self.terms):
             if isinstance(term.objective, Gathered):
                 term.objective.settle(model, [own[place] for _, own in told])
+
+@spec
+class OneOf(Gathered):
+    """One of several objectives in each step, drawn by the terms' weights (UNITER, arXiv:1909.11740, 3.2).
+
+    Which one is a function of the step's rows and their epoch, so that neither packs nor ranks nor restarts matter; a step of no
+    rows takes the first. Scored by itself, a batch is a step. A step's loss is that of its objective.
+    """
+
+    kind: Literal["one_of"] = "one_of"
+    terms: tuple[Term, ...]
+
+    def __post_init__(self) -> None:
+        if not self.terms:
+            raise ValueError("one of no objectives teaches nothing; give it terms")
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """Kinds of its terms."""
+        return tuple(term.objective.kind for term in self.terms)
+
+    def collect(self, model: Any, batch: Batch) -> Any:
+        """The sum of the rows' seeds, and what each term that must see the step collects."""
+        rows = batch.weights.new_zeros((), dtype=torch.long) if batch.seeds is None else batch.seeds.sum()
+        return rows, [one.collect(model, batch) if isinstance(one, Gathered) else () for one in self._objectives]
+
+    def whole(self, packs: Sequence[Any], group: dist.ProcessGroup | None) -> list[Any]:
+        rows = torch.stack([pack[0] for pack in packs]).sum()
+        if group is not None:
+            dist.all_reduce(rows, group=group)
+        number = self.drawn(int(rows))
+        one = self._objectives[number]
+        if not isinstance(one, Gathered):
+            return [(number, None)] * len(packs)
+        return [(number, own) for own in one.whole([pack[1][number] for pack in packs], group)]
+
+    def again(self, model: Any, batch: Batch, told: tuple[int, Any]) -> LossOutput:
+        one: Any = self._objectives[told[0]]
+        return one.again(model, batch, told[1]) if isinstance(one, Gathered) else one(model, batch)
+
+    def settle(self, model: Any, told: Sequence[tuple[int, Any]]) -> None:
+        number = told[0][0] if told else 0
+        one = self._objectives[number]
+        if told and isinstance(one, Gathered):
+            one.settle(model, [own for _, own in told])
+
+    def drawn(self, rows: int) -> int:
+        """Which term a step has whose rows' seeds add up to `rows`."""
+        dice = random.Random(rows).random() * sum(term.weight for term in self.terms) if rows else 0.0
+        for number, term in enumerate(self.terms):
+            dice -= term.weight
+            if dice < 0:
+                return number
+        return len(self.terms) - 1
+
+    @property
+    def _objectives(self) -> list[Any]:
+        return [term.objective for term in self.terms]

@@ -48,10 +48,12 @@ from mllm.recipes.llava import (
     llava_next_video_7b,
     llava_next_video_7b_dpo,
 )
+from mllm.recipes.lxmert import lxmert
 from mllm.recipes.masked import beit_b16, mae_b16, mae_l16
 from mllm.recipes.minicpm import llava_uhd_13b, minicpm_llama3_v_25, minicpm_v_20
 from mllm.recipes.multiway import beit3_base, beit3_giant, beit3_large, vl_beit_base, vlmo_base, vlmo_large
 from mllm.recipes.owl import kosmos_1, mplug_owl_7b, shikra_7b
+from mllm.recipes.pixelbert import pixel_bert_r50, pixel_bert_x152
 from mllm.recipes.qwen_vl import qwen_vl_7b
 from mllm.recipes.real import vila_real
 from mllm.recipes.siglip import siglip_b16, siglip_so400m
@@ -67,9 +69,11 @@ from mllm.recipes.supervised import (
     vit_b16,
     vit_l16,
 )
+from mllm.recipes.uniter import uniter_base, uniter_large
 from mllm.recipes.vila import vila_7b, vila_13b
 from mllm.recipes.vila15 import vila_15_3b, vila_15_3b_s2, vila_15_8b, vila_15_13b, vila_15_40b
 from mllm.recipes.vilt import vilt_b32
+from mllm.recipes.vlbert import vl_bert_base, vl_bert_large
 
 TOWERS_AND_SPLICE = (
     llava_7b,
@@ -143,7 +147,7 @@ RECIPES: dict[str, Callable[[], Recipe]] = {
         *(clip_b32, clip_b16, clip_l14, openclip_h14, siglip_b16, siglip_so400m, eva_clip_g14, eva02_clip_l14),
         *(lenet5, alexnet, vgg16, vgg19, resnet50, resnet101, resnet152, vit_b16, vit_l16),
         *(mae_b16, mae_l16, beit_b16),
-        *(vilt_b32,),
+        *(vilt_b32, uniter_base, uniter_large, vl_bert_base, vl_bert_large, pixel_bert_r50, pixel_bert_x152, lxmert),
         *(vlmo_base, vlmo_large, vl_beit_base, beit3_base, beit3_large, beit3_giant),
         *(albef, blip_base, blip_large, coca_base, coca_large, blip2_stage1, fromage),
     )

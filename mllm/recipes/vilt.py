@@ -1,8 +1,8 @@
 """ViLT (arXiv:2102.03334): patches and words in one ViT-B/32, trained on matching, masked words and word-patch alignment.
 
 4,096 pairs a step, rate 1e-4 with a tenth of warm-up and a straight way down, decay 0.01, 100,000 steps; half of the pairs are
-torn, 15 % of tokens masked, alignment 0.1. Deviations: pictures are squeezed to 384 x 384 where ViLT keeps their aspect; single
-tokens are masked where ViLT masks whole words; it begins from nothing where ViLT begins from a ViT-B/32 of ImageNet-21k.
+torn, 15 % of words masked whole, alignment 0.1. Deviations: pictures are squeezed to 384 x 384 where ViLT keeps their aspect; it
+begins from nothing where ViLT begins from a ViT-B/32 of ImageNet-21k.
 """
 
 from mllm.dual import Layers
@@ -27,7 +27,7 @@ def vilt_b32() -> Recipe:
         max_tiles=32,
         tokens_per_step=4096 * a_pair,
         duration=Steps(count=100_000),
-        objective=Sum(terms=(Term(objective=Matching(alignment=0.1)), Term(objective=MaskedTokens()))),
+        objective=Sum(terms=(Term(objective=Matching(alignment=0.1)), Term(objective=MaskedTokens(whole_words=True)))),
         optimizer=AdamW(betas=(0.9, 0.98)),
         schedule=Linear(warmup=0.1),
     )

@@ -10,16 +10,27 @@ import numpy as np
 import pytest
 import torch
 
-from mllm.annotators import Annotator, DiscreteCodes, FrozenFeatures, Recaption, ReferenceLogProbs, ScoreFilter
+from mllm.annotators import (
+    Annotator,
+    DiscreteCodes,
+    FrozenFeatures,
+    GridRegions,
+    Recaption,
+    ReferenceLogProbs,
+    ScoreFilter,
+)
 from mllm.encoders import Encoder
 from mllm.export import export
 from mllm.objectives import NextToken
 from mllm.recipe import Recipe, RecipeError, dump, fingerprint, load, override
 from mllm.vlm import VisionLanguageModel
+from ops import images
 from pipelines import pictures
 from pipelines.annotate import OfDocuments, OfPacks, Rows
 from pipelines.corpora import Pairs
 from pipelines.manifest import index
+from pipelines.objects import Objects, RegionRow, grid, unpacked
+from pipelines.tiling import Resize
 from pipelines.types import (
     Batch,
     Chunk,
@@ -28,6 +39,7 @@ from pipelines.types import (
     Frames,
     Image,
     Pack,
+    Picture,
     Reason,
     Region,
     Rejected,
@@ -38,6 +50,7 @@ from pipelines.types import (
 from pipelines.windows import PackWindows, Stream
 from tests.conftest import CORPUS, ROOT
 
+MEAN, STD = (Encoder.__dataclass_fields__[name].default for name in ("mean", "std"))
 TOKENIZER = str(ROOT / "examples" / "tokenizer")
 
 
@@ -537,3 +550,38 @@ def test_a_references_log_probabilities_are_the_models_own(recipe: Recipe, packs
         annotator.packs(lambda _: str(tmp_path))
     with pytest.raises(ValueError, match="which is there once a run has come to it"):
         ReferenceLogProbs().packs(str)
+
+
+def test_a_grid_of_boxes_stands_for_a_detector(rows: list[Document | Rejected], tmp_path: Path) -> None:
+    from transformers import ResNetConfig, ResNetForImageClassification
+
+    torch.manual_seed(0)
+    config = ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], num_labels=5, layer_type="basic")
+    model = ResNetForImageClassification(config).eval()
+    model.save_pretrained(tmp_path / "seer")
+    annotate = GridRegions(weights="seer", rows=2, cols=3, size=32).documents(lambda name: str(tmp_path / name))
+    seen = annotate(rows)
+    assert annotate(seen) == seen  # what has regions keeps them
+    assert [type(row) for row in seen] == [*[Document] * 8, Rejected, Rejected, Document]
+    tiling = Objects(row=RegionRow(features=16, classes=5), least=6)
+    for before, after in zip(rows[:8], seen[:8], strict=True):
+        assert isinstance(before, Document)
+        assert isinstance(after, Document)
+        image = after.segments[0]
+        assert isinstance(image, Image)
+        found = unpacked(image.objects or b"", tiling.row)
+        assert replace(image, objects=None) == before.segments[0]
+        assert np.allclose(found.classes.sum(1), 1, atol=1e-2)
+        assert np.array_equal(found.boxes, grid(2, 3))
+    first = rows[0]
+    assert isinstance(first, Document)
+    measured = pictures.measure(first, Resize(size=96, mode="squash"))
+    (tile,) = torch.from_numpy(
+        pictures.pixels([p for p in measured.segments if isinstance(p, Picture)], Resize(size=96, mode="squash"))
+    )
+    corner = images.normalize(images.resize(tile, 64, 96)[None, :, 32:, 64:], torch.tensor(MEAN), torch.tensor(STD))
+    with torch.no_grad():
+        wanted = model.resnet(corner).pooler_output.flatten()
+    (image, *_) = seen[0].segments  # type: ignore[union-attr]  # a document, see above
+    assert isinstance(image, Image)
+    assert np.allclose(unpacked(image.objects or b"", tiling.row).features[5], wanted, atol=1e-2)

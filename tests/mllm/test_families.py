@@ -3,6 +3,7 @@
 At toy size a recipe has its own objective and tuning, a model of the same structure and the example corpora.
 """
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 from cluster.engines import alone, build_engine
 from cluster.plan import plan
 from cluster.site import Site
+from mllm.objectives import OneOf, Sum
 from mllm.recipe import dump, load
 from mllm.recipes import by_name
 from mllm.tiny import tiny
@@ -43,6 +45,13 @@ SIZES = {
     "coca_base": 86_001_408 + 247_677_696 + 54_080_257,
     "coca_large": 303_571_968 + 418_317_312 + 74_204_161,
     "blip2_stage1": 985_952_256 + 185_684_736 + 1_017_918,
+    "uniter_base": 114_110_333,
+    "uniter_large": 342_087_037,
+    "vl_bert_base": 114_492_283,
+    "vl_bert_large": 342_072_699,
+    "pixel_bert_r50": 135_190_396,
+    "pixel_bert_x152": 232_005_756,
+    "lxmert": 228_051_752,
     "beit_b16": 91_965_776 + 29_423_616,  # the second is the frozen tokenizer's
     "vlmo_base": 207_673_661 + 29_423_616,
     "vlmo_large": 605_354_813 + 29_423_616,
@@ -77,7 +86,9 @@ def test_at_toy_size_it_learns_what_its_stage_says(name: str, site: Site) -> Non
     recipe = tiny(by_name(name))
     for stage in recipe.stages:
         windows = PackWindows(site.stream(recipe, stage))
-        packs = [*windows.packs(0)][:3]
+        packs = sorted(windows.packs(0), key=lambda pack: -len(pack.tiles))[:3]
+        if isinstance(stage.objective, OneOf):  # a step has one of them, and all are looked at here
+            stage = replace(stage, objective=Sum(terms=stage.objective.terms))
         torch.manual_seed(0)
         model = recipe.model.build()
         tuned = recipe.model.build()

@@ -24,6 +24,7 @@ from pipelines.corpora import (
     Obelics,
     Pairs,
     Preferences,
+    Questions,
     Regions,
     TextOnly,
     Videos,
@@ -155,6 +156,11 @@ def every_format(folder: Path) -> Iterator[tuple[Corpus, Path]]:
     pictures = [data for data, _ in captioned()[:8]]
 
     yield Pairs(name="pairs"), CORPUS / "pairs" / "00002.tar"
+    asked = [
+        ((f"{n}.jpg", data), (f"{n}.txt", b"What is it?"), (f"{n}.cls", b"%d" % (n % 3)))
+        for n, data in enumerate(pictures)
+    ]
+    yield Questions(name="vqa"), write_tar(folder / "vqa.tar", [member for row in asked for member in row])
     yield CaptionList(name="tsv", images="images"), _table(folder / "c.tsv", "\t", ("caption", "filename"), named)
     yield (
         CaptionList(name="jsonl"),

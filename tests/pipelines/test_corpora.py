@@ -37,6 +37,7 @@ from pipelines.corpora import (
     Pairs,
     Patches,
     Preferences,
+    Questions,
     Regions,
     Shares,
     TextOnly,
@@ -290,6 +291,7 @@ def test_a_shard_that_is_not_there_is_named_with_its_corpus(tmp_path: Path) -> N
 
 LISTED = {
     Pairs: ("pairs",),
+    Questions: ("vqa",),
     CaptionList: ("tsv", "jsonl"),
     Labelled: ("tar", "csv"),
     Interleaved: ("archive", "folder", "base64"),

@@ -1,0 +1,342 @@
+"""Encoders of texts with regions: what transformers' LXMERT computes, each pair as if alone, and what is hidden stays hidden."""
+
+import math
+from dataclasses import replace
+from itertools import chain, permutations
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from benchmarks.common import on_ranks
+from cluster.engines import alone, build_engine
+from cluster.site import Site
+from mllm.bert import CrossEncoder
+from mllm.objectives import Classification, MaskedRegions, MaskedTokens, Matching, OneOf, Sum, Term
+from mllm.recipe import FSDP, Recipe, RecipeError, override
+from mllm.recipes import by_name
+from mllm.regions import geometry, regions_of, waves
+from mllm.tiny import tiny
+from ops.transport import plan, transport_cost
+from pipelines.objects import Objects
+from pipelines.types import Batch, Pack, Sample
+from pipelines.windows import PackWindows
+
+NAMES = ("uniter_base", "vl_bert_base", "pixel_bert_r50", "lxmert")
+
+
+def model_of(recipe: Recipe, seed: int = 0) -> CrossEncoder:
+    torch.manual_seed(seed)
+    model = recipe.model.build()
+    assert isinstance(model, CrossEncoder)
+    with torch.no_grad():  # so that nothing is zero, and attention is no mean
+        for name, p in model.named_parameters():
+            if "norm" not in name.lower() and not name.startswith("tower"):
+                p.copy_(torch.randn_like(p) * 0.15)
+    return model.eval()
+
+
+def samples_of(site: Site, recipe: Recipe) -> tuple[PackWindows, list[Sample]]:
+    windows = PackWindows(site.stream(recipe, recipe.stages[0]))
+    samples, dropped = windows.samples(windows.rows(0))
+    assert not dropped
+    return windows, samples
+
+
+def batch_of(windows: PackWindows, samples: list[Sample]) -> Batch:
+    return Batch.of(Pack.of_samples(samples, windows.pixels(samples)))
+
+
+@torch.no_grad()
+def test_lxmert_computes_what_transformers_does(site: Site) -> None:
+    from transformers import LxmertForPreTraining
+
+    recipe = tiny(by_name("lxmert"))
+    model: Any = model_of(recipe)
+    arch, answers = recipe.model.arch, recipe.model.answers  # type: ignore[union-attr]  # as the recipe has them
+    theirs = LxmertForPreTraining(arch.config(answers)).eval()
+    names = {name.replace(".att.", ".").replace(".self.self.", ".self."): name for name in theirs.state_dict()}
+    ours = {
+        name.replace(".att.", ".").replace(".self.self.", ".self."): x for name, x in model.net.state_dict().items()
+    }
+    theirs.load_state_dict({name: ours[short] for short, name in names.items()})
+    windows, samples = samples_of(site, recipe)
+    chosen = [samples[0], samples[-1], samples[1]]
+    batch = batch_of(windows, chosen)
+    paired = model.pairs(batch)
+    fused = model.fuse(batch, paired)
+    seen = regions_of(batch.tiles, arch.row)
+    lengths, counts = paired.texts.cu_seqlens.diff().tolist(), paired.counts.tolist()
+    assert counts == [sample.tiles for sample in chosen]
+    first = 0
+    for place, (ids, count) in enumerate(zip(paired.texts.ids.split(lengths), counts, strict=True)):
+        mine = slice(first, first + count)
+        out = theirs(
+            input_ids=ids[None],
+            visual_feats=seen.features[None, mine],
+            visual_pos=seen.boxes[None, mine],
+            attention_mask=torch.ones(1, len(ids)),
+        )
+        inner = theirs.lxmert(
+            input_ids=ids[None], visual_feats=seen.features[None, mine], visual_pos=seen.boxes[None, mine]
+        )
+        close(fused.texts.split(lengths)[place], inner.language_output[0])
+        close(fused.pictures[mine], inner.vision_output[0])
+        close(fused.pooled[place], inner.pooled_output[0])
+        close(model.words_of(fused.texts.split(lengths)[place]), out.prediction_logits[0])
+        close(model.match(fused.pooled)[place], out.cross_relationship_score[0])
+        close(model.scores(batch).logits[place], out.question_answering_score[0])
+        first += count
+
+
+def close(found: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@torch.no_grad()
+def test_a_pair_in_a_pack_is_as_it_is_alone(site: Site, name: str) -> None:
+    recipe = tiny(by_name(name))
+    model = model_of(recipe)
+    windows, samples = samples_of(site, recipe)
+    chosen = [*[s for s in samples if s.tiles][:3], *[s for s in samples if not s.tiles][:1]]
+    chosen = [chosen[0], *chosen[3:], *chosen[1:3]]
+    batch = batch_of(windows, chosen)
+    paired = model.pairs(batch)
+    fused = model.fuse(batch, paired)
+    lengths = paired.texts.cu_seqlens.diff().tolist()
+    kept = [chosen[n] for n in paired.texts.documents.tolist()]
+    assert len(kept) == (len(chosen) if name == "vl_bert_base" else 3)
+    runs = fused.pictures.split([len(fused.pictures) // 3] * 3)  # all of as many regions or cells
+    shown = 0
+    for place, sample in enumerate(kept):
+        single = batch_of(windows, [sample])
+        own = model.fuse(single, model.pairs(single))
+        close(fused.texts.split(lengths)[place], own.texts)
+        close(fused.pooled[place], own.pooled[0])
+        if sample.tiles:
+            close(runs[shown], own.pictures)
+            shown += 1
+    assert shown == 3
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "pixel_bert_r50"])
+@torch.no_grad()
+def test_what_a_hidden_region_shows_nobody_knows_and_others_matter(site: Site, name: str) -> None:
+    recipe = tiny(by_name(name))
+    model = model_of(recipe)
+    windows, samples = samples_of(site, recipe)
+    chosen = [s for s in samples if s.tiles][:2]
+    batch = batch_of(windows, chosen)
+    paired = model.pairs(batch)
+    hidden = torch.zeros(len(paired.tiles), dtype=torch.bool)
+    hidden[2] = True
+    row = recipe.tiling.row  # type: ignore[union-attr]  # objects
+    other = batch.tiles.clone()
+    other[2, : 2 * row.halves] = other[9, : 2 * row.halves]  # another's features and classes, the box its own
+    changed = replace(batch, tiles=other)
+
+    def pictures(batch: Batch, hidden: Tensor) -> Tensor:
+        return model.fuse(batch, replace(model.pairs(batch), hidden=hidden)).pictures
+
+    close(pictures(batch, hidden), pictures(changed, hidden))
+    assert (pictures(batch, ~hidden) - pictures(changed, ~hidden)).abs().max() > 1e-3
+    moved = batch.tiles.clone()
+    moved[2, 2 * row.halves :] = moved[7, 2 * row.halves :]
+    far = pictures(replace(batch, tiles=moved), hidden)
+    assert (pictures(batch, hidden)[2] - far[2]).abs().max() > 1e-3  # where it is, is known
+
+
+def test_regions_travel_through_bytes_as_they_were_found(site: Site) -> None:
+    recipe = tiny(by_name("lxmert"))
+    windows, samples = samples_of(site, recipe)
+    batch = batch_of(windows, samples[:2])
+    assert isinstance(recipe.tiling, Objects)
+    seen = regions_of(batch.tiles, recipe.tiling.row)
+    assert seen.features.shape == (18, 16)
+    assert torch.allclose(seen.classes.sum(1), torch.ones(18), atol=1e-2)
+    sure = seen.classes.amax(1).view(2, 9)
+    assert (sure.diff(dim=1) <= 1e-3).all()  # the surest first
+    sides = sorted(tuple(round(3 * x) for x in box) for box in seen.boxes[:9].tolist())
+    assert sides == [(c, r, c + 1, r + 1) for c in range(3) for r in range(3)]
+    numbers = geometry(seen.boxes)
+    assert torch.allclose(numbers[:, 4:], torch.tensor([1 / 3, 1 / 3, 1 / 9]).expand(18, 3), atol=1e-5)
+    assert waves(seen.boxes, 16).unique(dim=0).shape == (9, 16)
+    with pytest.raises(ValueError, match="bytes"):
+        regions_of(batch.tiles[:, 2:], recipe.tiling.row)
+
+
+def test_a_model_and_a_tiling_of_other_rows_are_refused() -> None:
+    with pytest.raises(RecipeError, match="the model reads regions"):
+        override(by_name("uniter_base"), ["tiling.row.features=1024"])
+    with pytest.raises(RecipeError, match="cannot learn 'matching'"):
+        override(by_name("vl_bert_base"), ['stages.pretrain.objective={"kind":"matching"}'])
+    with pytest.raises(RecipeError, match="cannot learn 'classification'"):
+        override(by_name("lxmert"), ["model.answers=0"])
+
+
+TARGETS = (("kl",), ("features", "classes", "attributes"))
+
+
+@pytest.mark.parametrize("targets", TARGETS)
+def test_masked_regions_are_the_rows_own(site: Site, targets: Any) -> None:
+    recipe = tiny(by_name("lxmert"))
+    model = model_of(recipe)
+    windows, samples = samples_of(site, recipe)
+    objective = MaskedRegions(targets=targets, share=0.4, sure=True, smooth=True, first=1)
+    together = objective(model, batch_of(windows, samples[:4]))
+    assert 5 < float(together.weight) == float(together.documents[:, 1].sum()) < 30
+    for place, sample in enumerate(samples[:4]):
+        batch = batch_of(windows, [sample])
+        output = objective(model, batch)
+        close(together.documents[place], output.documents[0])
+        assert float(objective.counted(model, batch)) == float(output.weight)
+
+
+def test_a_region_is_told_by_the_class_the_detector_was_surest_of(site: Site) -> None:
+    """A model whose answer is always the truth loses nothing by divergence, and is right each time."""
+    recipe = tiny(by_name("uniter_base"))
+    model = model_of(recipe)
+    windows, samples = samples_of(site, recipe)
+    batch = batch_of(windows, samples[:3])
+    paired = model.pairs(batch)
+    masked = MaskedRegions(targets=("kl",)).masked(batch, paired)
+    seen = model.rows_of(batch, paired)
+    truth = seen.classes[masked].clamp(min=1e-9).log()
+    features = seen.features[masked]
+    oracle = {"classes": truth, "features": features}
+    model.predicted = lambda _, what: oracle[what]  # type: ignore[method-assign]  # an oracle
+    for targets, lost in ((("kl",), 0.0), (("features",), 0.0)):
+        output = MaskedRegions(targets=targets)(model, batch)
+        assert output.sum.item() == pytest.approx(lost, abs=1e-2)
+    output = MaskedRegions(targets=("classes",))(model, batch)
+    assert output.documents[:, 2].sum() == output.weight > 0
+    by_hand = -truth.log_softmax(1).max(1).values.sum()
+    assert output.sum.item() == pytest.approx(by_hand.item(), rel=1e-3)
+
+
+def test_words_are_masked_whole(site: Site) -> None:
+    recipe = tiny(by_name("uniter_base"))
+    model = model_of(recipe)
+    assert not model.continues.any()  # built without the tokenizer's folder
+    knowing = recipe.model.build(site.folder)
+    assert isinstance(knowing, CrossEncoder)
+    windows, samples = samples_of(site, recipe)
+    batch = batch_of(windows, samples[:24])
+    paired = knowing.pairs(batch)
+    texts = paired.texts
+    inside = knowing.continues[texts.ids] > 0
+    inside[texts.positions <= 1] = False
+    inside[texts.cu_seqlens[1:].long() - 1] = False
+    assert inside.sum() > 5
+    whole, single = (
+        MaskedTokens(share=0.4, whole_words=w).masked(batch, paired, knowing.continues) for w in (True, False)
+    )
+    before = torch.roll(whole, 1)
+    assert (whole[inside] == before[inside]).all()
+    assert (single[inside] != torch.roll(single, 1)[inside]).any()
+    assert 0.2 < whole.float().mean() < 0.5
+    codec = windows.encoder.codec
+    words = [codec.decode([i]) for i in texts.ids[inside].tolist()]
+    assert all(word[:1].isalnum() for word in words)
+
+
+def test_a_step_has_one_task_whoever_holds_its_rows(site: Site) -> None:
+    recipe = tiny(by_name("uniter_base"))
+    stage = recipe.stages[0]
+    objective = stage.objective
+    assert isinstance(objective, OneOf)
+    model = model_of(recipe)
+    windows, samples = samples_of(site, recipe)
+    whole = objective.whole([objective.collect(model, batch_of(windows, samples[:12]))], None)
+    parts = [objective.collect(model, batch_of(windows, samples[n:12:3])) for n in range(3)]
+    split = objective.whole(parts, None)
+    assert {number for number, _ in whole} == {number for number, _ in split}
+    drawn = [objective.drawn(seed) for seed in range(1, 3001)]
+    shares = [drawn.count(n) / 3000 for n in range(4)]
+    assert shares == pytest.approx([2 / 6, 2 / 6, 1 / 6, 1 / 6], abs=0.03)
+
+
+OBJECTIVES = {
+    "uniter_base": OneOf(terms=(Term(objective=Matching(alignment=0.3)), Term(objective=MaskedTokens()))),
+    "vl_bert_base": Sum(
+        terms=(Term(objective=MaskedTokens()), Term(objective=MaskedRegions(targets=("classes",)), weight=0.5))
+    ),
+    "lxmert": Sum(terms=(Term(objective=Matching(alignment=0.3)), Term(objective=Classification()))),
+}
+
+
+def steps(recipe: Recipe, site: Site, objective: Any, turns: int, seed: int = 0) -> list[tuple[float, float]]:
+    windows, samples = samples_of(site, recipe)
+    rank, world = dist.get_rank(), dist.get_world_size()
+    stage = replace(recipe.stages[0], objective=objective)
+    engine = build_engine(model_of(recipe, seed), stage, len(stage.mixture), torch.device("cpu"))
+    reports = []
+    for step in range(2):
+        groups = [samples[step * 9 : step * 9 + 9][n :: turns * world] for n in range(turns * world)]
+        packs = [Pack.of_samples(group, windows.pixels(group)) for group in groups]
+        report = engine.train_step(packs[rank::world], 1.0)
+        assert report.taken
+        reports.append((report.loss, report.grad_norm))
+    return reports
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_the_curve_knows_no_turns(site: Site, name: str) -> None:
+    recipe = tiny(by_name(name))
+    with alone():
+        once = steps(recipe, site, OBJECTIVES[name], 1)
+        thrice = steps(recipe, site, OBJECTIVES[name], 3)
+    assert thrice == [pytest.approx(pair, rel=5e-4) for pair in once]
+
+
+def half(recipe: Recipe, site: Site, objective: Any) -> tuple[float, float]:
+    """One step in bfloat16 with everything computed again, where the second rank has nothing."""
+    windows, samples = samples_of(site, recipe)
+    stage = replace(recipe.stages[0], objective=objective, parallel=FSDP(dtype="bfloat16", recompute="full"))
+    engine = build_engine(model_of(recipe), stage, len(stage.mixture), torch.device("cpu"))
+    mine = samples[:6] if dist.get_rank() == 0 else []
+    pack = Pack.of_samples(mine, windows.pixels(mine)) if mine else Pack.empty(recipe.tiling.shape)
+    report = engine.train_step([pack], 1.0)
+    assert report.taken
+    return report.loss, report.grad_norm
+
+
+def every_half(site: Site) -> list[tuple[float, float]]:
+    return [half(tiny(by_name(name)), site, objective) for name, objective in OBJECTIVES.items()]
+
+
+def test_a_rank_with_nothing_hangs_nobody(site: Site) -> None:
+    ours, theirs = on_ranks(2, every_half, site)
+    assert ours == theirs
+    with alone():
+        assert list(chain(*every_half(site))) == pytest.approx(list(chain(*ours)), rel=0.05)
+
+
+def test_words_move_onto_the_regions_that_are_there() -> None:
+    torch.manual_seed(0)
+    there, onto = torch.tensor([[True] * 5 + [False]]), torch.tensor([[True, True, False, True]])
+    cost = torch.rand(1, 6, 4)
+    moved = plan(cost, there, onto=onto)
+    assert torch.allclose(moved.sum(2), there / 5, atol=1e-3)
+    assert torch.allclose(moved.sum(1), onto / 3, atol=1e-3)
+    left, right = torch.randn(1, 6, 8), torch.randn(1, 4, 8)
+    fewer = transport_cost(left[:, :5], right[:, [0, 1, 3]], there[:, :5])
+    assert transport_cost(left, right, there, onto=onto).item() == pytest.approx(fewer.item(), abs=1e-4)
+
+
+@pytest.mark.parametrize("sides", [(4, 4), (3, 6), (4, 2)])
+def test_a_plan_costs_little_more_than_the_least_there_is(sides: tuple[int, int]) -> None:
+    """Proximal steps converge to the exact plan (arXiv:1802.04307, theorem 3.2). Of equal weights, each split so often that both
+    sides have as many parts, the best plan is a permutation (Birkhoff): all are tried.
+    """
+    rows, cols = sides
+    cost = torch.rand(1, rows, cols, generator=torch.Generator().manual_seed(rows))
+    parts = math.lcm(rows, cols)
+    spread = cost[0].repeat_interleave(parts // rows, 0).repeat_interleave(parts // cols, 1).numpy()
+    exact = min(spread[range(parts), order].mean() for order in permutations(range(parts)))
+    found = (plan(cost, torch.ones(1, rows, dtype=torch.bool), rounds=1000) * cost).sum().item()
+    assert exact - 1e-3 <= found <= exact + 5e-3
+    assert (plan(cost, torch.ones(1, rows, dtype=torch.bool)) * cost).sum().item() >= exact - 1e-3
