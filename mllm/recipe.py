@@ -365,7 +365,8 @@ class Stage:
 
 
 ModelKind = Annotated[
-    VLM | DualTower | Classifier | MaskedImage | SingleStream | CrossModal | Multiway | Aligned, Field(discriminator="kind")
+    VLM | DualTower | Classifier | MaskedImage | SingleStream | CrossModal | Multiway | Aligned,
+    Field(discriminator="kind"),
 ]
 
 

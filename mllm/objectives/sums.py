@@ -114,6 +114,7 @@ class Sum(Gathered):
             if isinstance(term.objective, Gathered):
                 term.objective.settle(model, [own[place] for _, own in told])
 
+
 @spec
 class OneOf(Gathered):
     """One of several objectives in each step, drawn by the terms' weights (UNITER, arXiv:1909.11740, 3.2).
