@@ -196,8 +196,9 @@ class InternViT(ViTShape):
     def config(self) -> Any:
         from transformers import InternVLVisionConfig
 
+        square: dict[str, Any] = {"patch_size": [self.patch] * 2, "image_size": [self.image] * 2}
         return InternVLVisionConfig(
-            **self.words() | {"patch_size": [self.patch, self.patch], "image_size": [self.image, self.image]},
+            **{**self.words(), **square},
             intermediate_size=self.intermediate_size,
             use_qk_norm=self.qk_norm,
             attention_bias=self.qkv_bias,

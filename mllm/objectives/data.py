@@ -91,7 +91,7 @@ class MaskedData(Gathered):
         side = model.spec.image // model.spec.patch
         patches = torch.zeros(0, side * side, dtype=torch.bool)
         if seeds:
-            patches = block_masks(seeds, side, int(self.patches * side * side))
+            patches = block_masks(seeds, side, round(self.patches * side * side))
         return Masks(alone, patches.to(batch.tiles.device))
 
 

@@ -14,7 +14,9 @@ from mllm.layers import TOY
 from mllm.masked import BEiT, Codebook, MaskedImage
 from mllm.objectives import Classification
 from mllm.recipe import FSDP, Full, Recipe, Source, Stage, Steps
-from mllm.recipes import shapes
+from mllm.recipes import by_name, shapes
+from mllm.tiny import tiny
+from mllm.towers import ViTTower
 from pipelines.corpora import Labelled
 from pipelines.tiling import Resize
 from pipelines.types import Batch
@@ -34,13 +36,14 @@ TOWERS: dict[str, VisionArch] = {
 
 
 @pytest.mark.parametrize("name", TOWERS)
-def test_a_tower_without_its_branches_is_its_embeddings(name: str) -> None:
+def test_a_tower_without_its_branches_is_its_embeddings(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is left out is all that a layer adds, of the pictures that are meant, in training alone."""
     arch: Any = TOWERS[name]
     torch.manual_seed(0)
     encoder = Encoder(arch=arch, layer=-1, drop_path=0.5).build(str).train()
     tiles = torch.randint(0, 256, (3, 3, arch.image, arch.image), dtype=torch.uint8)
     depth, tower = encoder.depth, encoder.tower
+    assert isinstance(tower, ViTTower)
     assert depth is not None
     whole = encoder(tiles)
     encoder(tiles, seeds=torch.tensor([1, 2, 3]))
@@ -48,7 +51,7 @@ def test_a_tower_without_its_branches_is_its_embeddings(name: str) -> None:
     assert depth.factors.shape == (3, 2 * arch.layers)
     depth.factors = torch.ones(3, 2 * arch.layers)
     depth.factors[1] = 0
-    depth.draw = lambda _: None  # what was drawn stays
+    monkeypatch.setattr(depth, "draw", lambda _: None)  # what was drawn stays
     pixels = encoder._normalised(tiles)
     found = encoder(tiles, seeds=torch.tensor([1, 2, 3]))
     embedded = tower.embed(pixels)[:, tower.skip :]
@@ -123,3 +126,15 @@ def test_a_score_leaves_nothing_out_and_training_goes_on() -> None:
 def test_what_has_no_branches_is_refused() -> None:
     with pytest.raises(ValueError, match="resnet has no branches to leave out; set it to 0"):
         Encoder(arch=ResNet().tiny(), layer=-1, drop_path=0.1).build(str)
+
+
+def test_a_model_names_its_one_tower() -> None:
+    spec = toy()
+    assert spec.tower is spec.encoder
+    model = built(spec)
+    assert model.tower is model.encoder
+    several: Any = tiny(by_name("mini_gemini_7b")).model
+    with pytest.raises(ValueError, match=r"has 2 encoders; ask `encoder\.towers`"):
+        _ = several.tower
+    with pytest.raises(ValueError, match=r"has 2 encoders; ask `encoder\.encoders`"):
+        _ = several.build().tower

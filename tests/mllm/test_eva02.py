@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -37,6 +38,9 @@ def test_a_larger_picture_is_counted_in_the_same_places() -> None:
 class Theirs(nn.Module):
     """EVA's own names of weights, as its repository has them."""
 
+    patch_embed: Any
+    blocks: Any
+
     def __init__(self) -> None:
         super().__init__()
         self.patch_embed = nn.Module()
@@ -48,6 +52,9 @@ class Theirs(nn.Module):
         self.head = nn.Linear(32, 24)
 
     def _block(self) -> nn.Module:
+        block: Any
+        attn: Any
+        mlp: Any
         block, attn, mlp = nn.Module(), nn.Module(), nn.Module()
         for name in ("q_proj", "k_proj", "v_proj"):
             setattr(attn, name, nn.Linear(32, 32, bias=False))
