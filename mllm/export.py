@@ -2,7 +2,8 @@
 
 llava: encoder CLIP, connector MLP of depth 2, a Llama decoder, Splice  ->  one `LlavaForConditionalGeneration` folder
 parts: any other vision-language model                                  ->  encoder/, lm/ (transformers), connector.safetensors
-                                                                            and, where a fusion has weights, fusion.safetensors
+                                                                            and, where a fusion has weights, fusion.safetensors;
+                                                                            BLIP-2 and InstructBLIP besides whole/, as one model
 whole: a model of another kind                                          ->  model.safetensors under the model's own names;
                                                                             BLIP and BLIP-2's first stage besides as
                                                                             transformers' classes, captioner/ and retriever/
@@ -19,6 +20,7 @@ from typing import Any, Literal
 import torch
 from safetensors.torch import load_file, save_file
 
+from mllm import composed
 from mllm.aligned import Aligned, Aligner
 from mllm.aligned.folders import write
 from mllm.connectors import MLP, bare
@@ -70,6 +72,9 @@ def export(recipe: Recipe, model: Model, tokenizer: str | None, out: Path) -> Pa
     else:
         assert tokenizer is not None
         _parts(model, tokenizer, recipe.model.lm, scratch)
+        if composed.fits(recipe.model):
+            text = _tokenizer(tokenizer, recipe.model.lm)
+            composed.write(recipe.model, model, text, IMAGE, scratch / "whole")
     (scratch / "recipe.json").write_text(dump(recipe))
     shutil.rmtree(out, ignore_errors=True)
     scratch.rename(out)
