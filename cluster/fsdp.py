@@ -161,8 +161,9 @@ class FSDPEngine:
     @torch.no_grad()
     def _settle(self, told: Sequence[Any]) -> None:
         """Let objective and model remember what they must of a step that was taken."""
-        if told and isinstance(self.stage.objective, Gathered):
-            self.stage.objective.settle(self.module.model, told)
+        objective: Any = self.stage.objective  # a recipe makes sure that the model is of a kind that can learn it
+        if told:
+            objective.settle(self.module.model, told)
         self.module.model.stepped()
 
     def _begin_averages(self) -> None:

@@ -3,6 +3,7 @@
     ScoreFilter, Recaption, DiscreteCodes,
     GridRegions                               of documents: before rows are measured and packed
     FrozenFeatures, ReferenceLogProbs         of packs: after they are cut, in place of work that the trainer would do
+    Instructions (`mllm.instructed`)          of packs as well: prompts in the words of a Q-Former
 
 Each is a value that an actor builds once; what is built is a pure function of the rows or the pack that it is given (greedy
 decoding, no dropout), so that a window comes out the same whoever makes it. Weights are `transformers` folders.

@@ -2,7 +2,8 @@
 
 llava, llava_next, llava_next_video, internvl   models that transformers has: one folder of its class, see `mllm.folders`
 parts: any other vision-language model          encoder/, lm/ (transformers), connector.safetensors
-                                                and, where a fusion has weights, fusion.safetensors
+                                                and, where a fusion has weights, fusion.safetensors;
+                                                BLIP-2 and InstructBLIP besides whole/, as one model
 transformers: a model of another kind that      a folder of its class, see `mllm.families`
     transformers has
 whole: any other                                model.safetensors under the model's own names; BLIP and BLIP-2's
@@ -19,7 +20,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from mllm import families
+from mllm import composed, families
 from mllm.aligned import Aligned, Aligner
 from mllm.aligned.folders import write
 from mllm.connectors import bare
@@ -64,6 +65,9 @@ def export(recipe: Recipe, model: Model, tokenizer: str | None, out: Path) -> Pa
             _whole(form, recipe, model, tokenizer, scratch)
         else:
             _parts(model, tokenizer, recipe.model.lm, scratch)
+        if composed.fits(recipe.model):
+            text = _tokenizer(tokenizer, recipe.model.lm, (IMAGE,))
+            composed.write(recipe.model, model, text, IMAGE, scratch / "whole")
     (scratch / "recipe.json").write_text(dump(recipe))
     shutil.rmtree(out, ignore_errors=True)
     scratch.rename(out)

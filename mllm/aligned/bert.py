@@ -23,6 +23,7 @@ def text_config(shape: Layers, vocab_size: int, positions: int, vision: int, cro
     """transformers' configuration of BERT as BLIP has it, without dropout; if it `crosses`, each layer can look at a picture."""
     from transformers import BlipTextConfig
 
+    plain: dict[str, Any] = {"attn_implementation": "eager"}  # the only attention that its layers have
     return BlipTextConfig(
         vocab_size=vocab_size,
         hidden_size=shape.hidden_size,
@@ -36,7 +37,7 @@ def text_config(shape: Layers, vocab_size: int, positions: int, vision: int, cro
         eos_token_id=None,
         pad_token_id=None,
         sep_token_id=None,
-        attn_implementation="eager",
+        **plain,
     )
 
 

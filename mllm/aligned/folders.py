@@ -10,14 +10,15 @@ import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from safetensors import safe_open
-from torch import Tensor, nn
+from torch import Tensor
 
 from mllm.aligned.bert import BLIP, text_config
 from mllm.aligned.querying import QFormerPairs
+from mllm.encoders import Encoder
 from pipelines.encode import TextCodec
 
 if TYPE_CHECKING:
@@ -138,17 +139,22 @@ def write(model: Aligner, spec: Aligned, tokenizer: str, out: Path) -> None:
         for file in ("tokenizer.json", "tokenizer_config.json"):
             if (Path(tokenizer) / file).is_file():
                 shutil.copyfile(Path(tokenizer) / file, out / name / file)
-        picture = {
-            "image_processor_type": "BlipImageProcessor",
-            "do_center_crop": False,
-            "size": {"height": spec.side, "width": spec.side},
-            "image_mean": list(spec.encoder.mean),
-            "image_std": list(spec.encoder.std),
-        }
-        (out / name / "preprocessor_config.json").write_text(json.dumps(picture, indent=2))
+        write_picture(out / name, spec.side, spec.encoder)
 
 
-def _classes(spec: Aligned, last: int) -> dict[str, nn.Module | Any]:
+def write_picture(folder: Path, side: int, encoder: Encoder) -> None:
+    """Say to transformers how pictures are prepared."""
+    words = {
+        "image_processor_type": "BlipImageProcessor",
+        "do_center_crop": False,
+        "size": {"height": side, "width": side},
+        "image_mean": list(encoder.mean),
+        "image_std": list(encoder.std),
+    }
+    (folder / "preprocessor_config.json").write_text(json.dumps(words, indent=2))
+
+
+def _classes(spec: Aligned, last: int) -> dict[str, Any]:
     """transformers' modules by folder, without memory; `last` is the id that ends a text."""
     from transformers import (
         Blip2Config,
@@ -158,7 +164,7 @@ def _classes(spec: Aligned, last: int) -> dict[str, nn.Module | Any]:
         BlipForImageTextRetrieval,
     )
 
-    arch, tower = spec.arch, spec.encoder.arch
+    arch, tower = spec.arch, cast("Any", spec.encoder.arch)  # a vision transformer of its kind
     if isinstance(arch, BLIP):
         text = text_config(arch.text, arch.vocab_size, arch.positions, spec.encoder.width, crosses=True).to_dict()
         text |= {"bos_token_id": arch.dec, "eos_token_id": last, "sep_token_id": last, "pad_token_id": 0}

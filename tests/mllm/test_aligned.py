@@ -322,6 +322,7 @@ def test_a_sum_sees_a_batch_once_and_says_the_same(site: Site, name: str) -> Non
         together = objective(model, batch)
     assert len(runs) == 2  # once to collect, once to learn
     with torch.no_grad():
-        each = [(term.weight, term.objective(model, batch)) for term in objective.terms]
+        terms: list[tuple[float, Any]] = [(term.weight, term.objective) for term in objective.terms]
+        each = [(weight, one(model, batch)) for weight, one in terms]
     expected = sum(weight * float(one.sum / one.weight) for weight, one in each)
     assert float(together.sum / together.weight) == pytest.approx(expected, rel=1e-4)

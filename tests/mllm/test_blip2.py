@@ -1,6 +1,7 @@
 """BLIP-2 and InstructBLIP as transformers has them, whole; instructions that a Q-Former reads; FROMAGe's token."""
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,9 @@ from cluster.engines import alone, build_engine
 from cluster.plan import plan
 from cluster.site import Site, load_site
 from mllm.aligned import QFormerPairs
+from mllm.composed import composed
 from mllm.connectors import InstructedQFormer, QFormer
+from mllm.export import export
 from mllm.instructed import Instructions
 from mllm.objectives import RetrievalToken, Sum
 from mllm.recipe import Recipe, override
@@ -37,26 +40,11 @@ def built(vlm: VLM) -> VisionLanguageModel:
     return vlm.build()
 
 
-def composed(kind: Any, config: Any, model: VisionLanguageModel, **more: Any) -> Any:
-    """transformers' whole model with our weights."""
-    connector: Any = model.connector
-    tower: Any = model.encoder.tower
-    vision = tower.tower
-    whole = config(
-        vision_config=vision.config.to_dict(),
-        qformer_config=connector.model.config.to_dict(),
-        text_config=model.lm.model.config.to_dict(),
-        num_query_tokens=len(connector.queries),
-        image_token_index=IMAGE,
-        **more,
-    )
-    theirs = kind(whole).eval()
-    state = {f"vision_model.{name}": x for name, x in vision.state_dict().items()}
-    state |= {f"qformer.{name}": x for name, x in connector.model.state_dict().items()}
-    state |= {f"language_projection.{name}": x for name, x in connector.project.state_dict().items()}
-    state |= {f"language_model.{name}": x for name, x in model.lm.model.state_dict().items()}
-    theirs.load_state_dict(state | {"query_tokens": connector.queries[None]}, strict=True)
-    return theirs
+def loaded(model: VisionLanguageModel, folder: Path) -> Any:
+    """transformers' whole model with our weights, through a folder."""
+    whole = composed(model, IMAGE)
+    whole.save_pretrained(folder)
+    return type(whole).from_pretrained(folder).eval()
 
 
 def logits(model: VisionLanguageModel, batch: Batch) -> Tensor:
@@ -70,11 +58,9 @@ def pixels(model: VisionLanguageModel, batch: Batch) -> Tensor:
 
 
 @pytest.mark.parametrize("name", ["blip2_opt_2_7b", "blip2_flan_t5_xl"])
-def test_blip2_is_transformers_whole_model(name: str) -> None:
-    from transformers import Blip2Config, Blip2ForConditionalGeneration
-
+def test_blip2_is_transformers_whole_model(name: str, tmp_path: Path) -> None:
     model = built(tiny(by_name(name)).vlm)
-    theirs = composed(Blip2ForConditionalGeneration, Blip2Config, model)
+    theirs = loaded(model, tmp_path)
     queries, words = 4, [5, 6, 7]
     batch = packed(tiny(by_name(name)).vlm, [[PICTURE, *words]], learn_from=queries + 1)
     ours, ids = logits(model, batch), torch.tensor([[IMAGE] * queries + words])
@@ -87,12 +73,10 @@ def test_blip2_is_transformers_whole_model(name: str) -> None:
     torch.testing.assert_close(ours, output, rtol=1e-4, atol=1e-4)
 
 
-def test_instructblip_is_transformers_whole_model() -> None:
-    from transformers import InstructBlipConfig, InstructBlipForConditionalGeneration
-
+def test_instructblip_is_transformers_whole_model(tmp_path: Path) -> None:
     vlm = tiny(by_name("instructblip_7b")).vlm
     model = built(vlm)
-    theirs = composed(InstructBlipForConditionalGeneration, InstructBlipConfig, model)
+    theirs = loaded(model, tmp_path)
     batch = packed(vlm, [[8, 9], [PICTURE, 5, 6], [PICTURE, 7]])
     asked = torch.tensor([[3, 2, 1, 4], [11, 12, 13, 14], [15, 16, NOT_LEARNED, NOT_LEARNED]])
     ours = logits(model, replace(batch, instructions=asked))
@@ -107,6 +91,23 @@ def test_instructblip_is_transformers_whole_model() -> None:
             ).logits[0]
             torch.testing.assert_close(ours[at], output, rtol=1e-4, atol=1e-4)
     assert (ours - logits(model, batch)).abs()[2:].max() > 1e-4  # without instructions it sees otherwise
+
+
+def test_an_export_has_the_whole_model_for_transformers(site: Site, tmp_path: Path) -> None:
+    from transformers import AutoTokenizer, Blip2ForConditionalGeneration
+
+    recipe = tiny(by_name("blip2_opt_2_7b"))
+    model = built(recipe.vlm)
+    out = export(recipe, model, site.stream(recipe, recipe.stages[0]).tokenizer, tmp_path / "export")
+    theirs: Any = Blip2ForConditionalGeneration.from_pretrained(out / "whole").eval()
+    assert theirs.config.image_token_index == AutoTokenizer.from_pretrained(out / "whole").convert_tokens_to_ids(
+        "<image>"
+    )
+    batch = packed(recipe.vlm, [[PICTURE, 5, 6, 7]])
+    ids = torch.tensor([[theirs.config.image_token_index] * 4 + [5, 6, 7]])
+    with torch.no_grad():
+        output = theirs(pixel_values=pixels(model, batch), input_ids=ids).logits[0]
+    torch.testing.assert_close(logits(model, batch), output[:, : recipe.vlm.lm.arch.vocab_size], rtol=1e-4, atol=1e-4)
 
 
 def test_an_instruction_is_what_stands_before_the_answer(site: Site) -> None:
