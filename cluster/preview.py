@@ -18,11 +18,12 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from cluster.report import render_page
 from mllm.annotators import ReferenceLogProbs
 from pipelines.encode import TextCodec
+from pipelines.objects import Objects
 from pipelines.place import Place
 from pipelines.tiling import AnyTiling, DynamicTiles
 from pipelines.types import IMAGE_TOKEN, NOT_LEARNED, Cut, Pack, Rejected, RowId, spec
@@ -193,6 +194,8 @@ def cut_of(tiling: AnyTiling, tiles: int, numbers: tuple[int, ...]) -> Cut:
     A pack does not say how many tiles a picture was allowed, so each limit is tried; those that give the same grid cut alike.
     Raises ValueError when none does: the pack was made with another tiling.
     """
+    if isinstance(tiling, Objects) and numbers[0] == tiles:
+        return tiling.counted(tiles)
     height, width = numbers[3:5]
     most = getattr(tiling, "max_tiles", 1)
     tries = chain(
@@ -211,6 +214,9 @@ def cut_of(tiling: AnyTiling, tiles: int, numbers: tuple[int, ...]) -> Cut:
 
 def _views(tiles: NDArray[np.uint8], cut: Cut, tiling: AnyTiling) -> Iterator[Grid]:
     """The views of one picture in the order in which the model gets them."""
+    if isinstance(tiling, Objects):
+        yield _grid([_outlines(tiling.boxes(tiles))], 1, f"{len(tiles)} regions, the surest in black")
+        return
     if cut.scales:
         at = 0
         for scale in cut.scales:
@@ -228,6 +234,15 @@ def _views(tiles: NDArray[np.uint8], cut: Cut, tiling: AnyTiling) -> Iterator[Gr
     else:
         yield _grid(tiles[:1], 1, "overview")
         yield _grid(tiles[1:], cut.cols, f"{cut.rows} x {cut.cols} tiles")
+
+
+def _outlines(boxes: NDArray[np.float32], side: int = 256) -> NDArray[np.uint8]:
+    """Boxes in shares of the sides drawn on white, uint8 (3, side, side): the first in black, each after it paler."""
+    canvas = Image.new("RGB", (side, side), "white")
+    draw = ImageDraw.Draw(canvas)
+    for place, box in reversed([*enumerate((boxes * (side - 1)).tolist())]):
+        draw.rectangle(box, outline=(224 * place // len(boxes),) * 3)
+    return np.asarray(canvas).transpose(2, 0, 1)
 
 
 def _slices(patches: NDArray[np.uint8], cut: Cut, patch: int) -> Iterator[Grid]:

@@ -127,7 +127,7 @@ class Run:
 class _OneStream(CrossEncoder):
     """BERT over each pair's words and then its picture."""
 
-    looks: nn.Module
+    looks: Any
     answer: nn.Module | None
 
     def answers(self) -> nn.Module | None:

@@ -40,7 +40,7 @@ def _bert(shape: Layers, vocab_size: int, positions: int, pooled: bool, weights:
     kind, auto = (
         (BertForPreTraining, "AutoModelForPreTraining") if pooled else (BertForMaskedLM, "AutoModelForMaskedLM")
     )
-    still = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    still: dict[str, Any] = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
     if weights is not None:
         return load(kind, auto, weights, attn_implementation=DOCUMENTS, dtype=torch.float32, **still)
     config = BertConfig(**shape.words(), vocab_size=vocab_size, max_position_embeddings=positions, **still)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import io
 import zipfile
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -69,7 +69,7 @@ def packed(found: Found) -> bytes:
     """Regions as the file that `unpacked` reads."""
     halves = {"features": found.features, "classes": found.classes, "attributes": found.attributes}
     file = io.BytesIO()
-    kept = {name: array.astype(np.float16) for name, array in halves.items() if array.size}
+    kept: dict[str, Any] = {name: array.astype(np.float16) for name, array in halves.items() if array.size}
     np.savez(file, boxes=found.boxes.astype(np.float32), **kept)
     return file.getvalue()
 
@@ -168,15 +168,16 @@ class Objects:
 
     def cut(self, height: int, width: int, single: bool = False, limit: int | None = None) -> Cut:  # noqa: ARG002 -- as above
         """The most that a picture may take, where nothing is known of it."""
-        return self._cut(self.most)
+        return self.counted(self.most)
 
-    def _cut(self, count: int) -> Cut:
+    def counted(self, count: int) -> Cut:
+        """How a picture of so many regions is cut."""
         return Cut(height=count, width=1, rows=count, cols=1, canvas=(count, 1))
 
     def found(self, objects: bytes | None) -> Cut:
         """How many regions of a picture are taken. Raises SkipSample where nobody looked for any."""
         sure = self._read(objects).sure
-        return self._cut(min(len(sure), max(self.least, min(self.most, int((sure > self.confidence).sum())))))
+        return self.counted(min(len(sure), max(self.least, min(self.most, int((sure > self.confidence).sum())))))
 
     def rows(self, objects: bytes | None, cut: Cut, out: NDArray[np.uint8]) -> None:
         """Write the regions of one picture into `out`, uint8 (cut.tiles, row.bytes), the surest first."""
@@ -185,6 +186,10 @@ class Objects:
         halves = np.concatenate([found.features, found.classes, found.attributes], axis=1)[order].astype("<f2")
         out[:, : 2 * self.row.halves] = np.ascontiguousarray(halves).view(np.uint8)
         out[:, 2 * self.row.halves :] = np.ascontiguousarray(found.boxes[order].astype("<f4")).view(np.uint8)
+
+    def boxes(self, rows: NDArray[np.uint8]) -> Floats:
+        """Boxes of a pack's rows, (N, 4) in shares of the sides."""
+        return np.ascontiguousarray(rows[:, 2 * self.row.halves :]).view("<f4")
 
     def _read(self, objects: bytes | None) -> Found:
         if objects is None:

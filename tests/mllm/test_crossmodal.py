@@ -3,6 +3,7 @@
 import math
 from dataclasses import replace
 from itertools import chain, permutations
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,13 +13,15 @@ from torch import Tensor
 
 from benchmarks.common import on_ranks
 from cluster.engines import alone, build_engine
+from cluster.preview import cut_of, write_preview
 from cluster.site import Site
 from mllm.bert import CrossEncoder
 from mllm.objectives import Classification, MaskedRegions, MaskedTokens, Matching, OneOf, Sum, Term
-from mllm.recipe import FSDP, Recipe, RecipeError, override
+from mllm.recipe import FSDP, Full, Recipe, RecipeError, override
 from mllm.recipes import by_name
 from mllm.regions import geometry, regions_of, waves
 from mllm.tiny import tiny
+from mllm.tune import apply_tuning
 from ops.transport import plan, transport_cost
 from pipelines.objects import Objects
 from pipelines.types import Batch, Pack, Sample
@@ -55,19 +58,15 @@ def test_lxmert_computes_what_transformers_does(site: Site) -> None:
 
     recipe = tiny(by_name("lxmert"))
     model: Any = model_of(recipe)
-    arch, answers = recipe.model.arch, recipe.model.answers  # type: ignore[union-attr]  # as the recipe has them
-    theirs = LxmertForPreTraining(arch.config(answers)).eval()
-    names = {name.replace(".att.", ".").replace(".self.self.", ".self."): name for name in theirs.state_dict()}
-    ours = {
-        name.replace(".att.", ".").replace(".self.self.", ".self."): x for name, x in model.net.state_dict().items()
-    }
-    theirs.load_state_dict({name: ours[short] for short, name in names.items()})
+    spec: Any = recipe.model
+    theirs = LxmertForPreTraining(spec.arch.config(spec.answers)).eval()
+    theirs.load_state_dict(model.net.state_dict())
     windows, samples = samples_of(site, recipe)
     chosen = [samples[0], samples[-1], samples[1]]
     batch = batch_of(windows, chosen)
     paired = model.pairs(batch)
     fused = model.fuse(batch, paired)
-    seen = regions_of(batch.tiles, arch.row)
+    seen = regions_of(batch.tiles, spec.arch.row)
     lengths, counts = paired.texts.cu_seqlens.diff().tolist(), paired.counts.tolist()
     assert counts == [sample.tiles for sample in chosen]
     first = 0
@@ -208,9 +207,8 @@ def test_a_region_is_told_by_the_class_the_detector_was_surest_of(site: Site) ->
     features = seen.features[masked]
     oracle = {"classes": truth, "features": features}
     model.predicted = lambda _, what: oracle[what]  # type: ignore[method-assign]  # an oracle
-    for targets, lost in ((("kl",), 0.0), (("features",), 0.0)):
-        output = MaskedRegions(targets=targets)(model, batch)
-        assert output.sum.item() == pytest.approx(lost, abs=1e-2)
+    output = MaskedRegions(targets=("features", "kl"))(model, batch)
+    assert output.sum.item() == pytest.approx(0, abs=1e-2)
     output = MaskedRegions(targets=("classes",))(model, batch)
     assert output.documents[:, 2].sum() == output.weight > 0
     by_hand = -truth.log_softmax(1).max(1).values.sum()
@@ -313,6 +311,32 @@ def test_a_rank_with_nothing_hangs_nobody(site: Site) -> None:
     assert ours == theirs
     with alone():
         assert list(chain(*every_half(site))) == pytest.approx(list(chain(*ours)), rel=0.05)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_gradients_are_where_the_stage_says_and_nowhere_else(site: Site, name: str) -> None:
+    recipe = tiny(by_name(name))
+    windows, samples = samples_of(site, recipe)
+    full = Pack.of_samples(samples[:4], windows.pixels(samples[:4]))
+    for parts in ({"layers"}, {"vision", "head"}, {"text"}):
+        model = model_of(recipe)
+        groups = apply_tuning(model, {part: Full(lr=1e-3) for part in parts})
+        wanted = {n for group in groups for n in group.names}
+        objective: Any = recipe.stages[0].objective
+        for pack in (full, Pack.empty(recipe.tiling.shape)):
+            model.zero_grad()
+            objective(model, Batch.of(pack)).sum.backward()
+            assert {n for n, p in model.named_parameters() if p.grad is not None} == wanted
+
+
+def test_a_preview_shows_boxes(site: Site, tmp_path: Path) -> None:
+    recipe = tiny(by_name("uniter_base"))
+    windows, samples = samples_of(site, recipe)
+    pack = Pack.of_samples(samples[:2], windows.pixels(samples[:2]))
+    for tiles, _, *numbers in pack.cuts.tolist():
+        assert cut_of(recipe.tiling, tiles, tuple(numbers)).tiles == 9
+    page = write_preview(site.stream(recipe, recipe.stages[0]), 1, tmp_path / "preview.html")
+    assert "9 regions" in page.read_text()
 
 
 def test_words_move_onto_the_regions_that_are_there() -> None:
