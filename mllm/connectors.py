@@ -18,6 +18,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from mllm.mining import SVA, PatchMining
+from mllm.qllama import QLLaMA
 from mllm.resamplers import Abstractor, CrossPool, Perceiver, QFormer
 from ops.visual import pooled, side_of, space_to_depth
 from pipelines.types import spec
@@ -36,6 +37,7 @@ __all__ = [
     "PixelShuffle",
     "Pool",
     "QFormer",
+    "QLLaMA",
     "Transformer",
     "bare",
     "read_weights",
@@ -206,15 +208,15 @@ def read_weights(spec: Connector, module: nn.Module, folder: Callable[[str], str
     """Give `module` the weights that its spec names, if it does; `folder` finds them."""
     parts = zip(spec.parts, module.parts, strict=True) if isinstance(spec, Branches) else [(spec, module)]  # type: ignore[arg-type]  # a ModuleList
     for part, built in parts:
-        if isinstance(part, QFormer) and part.weights:
-            built.read(folder(part.weights))  # type: ignore[operator]  # a Querying
+        if isinstance(part, QFormer | QLLaMA) and part.weights:
+            built.read(folder(part.weights))  # type: ignore[operator]  # a Querying or a Middleware
 
 
 def bare(spec: Connector) -> Connector:
     """The same without weights to be read."""
     if isinstance(spec, Branches):
         return replace(spec, parts=tuple(replace(p, weights=None) if isinstance(p, QFormer) else p for p in spec.parts))
-    return replace(spec, weights=None) if isinstance(spec, QFormer) else spec
+    return replace(spec, weights=None) if isinstance(spec, QFormer | QLLaMA) else spec
 
 
 class Matrix(nn.Linear):
@@ -338,6 +340,7 @@ Connector = Annotated[
     | Perceiver
     | CrossPool
     | Abstractor
+    | QLLaMA
     | Branches
     | SVA
     | PatchMining,

@@ -22,7 +22,7 @@ from mllm.recipes.flamingo import (
     otter_9b,
 )
 from mllm.recipes.gemini import mini_gemini_7b
-from mllm.recipes.internvl import internvl_12_40b, internvl_15_26b
+from mllm.recipes.internvl import internvl_10_13b, internvl_12_40b, internvl_15_26b
 from mllm.recipes.llava import (
     llava_7b,
     llava_15_7b,
@@ -34,6 +34,7 @@ from mllm.recipes.llava import (
     llava_next_llama3_8b,
     llava_next_video_7b,
 )
+from mllm.recipes.lwm import lwm_7b, lwm_text_7b, lwm_text_chat_7b
 from mllm.recipes.masked import beit_b16, mae_b16, mae_l16
 from mllm.recipes.minicpm import llava_uhd_13b, minicpm_llama3_v_25, minicpm_v_20
 from mllm.recipes.owl import kosmos_1, mplug_owl_7b, shikra_7b
@@ -71,6 +72,7 @@ TOWERS_AND_SPLICE = (
     vila_15_8b,
     vila_15_13b,
     vila_15_40b,
+    internvl_10_13b,
     internvl_12_40b,
     internvl_15_26b,
     minicpm_v_20,
@@ -118,6 +120,7 @@ RECIPES: dict[str, Callable[[], Recipe]] = {
         *(lenet5, alexnet, vgg16, vgg19, resnet50, resnet101, resnet152, vit_b16, vit_l16),
         *(mae_b16, mae_l16, beit_b16),
         *(vilt_b32,),
+        *(lwm_text_7b, lwm_text_chat_7b, lwm_7b),
     )
 }
 
