@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from mllm.instructed import InstructedQFormer
 from mllm.mining import SVA, PatchMining
 from mllm.pooled import FirstFeature
+from mllm.qllama import QLLaMA
 from mllm.resamplers import Abstractor, CrossPool, Perceiver, QFormer
 from ops.visual import pooled, side_of, space_to_depth
 from pipelines.types import spec
@@ -40,6 +41,7 @@ __all__ = [
     "PixelShuffle",
     "Pool",
     "QFormer",
+    "QLLaMA",
     "Transformer",
     "bare",
     "read_weights",
@@ -211,8 +213,8 @@ def read_weights(spec: Connector, module: nn.Module, folder: Callable[[str], str
     """Give `module` the weights that its spec names, if it does; `folder` finds them."""
     parts = zip(spec.parts, module.parts, strict=True) if isinstance(spec, Branches) else [(spec, module)]  # type: ignore[arg-type]  # a ModuleList
     for part, built in parts:
-        if isinstance(part, QFormer | InstructedQFormer) and part.weights:
-            built.read(folder(part.weights))  # type: ignore[operator]  # a Querying
+        if isinstance(part, QFormer | InstructedQFormer | QLLaMA) and part.weights:
+            built.read(folder(part.weights))  # type: ignore[operator]  # a Querying or a Middleware
 
 
 def bare(spec: Connector) -> Connector:
@@ -221,7 +223,7 @@ def bare(spec: Connector) -> Connector:
         return replace(spec, parts=tuple(replace(p, weights=None) if isinstance(p, QFormer) else p for p in spec.parts))
     if isinstance(spec, InstructedQFormer):
         return spec.bare()
-    return replace(spec, weights=None) if isinstance(spec, QFormer) else spec
+    return replace(spec, weights=None) if isinstance(spec, QFormer | QLLaMA) else spec
 
 
 class Matrix(nn.Linear):
@@ -345,6 +347,7 @@ Connector = Annotated[
     | Perceiver
     | CrossPool
     | Abstractor
+    | QLLaMA
     | Branches
     | InstructedQFormer
     | FirstFeature

@@ -31,7 +31,7 @@ from mllm.fusion import UnifiedVocabulary
 from mllm.instructed import Instructions
 from mllm.masked import MaskedImage
 from mllm.multiway import Multiway
-from mllm.objectives import DPO, Gathered, NextToken, Objective, OneOf, Sum
+from mllm.objectives import DPO, Gathered, NextToken, Objective, OneOf, Sum, TwoVocabularies
 from mllm.streams import SingleStream
 from mllm.vlm import VLM
 from ops.attention import Backend
@@ -499,7 +499,8 @@ class Recipe:
                 f"stage {stage.name!r}: ZeRO trains language models by objectives that see one pack; take FSDP or DDP for "
                 f"{self.model.kind} with {kind}"
             )
-        if isinstance(parallel, FSDP) and parallel.context > 1 and (not plain or isinstance(stage.objective, DPO)):
+        by_position = (plain and not isinstance(stage.objective, DPO)) or isinstance(stage.objective, TwoVocabularies)
+        if isinstance(parallel, FSDP) and parallel.context > 1 and not by_position:
             raise ValueError(
                 f"stage {stage.name!r}: packs of {self.model.kind} with {kind} cannot be shared between ranks; set context to 1"
             )

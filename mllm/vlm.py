@@ -345,7 +345,9 @@ class VisionLanguageModel(Model):
 
     def units(self) -> list[nn.Module]:
         """Modules to be sharded (and recomputed) one by one."""
-        return [*self.encoder.units(), self.connector, *self.fusion.units(), *self.lm.units()]
+        connector: Any = self.connector
+        between = connector.units() if hasattr(connector, "units") else [connector]
+        return [*self.encoder.units(), *between, *self.fusion.units(), *self.lm.units()]
 
 
 def _one(width: int | tuple[int, ...]) -> int:

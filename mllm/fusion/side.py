@@ -73,7 +73,8 @@ class Sided(Fused):
             open_layers(lm, "attention aside")
         else:
             self.experts.attach(lm)
-        for layer in lm.layers:
+        layers: Any = lm.layers
+        for layer in layers:
             layer.side = Side(self.spec, lm.width, self.side_width, layer.post_attention_layernorm)
 
     def forward(

@@ -59,7 +59,8 @@ class Gathered:
         """The loss of a batch as if it were the whole step, as when it is scored."""
         with torch.no_grad():
             collected = self.collect(model, batch)
-        return self.again(model, batch, self.whole([collected], None)[0])
+        group = None if batch.share is None else batch.share.context.group
+        return self.again(model, batch, self.whole([collected], group)[0])
 
 
 def leaves(packs: Sequence[Collected]) -> list[Collected]:

@@ -32,7 +32,7 @@ from mllm.recipes.interleave import (
     llava_next_interleave_7b,
     llava_next_interleave_14b,
 )
-from mllm.recipes.internvl import internvl_12_40b, internvl_15_26b
+from mllm.recipes.internvl import internvl_10_13b, internvl_12_40b, internvl_15_26b
 from mllm.recipes.llava import (
     llava_7b,
     llava_15_7b,
@@ -48,6 +48,7 @@ from mllm.recipes.llava import (
     llava_next_video_7b,
     llava_next_video_7b_dpo,
 )
+from mllm.recipes.lwm import lwm_7b, lwm_text_7b, lwm_text_chat_7b
 from mllm.recipes.lxmert import lxmert
 from mllm.recipes.masked import beit_b16, mae_b16, mae_l16
 from mllm.recipes.minicpm import llava_uhd_13b, minicpm_llama3_v_25, minicpm_v_20
@@ -97,6 +98,7 @@ TOWERS_AND_SPLICE = (
     vila_15_8b,
     vila_15_13b,
     vila_15_40b,
+    internvl_10_13b,
     internvl_12_40b,
     internvl_15_26b,
     minicpm_v_20,
@@ -150,6 +152,7 @@ RECIPES: dict[str, Callable[[], Recipe]] = {
         *(vilt_b32, uniter_base, uniter_large, vl_bert_base, vl_bert_large, pixel_bert_r50, pixel_bert_x152, lxmert),
         *(vlmo_base, vlmo_large, vl_beit_base, beit3_base, beit3_large, beit3_giant),
         *(albef, blip_base, blip_large, coca_base, coca_large, blip2_stage1, fromage),
+        *(lwm_text_7b, lwm_text_chat_7b, lwm_7b),
     )
 }
 

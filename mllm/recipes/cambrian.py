@@ -13,15 +13,24 @@ from mllm.encoders import Encoder, Encoders
 from mllm.fusion import InLMSampler
 from mllm.lm import CausalLM
 from mllm.recipe import Cosine, Full, Recipe, Source, Stage
+from mllm.recipes.internvl import MEAN, STD
 from mllm.recipes.llava import CLIP_336, HERMES_2_YI_34B, LLAMA_3_8B, VICUNA_13B_V15
-from mllm.recipes.shapes import CONVNEXT_XXL, DINOV2_GIANT, IMAGENET_NORM, SIGLIP_NORM, SIGLIP_SO400M
+from mllm.recipes.shapes import CONVNEXT_XXL, DINOV2_GIANT, SIGLIP_SO400M
 from mllm.vlm import VLM
 from pipelines.corpora import Conversations, Pairs, TextOnly
 from pipelines.tiling import Pad
 
+HALF = (0.5, 0.5, 0.5)
 TOWERS = Encoders(
     towers=(
-        Encoder(arch=SIGLIP_SO400M, weights="google/siglip-so400m-patch14-384", layer=-1, normed=True, **SIGLIP_NORM),
+        Encoder(
+            arch=SIGLIP_SO400M,
+            weights="google/siglip-so400m-patch14-384",
+            layer=-1,
+            normed=True,
+            mean=HALF,
+            std=HALF,
+        ),
         CLIP_336,
         Encoder(
             arch=DINOV2_GIANT,
@@ -29,7 +38,8 @@ TOWERS = Encoders(
             layer=-1,
             normed=True,
             interpolate=True,
-            **IMAGENET_NORM,
+            mean=MEAN,
+            std=STD,
         ),
         Encoder(
             arch=replace(CONVNEXT_XXL, grid=96),

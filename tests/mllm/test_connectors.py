@@ -22,6 +22,7 @@ from mllm.connectors import (
     PixelShuffle,
     Pool,
     QFormer,
+    QLLaMA,
     Transformer,
     bare,
     read_weights,
@@ -44,6 +45,7 @@ ONE: list[tuple[Connector, int, int]] = [
     (CrossPool(queries=96), 1024, 96),  # MiniCPM-Llama3-V 2.5
     (Abstractor(), 257, 65),
     (Branches(parts=(QFormer(), Linear())), 257, 289),  # BLIVA
+    (QLLaMA(), 256, 96),  # InternVL 1.0
 ]
 SEVERAL: list[tuple[Connector, tuple[int, ...], int]] = [
     (SVA(), (576, 729, 729, 9216), 600),
@@ -225,3 +227,30 @@ def test_cross_pool_knows_rows_from_columns() -> None:
 def test_what_is_no_grid_is_refused(connector: Any) -> None:
     with pytest.raises(ValueError, match="17 features are no square grid"):
         connector.tiny().build(16, 32)(torch.randn(1, 17, 16))
+
+
+def test_queries_of_a_language_model_see_each_other_both_ways_and_the_features_in_every_second_layer() -> None:
+    torch.manual_seed(0)
+    module: Any = QLLaMA().tiny().build(24, 48)
+    assert [layer.look is not None for layer in module.layers] == [True, False]
+    assert module.units() == list(module.layers)
+    features = torch.randn(1, 9, 24)
+    base = module(features)
+    with torch.no_grad():
+        module.queries[3].add_(torch.randn(32))
+    assert (module(features) - base).abs().amax(2).gt(1e-6).all()  # the first query sees the last
+    small = numbers(QLLaMA(), 3200, 5120)
+    llama = 6_738_415_616 - 2 * 32_000 * 4096
+    look = 2 * 4096**2 + 2 * 3200 * 4096 + 4096 + 3200
+    assert small == llama + 16 * look + 96 * 4096 + 4096 * 5120 + 5120 + 5120**2 + 5120
+
+
+def test_a_language_models_layers_are_read_where_they_were_kept(tmp_path: Path) -> None:
+    first: Any = QLLaMA().tiny().build(24, 48)
+    first.save_pretrained(tmp_path)
+    spec = replace(QLLaMA().tiny(), weights="mine")
+    second: Any = spec.build(24, 48)
+    read_weights(spec, second, lambda _: str(tmp_path))
+    features = torch.randn(2, 9, 24)
+    assert torch.equal(first(features), second(features))
+    assert bare(spec) == QLLaMA().tiny()
