@@ -40,7 +40,7 @@ def test_what_is_copied_is_there_and_sent() -> None:
 
 
 def test_each_device_has_a_stage_and_both_are_pinned_by_the_constraints() -> None:
-    stages = dict(reversed(one.split(" AS ")) for one in of("FROM"))
+    stages = {one.split(" AS ")[1]: one.split(" AS ")[0] for one in of("FROM")}
     assert {"torch-cpu", "torch-cuda", "mllm"} <= stages.keys()
     assert stages["mllm"] == "torch-${DEVICE}"
     assert "DEVICE=cpu" in of("ARG")

@@ -79,3 +79,13 @@ def test_zero_is_not_asked_for_what_it_cannot(recipe: Recipe) -> None:
         with_stage(recipe, parallel=ZeRO(), ema=0.9)
     with pytest.raises(ValueError, match="take FSDP or DDP for muon"):
         with_stage(recipe, parallel=ZeRO(), optimizer=Muon())
+
+
+def test_a_head_without_gpus_leaves_to_the_workers_what_only_theirs_can_say(recipe: Recipe, site: Site) -> None:
+    head = replace(site, gpus=True)
+    for changes in ({"attention": "flash3"}, {"parallel": FSDP(float8=True)}):
+        asked = with_stage(recipe, **changes)
+        assert refusals(asked, 1, replace(H100, gpu=None, unseen=True, attention=dict.fromkeys(available(), ""))) == ()
+    Controller(with_stage(recipe, attention="flash3"), head, "never").prepare()
+    with pytest.raises(RunError, match="needs a GPU"):
+        Controller(with_stage(recipe, attention="flash3"), replace(site, gpus=False), "never").prepare()
