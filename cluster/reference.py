@@ -32,7 +32,7 @@ def with_reference(job: StageJob) -> StageJob:
         _write(job, previous, home)
 
     def named(stream: Stream) -> Stream:
-        annotators = (replace(a, checkpoint=str(home)) if _open(a) else a for a in stream.annotators)
+        annotators = (ReferenceLogProbs(checkpoint=str(home)) if _open(a) else a for a in stream.annotators)
         return replace(stream, annotators=tuple(annotators))
 
     return replace(job, stream=named(job.stream), held_out=None if job.held_out is None else named(job.held_out))

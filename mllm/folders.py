@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from copy import deepcopy
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -219,12 +218,12 @@ def _marks(form: Form, stored: dict[str, Tensor], folder: str) -> Tensor | None:
         return stored["model.image_newline"][None]
     if form.kind != "internvl" or len(form.words) == 1:
         return None
-    from tokenizers import Tokenizer
+    from transformers import AutoTokenizer
 
-    file = Path(folder) / "tokenizer.json"
-    if not file.is_file():
-        raise ValueError(f"weights {folder!r} have no tokenizer.json, which would say where {' and '.join(TAGS)} stand")
-    ids = [Tokenizer.from_file(str(file)).token_to_id(word) for word in TAGS]
-    if None in ids:
-        raise ValueError(f"the tokenizer of {folder!r} has no {' and '.join(TAGS)}; take the folder's own")
-    return stored["model.language_model.embed_tokens.weight"][ids]
+    vocabulary = AutoTokenizer.from_pretrained(folder, trust_remote_code=False).get_vocab()
+    if missing := [word for word in TAGS if word not in vocabulary]:
+        raise ValueError(
+            f"the tokenizer of {folder!r} has no {' and no '.join(missing)}, whose embeddings stand around a picture; take the "
+            "folder's own tokenizer, or join tiles without separators"
+        )
+    return stored["model.language_model.embed_tokens.weight"][[vocabulary[word] for word in TAGS]]

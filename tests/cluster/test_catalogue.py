@@ -13,7 +13,10 @@ def test_the_page_of_recipes_is_what_the_recipes_say() -> None:
     assert (ROOT / "docs" / "recipes.md").read_text() == catalogue.page()
 
 
-def test_every_recipe_is_listed_with_its_stages_data_and_paper(capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_recipe_is_listed_with_its_stages_data_and_paper(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "160")  # names are long, and words must not be broken
     main(["recipes"])
     told = capsys.readouterr().out
     assert all(name in told for name in RECIPES)
