@@ -34,7 +34,8 @@ def composed(model: VisionLanguageModel, image: int) -> Any:
     """
     import transformers
 
-    connector, tower = model.connector, model.encoder.tower
+    connector = model.connector
+    tower: Any = model.encoder.tower
     assert isinstance(connector, Querying)
     name = "InstructBlip" if isinstance(connector, InstructedQuerying) else "Blip2"
     vision: Any = tower.tower
