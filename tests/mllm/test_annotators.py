@@ -557,8 +557,8 @@ def test_a_grid_of_boxes_stands_for_a_detector(rows: list[Document | Rejected], 
     from transformers import ResNetConfig, ResNetForImageClassification
 
     torch.manual_seed(0)
-    words: dict[str, Any] = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "layer_type": "basic"}
-    config = ResNetConfig(**words, num_labels=5)
+    words: dict[str, Any] = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "num_labels": 5}
+    config = ResNetConfig(**words, layer_type="basic")
     model = ResNetForImageClassification(config).eval()
     model.save_pretrained(tmp_path / "seer")
     annotate = GridRegions(weights="seer", rows=2, cols=3, size=32).documents(lambda name: str(tmp_path / name))
