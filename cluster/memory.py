@@ -116,7 +116,17 @@ def _plain(recipe: Recipe, stage: Stage) -> Recipe:
         save_every=1,
     )
     return replace(
-        recipe, name="plain", paper="", model=recipe.model.bare(), stages=(plain,), held_out=(), shots=(), seed=0
+        recipe, name="plain", paper="", model=_whole(recipe.vlm.bare()), stages=(plain,), held_out=(), shots=(), seed=0
+    )
+
+
+def _whole(model: VLM) -> VLM:
+    """The model with all branches of its towers: whose are left out rows say, which nobody knows here, and it takes no memory."""
+    encoder = model.encoder
+    if isinstance(encoder, Encoder):
+        return replace(model, encoder=replace(encoder, drop_path=0.0))
+    return replace(
+        model, encoder=replace(encoder, towers=tuple(replace(tower, drop_path=0.0) for tower in encoder.towers))
     )
 
 

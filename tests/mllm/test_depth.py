@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from cluster.engines import alone, build_engine
+from cluster.memory import memory
 from mllm.classify import Classifier, ViT
 from mllm.encoders import Encoder, Eva02, ResNet, VisionArch
 from mllm.encoders import ViT as Plain
@@ -138,3 +139,10 @@ def test_a_model_names_its_one_tower() -> None:
         _ = several.tower
     with pytest.raises(ValueError, match=r"has 2 encoders; ask `encoder\.encoders`"):
         _ = several.build().tower
+
+
+def test_plans_count_a_model_that_leaves_branches_out_as_one_that_does_not() -> None:
+    recipe = tiny(by_name("internvl_12_40b"))
+    assert recipe.vlm.tower.drop_path == 0.4
+    whole = replace(recipe, model=replace(recipe.vlm, encoder=replace(recipe.vlm.tower, drop_path=0.0)))
+    assert memory(recipe, recipe.stages[-1], (1,)) == memory(whole, whole.stages[-1], (1,))
