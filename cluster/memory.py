@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import multiprocessing
 import re
+import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -312,7 +313,9 @@ def _course(words: str, features: bool, depths: _Depths, world: int) -> _Course:
         optimizer.zero_grad()
         _mark(engine, optimizer, held)
         held.moment("begin")
-        engine.train_step([pack, pack], 1.0)  # the second meets the gradients of the first
+        with warnings.catch_warnings():  # torch wonders at hooks of a layer before which nothing learns
+            warnings.filterwarnings("ignore", "Full backward hook is firing")
+            engine.train_step([pack, pack], 1.0)  # the second meets the gradients of the first
         return held.course(world // engine.copies)
 
 

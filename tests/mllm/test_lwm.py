@@ -1,5 +1,7 @@
 """LWM: text of growing length, and pictures as codes of a second vocabulary."""
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -48,13 +50,14 @@ def test_objectives_of_whole_documents_are_still_refused_for_shared_packs() -> N
 def test_gradients_are_exactly_where_each_stage_says(name: str, site: Site) -> None:
     recipe = tiny(by_name(name))
     for stage in (recipe.stages[0], recipe.stages[-1]) if name == "lwm_7b" else recipe.stages[-1:]:
+        objective: Any = stage.objective
         model = recipe.vlm.build()
         groups = apply_tuning(model, stage.tune)
         trained = {id(p) for group in groups for p in group.parameters}
         pack = next(iter(PackWindows(site.stream(recipe, stage)).packs(0)))
         for one in (pack, Pack.empty(recipe.model.layout(recipe.tiling).shape)):
             model.zero_grad()
-            loss = stage.objective(model, Batch.of(one)).sum
+            loss = objective(model, Batch.of(one)).sum
             loss.backward()
             assert torch.isfinite(loss)
             for parameter, value in model.named_parameters():

@@ -131,3 +131,34 @@ def test_lengths_of_another_pack_and_blocks_without_causality_are_refused() -> N
         varlen_attention(q, k, v, bounds([5]), 5, backend="sdpa")
     with pytest.raises(ValueError, match="widen a causal view"):
         varlen_attention(q, k, v, bounds([4]), 4, causal=False, blocks=torch.zeros(4, device=DEVICE).int())
+
+
+@settings(max_examples=20, deadline=None)
+@given(documents, groups)
+@pytest.mark.parametrize("backend", ["plain", "sdpa"])
+def test_slopes_let_scores_fall_with_the_distance_within_a_document(
+    backend: Backend, lengths: list[int], heads: tuple[int, int]
+) -> None:
+    q, k, v = inputs = qkv(sum(lengths), *heads)
+    slopes = 0.5 ** torch.arange(1, heads[0] + 1, device=DEVICE, dtype=torch.float64)
+    ours = varlen_attention(q, k, v, bounds(lengths), max(lengths), slopes=slopes, backend=backend)
+    expected, start = [], 0
+    for n in lengths:
+        a, b, c = (x[start : start + n] for x in inputs)
+        b, c = (x.repeat_interleave(heads[0] // heads[1], 1) for x in (b, c))
+        scores = torch.einsum("ihe,jhe->hij", a, b) / WIDTH**0.5
+        for i in range(n):
+            for j in range(n):
+                far = torch.full_like(slopes, torch.inf) if j > i else slopes * (i - j)
+                scores = scores.index_put(
+                    (torch.arange(heads[0]), torch.tensor(i), torch.tensor(j)), scores[:, i, j] - far
+                )
+        expected.append(torch.einsum("hij,jhe->ihe", scores.softmax(-1), c))
+        start += n
+    assert_agree(ours, torch.cat(expected), inputs)
+
+
+def test_kernels_that_know_no_slopes_are_not_taken() -> None:
+    q, k, v = qkv(4, 2, 2)
+    with pytest.raises(ValueError, match=r"attention by '.*' (knows no slopes|needs)"):
+        varlen_attention(q, k, v, bounds([4]), 4, slopes=torch.ones(2), backend="varlen")
