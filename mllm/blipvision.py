@@ -2,37 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 import torch
 
-from mllm.towers import Cls, EvaTower, ViTTower, patches_of, toy
+from mllm.towers import Cls, EvaTower, ViTShape, ViTTower
 from mllm.weights import agree, load
 from pipelines.types import spec
 
 
 @spec
-class BlipVision:
+class BlipVision(ViTShape):
     """The vision transformer of BLIP (arXiv:2201.12086), ViT-B/16 or L/16: learned positions, CLS first."""
 
     kind: Literal["blip_vision"] = "blip_vision"
-    hidden_size: int
-    layers: int
-    heads: int
     intermediate_size: int
     patch: int = 16
     image: int = 224
-
-    @property
-    def width(self) -> int:
-        return self.hidden_size
-
-    def tokens(self, tile: int, interpolate: bool = False) -> int:
-        """Patches of a tile. Raises ValueError, see `patches_of`."""
-        return patches_of(self, tile, interpolate)
-
-    def tiny(self) -> Self:
-        return toy(self)
 
     def config(self) -> Any:
         from transformers import BlipVisionConfig

@@ -125,7 +125,8 @@ class ResNeXt:
             raise ValueError(
                 f"transformers has no ResNeXt to read weights={weights!r} with; leave them away, or take a ResNet"
             )
-        tower = ResNetModel(
+        layer_of: Any = ResNetConvLayer  # whose activation may be None, whatever its signature says
+        tower: Any = ResNetModel(
             ResNetConfig(embedding_size=self.stem, hidden_sizes=list(self.hidden_sizes), depths=list(self.depths))
         )
         before = self.stem
@@ -138,7 +139,7 @@ class ResNeXt:
                 block.layer = nn.Sequential(
                     ResNetConvLayer(before, inner, kernel_size=1),
                     middle,
-                    ResNetConvLayer(inner, after, 1, activation=None),
+                    layer_of(inner, after, 1, activation=None),
                 )
                 before = after
         for module in tower.modules():

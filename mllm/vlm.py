@@ -278,15 +278,20 @@ class VisionLanguageModel(Model):
                 if share is not None:  # the connector needs all of a picture's scales: each rank does all pictures
                     features = share.context.gather(features.flatten(0, 1)).unflatten(0, (-1, features.shape[1]))
                 return (self.connector(with_scales(features, self.join.spec.scales)),)
-            case _ if isinstance(self.connector, InstructedQuerying):
+            case _ if (reading := self.instructed) is not None:
                 features = self.features(batch)
-                return (self.connector(features, asked_of_tiles(batch, len(features))),)
+                return (reading(features, asked_of_tiles(batch, len(features))),)
             case _:
-                features = self._features(batch)
+                features = self.features(batch)
                 if self.one_stands_beside:
                     return self.connector(features[0]), *features[1:]
                 found = self.connector(features)
                 return found if isinstance(found, tuple) else (found,)
+
+    @property
+    def instructed(self) -> InstructedQuerying | None:
+        """The connector, where it is one that reads the instruction."""
+        return self.connector if isinstance(self.connector, InstructedQuerying) else None
 
     def features(self, batch: Batch) -> Float[Tensor, "N P Dv"]:
         """The encoder's features: computed here, or by an annotator in the pipeline, where it is frozen."""

@@ -61,7 +61,7 @@ def albef() -> Recipe:
         twin=Twin(momentum=0.995, queue=65_536),
         tokenizer="bert-base-uncased",
     )
-    return Recipe(name="albef", model=model, tiling=Resize(size=256), stages=(stage,))
+    return Recipe(name="albef", paper="arXiv:2107.07651", model=model, tiling=Resize(size=256), stages=(stage,))
 
 
 def blip_base() -> Recipe:
@@ -98,7 +98,7 @@ def blip_base() -> Recipe:
         twin=Twin(momentum=0.995, queue=57_600),
         tokenizer=TOKENIZER,
     )
-    return Recipe(name="blip_base", model=model, tiling=Resize(size=224), stages=(stage,))
+    return Recipe(name="blip_base", paper="arXiv:2201.12086", model=model, tiling=Resize(size=224), stages=(stage,))
 
 
 def blip_large() -> Recipe:

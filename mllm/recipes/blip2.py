@@ -58,7 +58,7 @@ def blip2_stage1() -> Recipe:
         schedule=Cosine(warmup=0.02, floor=0.1),
     )
     model = Aligned(encoder=EVA_224, arch=QFormerPairs(), tokenizer=BERT)
-    return Recipe(name="blip2_stage1", model=model, tiling=Resize(size=224), stages=(stage,))
+    return Recipe(name="blip2_stage1", paper="arXiv:2301.12597", model=model, tiling=Resize(size=224), stages=(stage,))
 
 
 def _stage2(name: str, lm: CausalLM, pairs: int) -> Recipe:
@@ -80,7 +80,7 @@ def _stage2(name: str, lm: CausalLM, pairs: int) -> Recipe:
         schedule=Cosine(warmup=0.025, floor=0.1),
     )
     model = VLM(encoder=EVA_224, connector=QFormer(weights=STAGE1), lm=lm)
-    return Recipe(name=name, model=model, tiling=Resize(size=224), stages=(stage,))
+    return Recipe(name=name, paper="arXiv:2301.12597", model=model, tiling=Resize(size=224), stages=(stage,))
 
 
 OPT_2_7B = CausalLM(

@@ -76,6 +76,7 @@ def _recipe(name: str, lm: CausalLM, samplers: InLMSampler, batch: int, sft: flo
     )
     return Recipe(
         name=name,
+        paper="arXiv:2406.16860",
         model=VLM(encoder=TOWERS, connector=SVA(), lm=lm, fusion=samplers),
         tiling=Pad(size=1024),
         stages=(align, instruct),

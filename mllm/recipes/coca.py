@@ -37,7 +37,7 @@ def _coca(name: str, vision: ViT, text: Layers) -> Recipe:
         bos="<s>",
         eos="</s>",
     )
-    return Recipe(name=name, model=model, tiling=Resize(size=288), stages=(stage,))
+    return Recipe(name=name, paper="arXiv:2205.01917", model=model, tiling=Resize(size=288), stages=(stage,))
 
 
 def coca_base() -> Recipe:

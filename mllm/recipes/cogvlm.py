@@ -136,7 +136,11 @@ def cogagent_18b() -> Recipe:
         fusion=SideAttention(experts=RoutedExperts()),
     )
     return Recipe(
-        name="cogagent_18b", model=model, tiling=Resize(size=1120, mode="squash"), stages=(aside, experts, sft)
+        name="cogagent_18b",
+        paper="arXiv:2312.08914",
+        model=model,
+        tiling=Resize(size=1120, mode="squash"),
+        stages=(aside, experts, sft),
     )
 
 
@@ -178,4 +182,11 @@ def glm4v_9b() -> Recipe:
         replace(grounding, tune=whole),
         replace(sft, tune={"encoder": Full(lr=1e-6), **whole}),
     )
-    return replace(base, name="glm4v_9b", model=model, tiling=Resize(size=1120, mode="squash"), stages=stages)
+    return replace(
+        base,
+        name="glm4v_9b",
+        paper="arXiv:2406.12793",
+        model=model,
+        tiling=Resize(size=1120, mode="squash"),
+        stages=stages,
+    )

@@ -43,7 +43,7 @@ def _recipe(name: str, arch: EvaCLIP, lr: float, text_lr: float, corpus: str, pa
         schedule=Cosine(warmup=2000 / (seen / pairs)),
     )
     model = DualTower(arch=arch, tokenizer="openai/clip-vit-base-patch32", bos="<|startoftext|>", eos="<|endoftext|>")
-    return Recipe(name=name, model=model, tiling=Resize(size=arch.image), stages=(stage,))
+    return Recipe(name=name, paper="arXiv:2303.15389", model=model, tiling=Resize(size=arch.image), stages=(stage,))
 
 
 def eva_clip_g14() -> Recipe:

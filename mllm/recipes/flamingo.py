@@ -132,6 +132,7 @@ def _flamingo(name: str, arch: GPTNeoX, every: int) -> Recipe:
     )
     return Recipe(
         name=name,
+        paper="arXiv:2204.14198",
         model=VLM(
             encoder=Encoder(arch=NFNet(), weights="flamingo-nfnet-f6", layer=-1),
             connector=Perceiver(heads=16, head_size=96),

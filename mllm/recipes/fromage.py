@@ -38,4 +38,4 @@ def fromage() -> Recipe:
     lm = CausalLM(arch=OPT_6_7B.arch, weights=OPT_6_7B.weights, tokenizer="opt-ret", bos="</s>", eos="[RET]")
     encoder = Encoder(arch=CLIP_L_224, weights="openai/clip-vit-large-patch14", layer=-1, cls="keep", normed=True)
     model = VLM(encoder=encoder, connector=FirstFeature(), lm=lm)
-    return Recipe(name="fromage", model=model, tiling=Resize(size=224), stages=(stage,))
+    return Recipe(name="fromage", paper="arXiv:2301.13823", model=model, tiling=Resize(size=224), stages=(stage,))

@@ -50,6 +50,7 @@ def internvl_10_13b() -> Recipe:
     )
     return Recipe(
         name="internvl_10_13b",
+        paper="arXiv:2312.14238",
         model=VLM(encoder=encoder, connector=QLLaMA(weights="internvl-14b-qllama"), lm=VICUNA_13B_V15),
         tiling=Resize(size=224, mode="squash"),
         stages=(align, sft),

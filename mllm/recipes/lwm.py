@@ -61,6 +61,7 @@ def lwm_text_7b() -> Recipe:
     """Text alone, 32K to 1M; a tower that sees nothing stands where others have an encoder."""
     return Recipe(
         name="lwm_text_7b",
+        paper="arXiv:2402.08268",
         model=VLM(
             encoder=Encoder(arch=Blind(), layer=-1),
             connector=Linear(),

@@ -44,4 +44,10 @@ def lxmert() -> Recipe:
         schedule=Linear(warmup=0.05),
     )
     model = CrossModal(arch=arch, answers=9500, tokenizer="bert-base-uncased")
-    return Recipe(name="lxmert", model=model, tiling=Objects(row=arch.row, least=36, most=36), stages=(stage,))
+    return Recipe(
+        name="lxmert",
+        paper="arXiv:1908.07490",
+        model=model,
+        tiling=Objects(row=arch.row, least=36, most=36),
+        stages=(stage,),
+    )

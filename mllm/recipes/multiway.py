@@ -94,7 +94,9 @@ def _vlmo(name: str, shape: Layers, fused: int, text_lr: float, lr: float) -> Re
         schedule=Linear(warmup=0.1),
     )
     model = Multiway(shape=shape, fused=fused, codebook=CODES, drop_path=0.1, tokenizer="bert-base-uncased")
-    return Recipe(name=name, model=model, tiling=Resize(size=224), stages=(image, text, pairs))
+    return Recipe(
+        name=name, paper="arXiv:2111.02358", model=model, tiling=Resize(size=224), stages=(image, text, pairs)
+    )
 
 
 def vlmo_base() -> Recipe:
@@ -107,7 +109,9 @@ def vlmo_large() -> Recipe:
     return _vlmo("vlmo_large", LARGE, 3, 2e-4, 5e-5)  # not certain: the rate of the text's stage
 
 
-def _masked_data(name: str, model: Multiway, corpora: tuple[tuple[Corpus, ...], ...], lr: float, steps: int) -> Recipe:
+def _masked_data(
+    name: str, paper: str, model: Multiway, corpora: tuple[tuple[Corpus, ...], ...], lr: float, steps: int
+) -> Recipe:
     """One stage over kinds of corpora that have equal shares."""
     sources = tuple(Source(corpus=corpus, weight=1 / len(kind)) for kind in corpora for corpus in kind)
     a_row = (2 * (model.cells + 2) + CAPTION + TEXT) / 3
@@ -124,7 +128,7 @@ def _masked_data(name: str, model: Multiway, corpora: tuple[tuple[Corpus, ...], 
         optimizer=AdamW(betas=(0.9, 0.98)),
         schedule=Cosine(warmup=10_000 / steps),
     )
-    return Recipe(name=name, model=model, tiling=Resize(size=model.image), stages=(stage,))
+    return Recipe(name=name, paper=paper, model=model, tiling=Resize(size=model.image), stages=(stage,))
 
 
 TEXT = 128
@@ -137,7 +141,9 @@ def vl_beit_base() -> Recipe:
         shape=BASE, fused=2, codebook=CODES, context=TEXT, drop_path=0.1, tokenizer="bert-base-uncased"
     )  # not certain: how many layers are fused, stochastic depth, the length of texts
     pictures = (Labelled(name="imagenet-22k"),)
-    return _masked_data("vl_beit_base", model, (pictures, BOOKS, PAIRS), 2e-3, 480_000)  # not certain: the rate
+    return _masked_data(
+        "vl_beit_base", "arXiv:2206.01127", model, (pictures, BOOKS, PAIRS), 2e-3, 480_000
+    )  # not certain: the rate
 
 
 def _beit3(name: str, shape: Layers, patch: int = 16) -> Recipe:
@@ -157,7 +163,7 @@ def _beit3(name: str, shape: Layers, patch: int = 16) -> Recipe:
     )
     texts = (*BOOKS, *(TextOnly(name=name) for name in ("openwebtext", "cc-news", "stories")))
     kinds = ((Labelled(name="imagenet-22k"),), texts, (*PAIRS, Pairs(name="cc12m")))
-    return _masked_data(name, model, kinds, 1e-3, 1_000_000)
+    return _masked_data(name, "arXiv:2208.10442", model, kinds, 1e-3, 1_000_000)
 
 
 def beit3_base() -> Recipe:

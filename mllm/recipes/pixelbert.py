@@ -36,7 +36,13 @@ def pixel_bert_r50() -> Recipe:
         schedule=Linear(warmup=0.05),
     )
     model = CrossModal(arch=arch, weights="bert-base-uncased")
-    return Recipe(name="pixel_bert_r50", model=model, tiling=Resize(size=832, mode="squash"), stages=(stage,))
+    return Recipe(
+        name="pixel_bert_r50",
+        paper="arXiv:2004.00849",
+        model=model,
+        tiling=Resize(size=832, mode="squash"),
+        stages=(stage,),
+    )
 
 
 def pixel_bert_x152() -> Recipe:

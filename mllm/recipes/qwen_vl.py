@@ -84,6 +84,7 @@ def qwen_vl_7b() -> Recipe:
     )
     return Recipe(
         name="qwen_vl_7b",
+        paper="arXiv:2308.12966",
         model=VLM(
             encoder=Encoder(
                 arch=OPENCLIP_BIGG,

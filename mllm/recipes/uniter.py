@@ -48,7 +48,7 @@ def _recipe(name: str, shape: Layers, weights: str) -> Recipe:
         schedule=Linear(warmup=0.05),
     )
     model = CrossModal(arch=UNITER(shape=shape, row=DETECTED), weights=weights, mask=103)
-    return Recipe(name=name, model=model, tiling=regions, stages=(stage,))
+    return Recipe(name=name, paper="arXiv:1909.11740", model=model, tiling=regions, stages=(stage,))
 
 
 def uniter_base() -> Recipe:

@@ -43,7 +43,7 @@ def _recipe(name: str, shape: Layers, weights: str) -> Recipe:
         schedule=Linear(warmup=16_000 / STEPS),
     )
     model = CrossModal(arch=VLBERT(shape=shape, row=DETECTED), weights=weights)
-    return Recipe(name=name, model=model, tiling=Objects(row=DETECTED), stages=(stage,))
+    return Recipe(name=name, paper="arXiv:1908.08530", model=model, tiling=Objects(row=DETECTED), stages=(stage,))
 
 
 def vl_bert_base() -> Recipe:

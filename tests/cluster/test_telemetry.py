@@ -6,6 +6,7 @@ import json
 import re
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -156,8 +157,9 @@ def test_goodput_is_the_share_of_time_in_steps_that_count() -> None:
 
 
 def test_tensorboard_reads_the_curve_and_not_what_was_done_again(tmp_path: Path) -> None:
-    from tensorboardX.proto.event_pb2 import Event
+    from tensorboardX.proto import event_pb2
 
+    messages: Any = event_pb2  # whose names are made when it is imported
     sink = TensorBoard(Place(tmp_path))
     view = StageView(name="align")
     for record in (step(1), step(2, loss=9.0), step(2, loss=3.0), step(3)):
@@ -171,7 +173,9 @@ def test_tensorboard_reads_the_curve_and_not_what_was_done_again(tmp_path: Path)
     )
     sink.close()
     events = [
-        Event.FromString(data) for file in sorted((tmp_path / "align").iterdir()) for data in records(file.read_bytes())
+        messages.Event.FromString(data)
+        for file in sorted((tmp_path / "align").iterdir())
+        for data in records(file.read_bytes())
     ]
     starts = [event for event in events if event.HasField("session_log")]
     assert [event.step for event in starts] == [2], "TensorBoard drops what was from here on before"

@@ -546,7 +546,9 @@ def test_a_references_log_probabilities_are_the_models_own(recipe: Recipe, packs
         assert references is not None
         assert references[:, 0].tolist() == pytest.approx((-output.documents[:, 0]).tolist(), rel=1e-4)
         assert not references[:, 1].any()  # no answers, so nothing was changed
-        assert np.array_equal(add(pack).references, references)
+        again = add(pack).references
+        assert again is not None
+        assert np.array_equal(again, references)
     with pytest.raises(FileNotFoundError, match=r"no recipe\.json"):
         annotator.packs(lambda _: str(tmp_path))
     with pytest.raises(ValueError, match="which is there once a run has come to it"):
