@@ -68,7 +68,7 @@ def test_a_port_that_is_taken_is_told(
 def test_a_browser_draws_its_charts(site: Site, recipe: Recipe, tmp_path: Path) -> None:
     assert CHROMIUM
     invented_run(Path(site.runs) / "night", recipe, "running")
-    invented_run(Path(site.runs) / "day", override(recipe, ["stages.align.warmup=0.1"]), "running")
+    invented_run(Path(site.runs) / "day", override(recipe, ["stages.align.ema=0.9"]), "running")
     other = compare(site, ["night", "day"]).write(tmp_path / "compare.html")
     options = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}"]
     words = [CHROMIUM, *options, "--virtual-time-budget=8000", "--dump-dom"]
@@ -82,7 +82,7 @@ def test_a_browser_draws_its_charts(site: Site, recipe: Recipe, tmp_path: Path) 
 def test_differences_of_recipes_are_told_by_the_names_that_change_them(recipe: Recipe) -> None:
     changed = override(recipe, ["stages.align.tune.connector.lr=1e-3", "seed=3"])
     found = differences([recipe, changed])
-    assert [row[0] for row in found] == ["seed", "stages.align.tune.connector.lr"]
+    assert [row[0] for row in found] == ["stages.align.tune.connector.lr", "seed"]
     for name, _, there in found:
         assert override(recipe, [f"{name}={there}"]) != recipe
     assert differences([recipe, replace(recipe, name="other")]) == []
