@@ -206,8 +206,8 @@ def _client(site: Site) -> JobSubmissionClient:
     from ray.job_submission import JobSubmissionClient
 
     try:
-        client: Any = JobSubmissionClient(site.jobs)
-        theirs = client.get_version()
+        client = JobSubmissionClient(site.jobs)
+        theirs = str(client._server_ray_version)  # `get_version` tells the API's
     except Exception as error:  # requests, Ray and its authentication each have their own
         said = str(error).strip().splitlines()
         refused = any(

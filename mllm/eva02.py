@@ -101,6 +101,8 @@ class EvaFeedForward(nn.Module):
 
 
 class EvaLayer(nn.Module):
+    """Attention, then the feed-forward, each behind a norm."""
+
     def __init__(self, spec: Eva02) -> None:
         super().__init__()
         self.attention_norm = nn.LayerNorm(spec.hidden_size, eps=EPS)

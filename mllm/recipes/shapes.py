@@ -32,7 +32,7 @@ INTERNVIT_6B_V15 = InternViT(  # without the last three layers
 )
 EVA_G = EvaClip(hidden_size=1408, layers=39, heads=16, intermediate_size=6144)  # BLIP-2 leaves the fortieth layer away
 EVA_E = EvaClip(hidden_size=1792, layers=63, heads=16, intermediate_size=15_360, post_norm=True)
-EVA02_L = Eva02(hidden_size=1024, layers=24, heads=16, intermediate_size=2730)
+EVA02_L = Eva02(hidden_size=1024, layers=24, heads=16, intermediate_size=2730, image=336)
 CONVNEXT_L = ConvNeXt(depths=(3, 3, 27, 3), hidden_sizes=(192, 384, 768, 1536))
 CONVNEXT_XXL = ConvNeXt(depths=(3, 4, 30, 3), hidden_sizes=(384, 768, 1536, 3072))
 

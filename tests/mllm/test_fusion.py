@@ -237,7 +237,7 @@ def test_image_positions_go_through_experts_and_the_last_through_the_language_mo
 
 def test_layers_of_another_form_have_no_experts() -> None:
     arch = OPT(vocab_size=128, hidden_size=64, layers=2, heads=4, intermediate_size=96, context=64)
-    with pytest.raises(ValueError, match="these are OPTDecoderLayer; take a llama"):
+    with pytest.raises(ValueError, match="'opt' has others; take a llama"):
         toy(RoutedExperts(), arch).meta()
 
 

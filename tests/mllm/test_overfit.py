@@ -20,7 +20,7 @@ SITE = load_site(str(ROOT / "examples" / "site.toml"))
 SYSTEMS = {
     # name: what is left of the first step's loss after so many steps
     "llava_7b": (0.3, 30),
-    "openflamingo_9b": (0.4, 30),
+    "openflamingo_9b": (0.4, 40),
     "llama_adapter_7b": (0.3, 30),
     "cogvlm_17b": (0.3, 30),
     "crome_7b": (0.3, 30),
