@@ -260,6 +260,8 @@ def _of_files(files: Mapping[str, bytes]) -> Guess:
         kinds.append("pairs")
     if image and "cls" in files:
         kinds.append("labelled")
+    if (image or "npz" in files) and {"txt", "cls"} <= files.keys():
+        kinds.append("questions")
     return Guess(kinds=tuple(kinds), found=", ".join(f".{ending}" for ending in sorted(files)) or "no file")
 
 

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -34,8 +35,13 @@ def head(token: Path, session: str, cpus: int = 1, dashboard: int | None = None)
 
 @contextmanager
 def node(token: Path, address: str, cpus: int = 1) -> Iterator[None]:
-    """Another node of the cluster at `address`."""
-    with _node(token, [f"--address={address}"], cpus, "node"):
+    """Another node of the cluster at `address`, with a folder of its own as another machine has: nodes that share one take the
+    packages of jobs away from each other.
+    """
+    with (
+        tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp") as session,
+        _node(token, [f"--address={address}", f"--temp-dir={session}"], cpus, "node"),
+    ):
         yield
 
 
