@@ -231,7 +231,8 @@ class Guess:
         """The one kind that fits. Raises SiteError when there is none or another."""
         if len(self.kinds) == 1:
             return self.kinds[0]
-        fit = f"which {' and '.join(self.kinds)} fit" if self.kinds else "which no kind fits at once"
+        *first, last = self.kinds or ("",)
+        fit = f"which {', '.join(first)} and {last} fit" if first else "which no kind fits at once"
         raise SiteError(
             f"{uri}: its first row holds {self.found}, {fit}; say --kind, one of {', '.join(self.kinds or KINDS)}"
         )

@@ -127,7 +127,7 @@ def test_a_row_that_fits_no_kind_or_several_is_left_to_the_person(
     told = run(["check", str(strange)], here, capsys, code=2)
     assert "first row holds the fields colour, which no kind fits at once; say --kind, one of pairs," in told
     both = write_tar(tmp_path / "both.tar", [("a.jpg", b"x"), ("a.txt", b"x"), ("a.cls", b"1")])
-    assert "which pairs and labelled fit; say --kind" in run(["check", str(both)], here, capsys, code=2)
+    assert "which pairs, labelled and questions fit; say --kind" in run(["check", str(both)], here, capsys, code=2)
     assert "1 bad" in run(["check", str(both), "--kind", "labelled"], here, capsys, code=1)
 
 
