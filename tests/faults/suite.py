@@ -174,13 +174,19 @@ def differences(broken: Sequence[StepRecord], whole: Sequence[StepRecord], withi
     found = []
     if [r.step for r in broken] != [r.step for r in whole]:
         found.append(f"steps {len(broken)} of {len(whole)}")
-    for one, other in zip(broken, whole, strict=False):
-        if one.packs != other.packs:
-            found.append(f"step {one.step}: other packs")
-        if one.lr != other.lr:
-            found.append(f"step {one.step}: lr {one.lr} instead of {other.lr}")
-        if abs(one.loss - other.loss) > within * abs(other.loss):
-            found.append(f"step {one.step}: loss {one.loss} instead of {other.loss}")
+    pairs = list(zip(broken, whole, strict=False))
+    for what in ("packs", "lr"):
+        other = [a.step for a, b in pairs if getattr(a, what) != getattr(b, what)]
+        if other:
+            found.append(f"{len(other)} steps have other {what}, the first is step {other[0]}")
+    apart = [
+        (a.step, abs(a.loss - b.loss) / abs(b.loss)) for a, b in pairs if abs(a.loss - b.loss) > within * abs(b.loss)
+    ]
+    if apart:
+        most = max(share for _, share in apart)
+        found.append(
+            f"losses of {len(apart)} of {len(pairs)} steps differ, from step {apart[0][0]} on, by up to {most:.2g} of them"
+        )
     return found
 
 
