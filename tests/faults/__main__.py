@@ -47,8 +47,8 @@ STAGES = ("align", "pretrain", "sft")
 
 
 CALM = 0.1
-"""Learning rates beside the recipe's own. At those rounding, which is other on one worker than on two, grew to 6e-3 of the loss by
-the third stage, and what a fault has done could not be told apart from it.
+"""Learning rates beside the recipe's own. At those rounding, which is other on one worker than on two, grew to 6e-3 of the loss
+by the third stage, and what a fault has done could not be told apart from it.
 """
 
 
