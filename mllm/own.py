@@ -61,7 +61,7 @@ class Blind:
     def tiny(self) -> Self:
         return self
 
-    def build(self, weights: str | None, layer: int, cls: str = "drop", normed: bool = False) -> BlindTower:  # noqa: ARG002
+    def build(self, weights: str | None, layer: int, cls: str = "drop", normed: bool = False) -> BlindTower:  # noqa: ARG002 -- as others
         return BlindTower()
 
 

@@ -156,7 +156,7 @@ def test_recipes_say_it() -> None:
         with pytest.raises(ValueError, match="a rank must see all of it; take context=1"):
             override(recipe, [change])
     assert override(by_name("cogagent_18b"), ["stages.aside.tune.fusion.side.lr=1e-5"]).stages[0].tune == {
-        "fusion.side": replace(by_name("cogagent_18b").stages[0].tune["fusion.side"], lr=1e-5)  # type: ignore[call-arg]
+        "fusion.side": replace(by_name("cogagent_18b").stages[0].tune["fusion.side"], lr=1e-5)  # type: ignore[call-arg]  # a Full
     }
 
 
