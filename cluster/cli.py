@@ -95,8 +95,8 @@ class Plan:
 
 
 @dataclass
-class Train:
-    """Train a recipe here, or on the Ray cluster that the site names; go on where it stopped."""
+class Trained:
+    """What `train` and `submit` are told of a run."""
 
     recipe: Positional[str]
     """A recipe's name, or a recipe.json."""
@@ -109,6 +109,11 @@ class Train:
     site: SiteFile = None
     tiny: bool = False
     """The same structure at toy size, two steps a stage over the example corpora: whether a recipe's parts fit together."""
+
+
+@dataclass
+class Train(Trained):
+    """Train a recipe here, or on the Ray cluster that the site names; go on where it stopped."""
 
     def __call__(self) -> None:
         from cluster.supervisor import die_with_parent, is_driver, supervise
@@ -125,20 +130,8 @@ class Train:
 
 
 @dataclass
-class Submit:
+class Submit(Trained):
     """Train a recipe as a job of the cluster whose job server the site names; given again, the run goes on."""
-
-    recipe: Positional[str]
-    """A recipe's name, or a recipe.json."""
-    s: Change = ()
-    """Change the recipe, stages by name: -s stages.pretrain.tune.lm.lr=3e-5"""
-    workers: Annotated[tuple[int, ...] | None, arg(metavar="N [MOST]")] = None
-    """Training workers, or the fewest and the most: the run grows and shrinks with the cluster. The site's by default."""
-    run: str | None = None
-    """The run's name; the recipe's by default."""
-    site: SiteFile = None
-    tiny: bool = False
-    """The same structure at toy size, two steps a stage over the example corpora: whether a recipe's parts fit together."""
 
     def __call__(self) -> None:
         from cluster.jobs import submit

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from copy import deepcopy
 from dataclasses import replace
 from typing import Annotated, Any, ClassVar, Literal, Self
@@ -93,7 +94,7 @@ class BLIP:
         return BLIPNet(self, vision)
 
 
-class Aligning(nn.Module):
+class Aligning(nn.Module, ABC):
     """What stands behind the picture's encoder, each kind in its own way. Rows are texts, features those of each row's picture.
 
     `look` and `read` give what pictures and texts are known by, of which `embed_pictures` and `embed_texts` are made.
@@ -103,17 +104,17 @@ class Aligning(nn.Module):
         """What is asked of a picture without its text: by default its features themselves."""
         return features
 
+    @abstractmethod
     def read(self, rows: Rows) -> Float[Tensor, "S L W"]:
         """Hidden states of texts alone."""
-        raise NotImplementedError
 
+    @abstractmethod
     def embed_pictures(self, looked: Float[Tensor, "S N W"]) -> Float[Tensor, "S Q E"]:
         """Of unit length, one or several a picture."""
-        raise NotImplementedError
 
+    @abstractmethod
     def embed_texts(self, read: Float[Tensor, "S L W"]) -> Float[Tensor, "S E"]:
         """Of unit length."""
-        raise NotImplementedError
 
     def matched(self, features: Float[Tensor, "S P D"], rows: Rows) -> Float[Tensor, "S 2"]:
         """Scores of two answers, no and yes: does the text belong to the picture?"""
@@ -133,13 +134,13 @@ class Aligning(nn.Module):
         """Names of modules that a twin has no use for."""
         return ()
 
+    @abstractmethod
     def units(self) -> list[nn.Module]:
         """Modules to be sharded (and recomputed) one by one."""
-        raise NotImplementedError
 
+    @abstractmethod
     def heads(self) -> list[nn.Parameter]:
         """What stands behind the layers: projections and answers."""
-        raise NotImplementedError
 
 
 def both_ways(there: Bool[Tensor, "S L"]) -> Bool[Tensor, "S 1 1 L"]:

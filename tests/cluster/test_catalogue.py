@@ -8,6 +8,10 @@ from mllm.recipes import RECIPES, by_name
 from tests.conftest import ROOT
 
 
+def test_the_readme_counts_the_recipes() -> None:
+    assert f"lists {len(RECIPES)} recipes" in (ROOT / "README.md").read_text()
+
+
 def test_the_page_of_recipes_is_what_the_recipes_say() -> None:
     """Written anew by `python -m cluster.catalogue > docs/recipes.md`."""
     assert (ROOT / "docs" / "recipes.md").read_text() == catalogue.page()
