@@ -3,29 +3,44 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from cluster.journal import Decision, Fault
+from cluster.journal import Decision, Fault, Journal
 from pipelines import storage
+from pipelines.place import Place
+from pipelines.storage import Storage
+from pipelines.value import spec
 
-if TYPE_CHECKING:
-    from cluster.worker import StageJob
+
+@spec
+class Stage:
+    """What is told of a stage to who writes of it in another process, which then need not know what is learned."""
+
+    name: str
+    run: str
+    token: int
+    storage: Storage
+
+    def journal(self) -> Journal:
+        """The run's journal, to be written under the token of the stage's controller, with its storage in use here."""
+        storage.use(self.storage)
+        return Journal(Place(self.run), self.token)
 
 
-def failures(job: StageJob, pulse: Any) -> Any:
+def failures(stage: Stage, pulse: Any) -> Any:
     """What Ray Train calls, in its controller's process, when workers have failed: it goes into the journal."""
     from ray.train import UserCallback
 
     class Failures(UserCallback):
         def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:  # noqa: ARG002 -- Ray's
             pulse.disband.remote()
-            storage.use(job.stream.storage)
-            state = job.journal.state()
+            journal = stage.journal()
+            state = journal.state()
             step = state.groups[-1].step if state.groups else 0
             some = sorted(worker_exceptions.items())[:4]  # one is the cause, the others lost their neighbour
             for rank, error in some:
-                told = {"stage": job.stage.name, "step": step, "rank": rank, "detail": root_of(error)}
-                job.journal.append(Fault(time=time.time(), what="workers", **told))
+                told = {"stage": stage.name, "step": step, "rank": rank, "detail": root_of(error)}
+                journal.append(Fault(time=time.time(), what="workers", **told))
 
     return Failures()
 
@@ -34,7 +49,7 @@ LEAVE = 60.0
 """Seconds that a group has to save before another takes its place."""
 
 
-def resizing(job: StageJob, pulse: Any) -> Any:
+def resizing(stage: Stage, pulse: Any) -> Any:
     """Has the group save before Ray starts one of another size in its place, which then does nothing twice."""
     import ray
     from ray.train.v2._internal.execution.callback import ControllerCallback  # a developers' interface of Ray's
@@ -44,9 +59,8 @@ def resizing(job: StageJob, pulse: Any) -> Any:
             ranks, _ = ray.get(pulse.look.remote())
             if not ranks:
                 return  # none trains: this is a beginning
-            storage.use(job.stream.storage)
             why = f"{len(ranks)} workers train and {resize_decision.num_workers} can be had: saved now, nothing is done twice"
-            job.journal.append(Decision(time=time.time(), what="save_and_leave", stage=job.stage.name, why=why))
+            stage.journal().append(Decision(time=time.time(), what="save_and_leave", stage=stage.name, why=why))
             pulse.ask.remote("save_and_leave")
             deadline = time.monotonic() + LEAVE
             while time.monotonic() < deadline and ray.get(pulse.look.remote())[0]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import pickle
 import platform
 import signal
 import threading
@@ -21,9 +22,9 @@ from typing import Any, Protocol
 
 from cluster import checkpoint, quarantine
 from cluster.beside import Beside
-from cluster.callbacks import failures, resizing, root_of
+from cluster.callbacks import Stage, failures, resizing, root_of
 from cluster.dealer import dumped, start_dealer
-from cluster.enter import DATASET, asking, dealing, train_worker
+from cluster.enter import DATASET, asking, dealing, placeholder, train_worker
 from cluster.journal import (
     Decision,
     Fault,
@@ -142,6 +143,7 @@ class Controller:
     def run(self) -> RunState:
         """Train every stage that is not finished, within `leased`. Raises RunError when a stage fails, Stopped when asked to."""
         assert self.lease, "take the lease first"
+        self.dealer = start_dealer()  # it imports while this process plans
         self.folder.recipe.write(dump(self.recipe).encode())
         self.folder.name_stages(self.fingerprints)
         self.jobs = {stage.name: self._job(stage.name) for stage in self.recipe.stages}
@@ -349,11 +351,11 @@ class Controller:
 
         gpu = torch.cuda.is_available() if self.site.gpus is None else self.site.gpus
         pulse = start_pulse()
-        self.dealer = self.dealer or start_dealer()
         fewest, most = self.site.world
+        told = Stage(name=job.stage.name, run=job.run, token=job.token, storage=job.stream.storage)
         trainer = TorchTrainer(
             train_worker,
-            train_loop_config={"job": job, "pulse": pulse},
+            train_loop_config={"job": pickle.dumps(job), "pulse": pulse},
             torch_config=TorchConfig(backend="nccl" if gpu else "gloo"),
             datasets={DATASET: placeholder},
             dataset_config=dealing(self.dealer, dumped(job, self.site.pools, 0 if gpu else 1)),
@@ -367,7 +369,7 @@ class Controller:
                 # Ray's own notes of the run: nothing here reads them, so they need not outlive the cluster.
                 storage_path=str(Path(gettempdir()) / "mllm" / "ray"),
                 failure_config=ray.train.FailureConfig(max_failures=-1),  # `after_start` says when it is enough
-                callbacks=[failures(job, pulse), resizing(job, pulse), asking()],
+                callbacks=[failures(told, pulse), resizing(told, pulse), asking()],
             ),
         )
         divert_ray_logging()
@@ -413,7 +415,9 @@ class Controller:
                     self.journal.append(Decision(time=time.time(), what="save_and_stop", stage=job.stage.name, why=why))
                     pulse.ask.remote("save_and_stop")
                 late = since is not None and time.monotonic() - since > self.site.watch.notice
-                if late or asked[1:].count("Ctrl-C"):
+                # Ray Train waits some seconds for workers to end that have nothing more to do; there is no need to.
+                saved = since is not None and _all_left(pulse)
+                if late or saved or asked[1:].count("Ctrl-C"):
                     break
         if asked:
             if asked[-1] == "Ctrl-C":
@@ -446,6 +450,13 @@ def _signals() -> Iterator[list[str]]:
             signal.signal(number, handler)
 
 
+def _all_left(pulse: Any) -> bool:
+    """Whether no rank is at work; those that were asked to stop have saved before they leave."""
+    import ray
+
+    return not ray.get(pulse.look.remote())[0]
+
+
 def _of_the_cluster(error: BaseException | None) -> bool:
     """Whether the error tells of Ray's processes, or of storage, and not of what they were asked to do."""
     import ray.exceptions as of_ray
@@ -474,13 +485,6 @@ def _cluster_answers() -> bool:
     asking.start()
     asking.join(10)
     return bool(answered and answered[0])
-
-
-def placeholder() -> Any:
-    """What Ray Train must be given as a dataset: `dealing` puts the true one in its place once the group's size is known."""
-    import ray.data
-
-    return ray.data.range(1)
 
 
 def versions() -> dict[str, str]:

@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 class Dealer:
     """The actor."""
 
+    def __init__(self) -> None:
+        import pipelines.stream  # noqa: F401 -- to have them imported before they are needed
+
     def splits(self, what: bytes, world: int) -> list[Any]:
         """Ray Data's iterators for `world` ranks, from the stage's last checkpoint on; `what` is as `dumped` gives it."""
         from cluster import checkpoint

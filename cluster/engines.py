@@ -20,8 +20,8 @@ from torch.distributed.tensor import DTensor
 from cluster.phases import Phases
 from mllm.model import Model
 from mllm.objectives import Gathered, LossOutput, Objective
+from mllm.parts import PartReport
 from mllm.recipe import DDP, FSDP, Stage, ZeRO
-from mllm.tune import PartReport
 from mllm.vlm import VisionLanguageModel
 from pipelines.types import Batch, Pack
 

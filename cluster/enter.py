@@ -6,6 +6,7 @@ a worker needs to import torch, to meet the other ranks and to read a checkpoint
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
@@ -50,6 +51,13 @@ def dealing(dealer: Any, what: bytes) -> Any:
     return Dealing()
 
 
+def placeholder() -> Any:
+    """What Ray Train must be given as a dataset: `dealing` puts the true one in its place once the group's size is known."""
+    import ray.data
+
+    return ray.data.range(1)
+
+
 def ask() -> None:
     """Ask for this worker's packs. The first is waited for by a thread."""
     import ray.train
@@ -67,11 +75,11 @@ def ask() -> None:
 def train_worker(config: dict[str, Any]) -> None:
     """Train one stage, from its last checkpoint or its beginning, to its end or until the run is asked to stop.
 
-    `config` holds the run's `Pulse` under "pulse" and a `StageJob` under "job".
+    `config` holds the run's `Pulse` under "pulse" and a `StageJob` under "job", pickled, since Ray Train's controller reads it too.
     """
     from cluster.worker import train
 
-    train(config["job"], config["pulse"], _ASKED.pop())
+    train(pickle.loads(config["job"]), config["pulse"], _ASKED.pop())
 
 
 def begun(items: Iterable[T]) -> Iterator[T]:

@@ -21,10 +21,10 @@ from typing import Annotated, Literal, Self, get_args
 
 from pydantic import Field, TypeAdapter
 
-from mllm.tune import PartReport
+from mllm.parts import PartReport
 from pipelines import storage
 from pipelines.place import Place
-from pipelines.types import spec
+from pipelines.value import spec
 
 CHAPTER = 512
 """Events after which they are also written down in one piece."""

@@ -11,8 +11,9 @@ from cluster.site import Site, SiteError
 from mllm.flops import Cost, cost_of, work_of
 from mllm.model import Model, ModelSpec
 from mllm.objectives import DPO, Gathered
+from mllm.parts import PartReport
 from mllm.recipe import Recipe, Stage, Tokens
-from mllm.tune import PartReport, apply_tuning, describe
+from mllm.tune import apply_tuning, describe
 from mllm.vlm import VLM, VisionLanguageModel
 from pipelines.types import spec
 

@@ -16,9 +16,9 @@ from fnmatch import fnmatchcase
 from torch import nn
 
 from mllm.model import Model
+from mllm.parts import PartReport
 from mllm.recipe import Frozen, Full, LoRA, Tuning
 from mllm.vlm import VisionLanguageModel
-from pipelines.types import spec
 
 
 @dataclass(slots=True)
@@ -187,21 +187,6 @@ def _by_depth(names: list[str], decay: float) -> dict[float, list[str]]:
         )  # what comes before the layers is deepest, what comes after is the top
         factors.setdefault(decay ** (last - depth), []).append(name)
     return factors
-
-
-@spec
-class PartReport:
-    """One line of the trained/frozen table."""
-
-    part: str
-    trained: int
-    frozen: int
-    lr: float | None
-
-    def line(self) -> str:
-        state = "frozen" if self.lr is None else f"trained at lr {self.lr:g}"
-        some = f" ({self.trained:,} of them)" if self.trained and self.frozen else ""
-        return f"{self.part:<10} {self.trained + self.frozen:>15,} parameters, {state}{some}"
 
 
 def describe(model: Model, tune: Mapping[str, Tuning]) -> list[PartReport]:

@@ -38,7 +38,7 @@ from fsspec import AbstractFileSystem
 from fsspec.asyn import AsyncFileSystem, sync
 from fsspec.implementations.local import LocalFileSystem
 
-from pipelines.types import spec
+from pipelines.value import spec
 
 T = TypeVar("T")
 

@@ -12,8 +12,8 @@ from PIL import Image
 from cluster.journal import Event, Journal, RunFailed, RunFinished, RunStarted, RunState, StageFinished, StageStarted
 from cluster.metrics import Evaluation, PackRecord, RunFolder, SourceLoss, StepRecord
 from mllm.evaluate import Answer, ProbeScore, SourceScore
+from mllm.parts import PartReport
 from mllm.recipe import Recipe, dump
-from mllm.tune import PartReport
 
 NOON = 1_800_000_000.0
 

@@ -16,9 +16,10 @@ import random
 import sys
 import tempfile
 import time
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
+from statistics import median
 
 import torch
 
@@ -29,14 +30,15 @@ from mllm.recipe import Full, load
 from mllm.recipes import by_name
 from pipelines import storage
 from tests.conftest import ROOT
-from tests.faults.catalogue import LONG_RUN
+from tests.faults.catalogue import LONG_RUN, Death
 from tests.faults.rig import Rig
 from tests.faults.suite import (
     RESTARTS,
     Overcome,
+    Resized,
     differences,
     go_through,
-    plain_restart,
+    plain_restarts,
     resize,
     rows_lost_and_repeated,
 )
@@ -95,19 +97,14 @@ def main() -> int:
         with Rig(Path(scratch) / "rig", on_s3, RECIPE, changes(steps), proxy) as rig:
             for _ in range(3):
                 rig.add_node()
-            plain = Plain(
-                bare=plain_restart(rig, rng, data=False),
-                worker=plain_restart(rig, rng, data=True),
-                driver=plain_restart(rig, rng, data=True, driver=True),
-            )
-            print(plain, flush=True)
+            plain = plain_restarts(rig, rng)
             rig.words = ("--workers", "2")
             rig.train(*rig.words)
             for stage in asked.stages.split(","):
                 order = rng.sample(faults, len(faults))
                 overcome += go_through(rig, stage, order, rng)
             rig.wait_for_end()
-            resized = resize(rig, "resized", rng)
+            resized = resize(rig, "resized", rng, lambda: print("nothing more is timed", flush=True))
             whole = _undisturbed(rig, site, Path(scratch) / "whole")
             for name, stages in ((RECIPE, STAGES), ("resized", STAGES)):
                 marks += _marks(rig, name, whole, stages, on_s3)
@@ -152,18 +149,10 @@ def _marks(rig: Rig, name: str, whole: Rig, stages: tuple[str, ...], site: Site)
     return found
 
 
-@dataclass(frozen=True)
-class Plain:
-    """Seconds that restarts of Ray Train by itself took: without data, and with data after a worker's and the driver's death."""
-
-    bare: float
-    worker: float
-    driver: float
-
-
 def _table(
-    overcome: list[Overcome], resized: list[Overcome], plain: Plain, marks: list[str], seed: int, steps: int
+    overcome: list[Overcome], resized: Resized, plain: dict[Death, float], marks: list[str], seed: int, steps: int
 ) -> str:
+    deaths = ", ".join(f"{death} {seconds:.1f} s" for death, seconds in plain.items())
     lines = [
         "# Faults",
         "",
@@ -171,28 +160,30 @@ def _table(
         f"torch {torch.__version__}. One run of three stages of {steps} steps on two workers, a head and three nodes on one "
         "machine, everything on S3 (SeaweedFS); then one of 1 to 3 workers. Seconds are from the beginning of the fault to the "
         "end of the next optimiser step of workers that begin again, so they contain the fault's own duration where it has one; "
-        "of faults after which nobody need begin again, the longest time between two steps.",
+        "of faults after which nobody need begin again, the longest time between two steps. *Noticed* is when the journal told "
+        "of it.",
         "",
-        "Plain restarts are Ray Train's own, of two workers with the same model on the same cluster, reading batches from an "
-        f"actor of Ray Data as this run does: {plain.worker:.1f} s after a worker was killed ({plain.bare:.1f} s where it makes "
-        f"its batches up itself), {plain.driver:.1f} s where the driver was killed and its command given again at once (medians "
-        f"of {RESTARTS}). Faults after which a new driver must begin are measured by the latter, and by two restarts where "
-        "one is killed and its successor finds the newest checkpoint damaged.",
+        "*Plain* is Ray Train by itself on the same cluster, just before: two workers with the same model, batches from an actor "
+        f"of Ray Data as this run has them, the same thing done to it (medians of {RESTARTS}: {deaths}). Where the driver ends, "
+        "its command is given again at once. A hang, which Ray Train does not notice, damaged checkpoints and a worker without "
+        "memory are set beside the restart after a worker's death, by as many of them as groups of workers must begin.",
         "",
-        "| fault | " + " | ".join(f"{stage}, s" for stage in STAGES) + " | by a plain restart | steps redone |",
-        "|---|" + "---:|" * (len(STAGES) + 2),
+        "| fault | "
+        + " | ".join(f"{stage}, s" for stage in STAGES)
+        + " | noticed, s | plain, s | by plain | steps redone |",
+        "|---|" + "---:|" * (len(STAGES) + 4),
     ]
-    by = {fault.what: fault.groups * (plain.driver if fault.driver else plain.worker) for fault in LONG_RUN}
-    for what in dict.fromkeys(one.what for one in [*overcome, *resized]):
-        mine = [one for one in [*overcome, *resized] if one.what == what]
+    beside = {fault.what: fault.groups * plain[fault.like] for fault in LONG_RUN} | resized.plain
+    everything = [*overcome, *resized.overcome]
+    for what in dict.fromkeys(one.what for one in everything):
+        mine = [one for one in everything if one.what == what]
         seconds = [next((f"{one.seconds:.1f}" for one in mine if one.stage == stage), "-") for stage in STAGES]
-        ratio = sum(one.seconds for one in mine) / len(mine) / by.get(what, plain.worker)
+        noticed = [one.noticed for one in mine if one.noticed is not None]
+        ratio = median(one.seconds for one in mine) / beside[what]
         redone = ", ".join(str(one.redone) for one in mine)
-        lines.append(f"| {what} | {' | '.join(seconds)} | {ratio:.2f} | {redone} |")
-    lines += [
-        "",
-        f"{len(overcome) + len(resized)} faults overcome. Where one ends the command (SIGTERM), it was given again.",
-    ]
+        told = f"{median(noticed):.1f}" if noticed else "-"
+        lines.append(f"| {what} | {' | '.join(seconds)} | {told} | {beside[what]:.1f} | {ratio:.2f} | {redone} |")
+    lines += ["", f"{len(everything)} faults overcome. Where one ends the command (SIGTERM), it was given again."]
     lines += ["Beside the undisturbed run: " + ("no row lost or repeated, same losses." if not marks else "")]
     lines += [f"- {mark}" for mark in marks[:40]]
     return "\n".join(lines) + "\n"

@@ -16,6 +16,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import psutil
 
@@ -25,12 +26,15 @@ from tests.faults.rig import Rig
 
 Act = Callable[[Rig, random.Random, str], object]
 
+Death = Literal["worker", "node", "drain", "driver", "SIGTERM"]
+"""What a plain Ray Train run is put through as well."""
+
 
 @dataclass(frozen=True)
 class Fault:
     """`what` names it in the table. `restarts` tells those after which a new group of workers must begin; `ends` is the exit code
-    of those that end the whole run, which then is started again by who started it. After `driver` a new driver must begin.
-    `groups` is how many groups of workers must begin before one gets on.
+    of those that end the whole run, which then is started again by who started it. `like` is the death of which a plain Ray
+    Train restart is measured beside it, and `groups` how many groups of workers must begin before one gets on.
     """
 
     what: str
@@ -38,7 +42,7 @@ class Fault:
     restarts: bool = True
     after: Callable[[Rig], object] = lambda _: None
     ends: int | None = None
-    driver: bool = False
+    like: Death = "worker"
     groups: int = 1
 
 
@@ -205,12 +209,12 @@ def fill_store(rig: Rig, _: random.Random, __: str) -> None:
 LONG_RUN: tuple[Fault, ...] = (
     Fault("SIGKILL of a worker", kill_worker),
     Fault("SIGKILL of a preprocessing actor", kill_preprocessor, restarts=False),
-    Fault("loss of a node", lose_node, after=replace_node),
-    Fault("drain of a node, 20 s notice", drain_node, after=replace_node),
-    Fault("SIGTERM to the driver", ask_driver, ends=143, driver=True),
-    Fault("SIGKILL of the driver", kill_driver, driver=True),
+    Fault("loss of a node", lose_node, after=replace_node, like="node"),
+    Fault("drain of a node, 20 s notice", drain_node, after=replace_node, like="drain"),
+    Fault("SIGTERM to the driver", ask_driver, ends=143, like="SIGTERM"),
+    Fault("SIGKILL of the driver", kill_driver, like="driver"),
     Fault("SIGKILL of Ray Train's controller", kill_ray_controller),
-    Fault("head killed, new cluster", new_cluster, driver=True),
+    Fault("head killed, new cluster", new_cluster, like="driver"),
     Fault("SIGSTOP of a worker", stop_worker),
     Fault("S3 refuses connections, 20 s", refuse, restarts=False),
     Fault("S3 answers 503 to two thirds, 20 s", storm, restarts=False),

@@ -1,8 +1,10 @@
 """What a restart costs without any of this: Ray Train alone, the same model, the same workers, a checkpoint by torch.save.
 
-python -m tests.faults.plain ADDRESS RECIPE STEPS_FILE [data]
+python -m tests.faults.plain ADDRESS RECIPE STEPS_FILE FEWEST MOST RESIZE
 
-Batches are made up where they are used, or with `data` by an actor of Ray Data that has imported what decodes and tokenises.
+Batches are made up by an actor of Ray Data that has imported what decodes and tokenises.
+Each step leaves a line: when, which step, the process that wrote it, the number of workers. RESIZE are the seconds
+between two looks for more workers.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from typing import Any
 
 
 def train(config: dict[str, Any]) -> None:
-    """Steps of the recipe's language model on made-up batches, one line each: when, which step."""
+    """Steps of the recipe's language model on made-up batches."""
     import ray.train
     import torch
     from ray.train import Checkpoint
@@ -37,28 +39,24 @@ def train(config: dict[str, Any]) -> None:
         first = saved["step"]
     copies = prepare_model(model)
     optimizer = torch.optim.AdamW(copies.parameters())
-    rank = ray.train.get_context().get_world_rank()
-    for step, ids in zip(range(first, 10_000), batches(config["data"]), strict=False):
+    rank, world = ray.train.get_context().get_world_rank(), ray.train.get_context().get_world_size()
+    for step, ids in zip(range(first, 10_000), batches(), strict=False):
         copies(input_ids=ids, labels=ids, use_cache=False).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
         if rank == 0:
             with Path(config["steps"]).open("a") as out:
-                out.write(f"{time.time()} {step}\n")
+                out.write(f"{time.time()} {step} {os.getpid()} {world}\n")
         if (step + 1) % 5 == 0:
             with tempfile.TemporaryDirectory() as folder:
                 torch.save({"model": model.state_dict(), "step": step + 1}, Path(folder) / "state.pt")
                 ray.train.report({"step": step}, checkpoint=Checkpoint.from_directory(folder) if rank == 0 else None)
 
 
-def batches(data: bool) -> Iterator[Any]:
+def batches() -> Iterator[Any]:
     """Token ids int64 (4, 256), without end."""
     import ray.train
-    import torch
 
-    if not data:
-        while True:
-            yield torch.randint(0, 100, (4, 256))
     shard = ray.train.get_dataset_shard("train")
     assert shard
     for batch in shard.iter_torch_batches(batch_size=4):
@@ -79,7 +77,7 @@ class Tokenise:
         return {"ids": np.random.default_rng(0).integers(0, 100, (len(batch["id"]), 256))}
 
 
-def main(address: str, recipe: str, steps: str, data: str = "") -> None:
+def main(address: str, recipe: str, steps: str, fewest: str, most: str, resize: str) -> None:
     """Train on the cluster at `address` until this process is ended."""
     from cluster.local import QUIET
 
@@ -90,15 +88,21 @@ def main(address: str, recipe: str, steps: str, data: str = "") -> None:
     from ray.train.torch import TorchConfig, TorchTrainer
 
     ray.init(address=address, log_to_driver=False)
-    rows = ray.data.range(100_000).map_batches(Tokenise, concurrency=1, batch_size=64) if data else None
+    # Trainers fill the smallest of clusters, and what makes rows must run all the same.
+    rows = ray.data.range(100_000).map_batches(Tokenise, concurrency=1, batch_size=64, num_cpus=0)
     TorchTrainer(
         train,
-        train_loop_config={"recipe": recipe, "steps": steps, "data": bool(data)},
-        datasets={"train": rows} if rows else None,
+        train_loop_config={"recipe": recipe, "steps": steps},
+        datasets={"train": rows},
         torch_config=TorchConfig(backend="gloo"),
-        scaling_config=ray.train.ScalingConfig(num_workers=2),
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=int(most) if fewest == most else (int(fewest), int(most)),
+            elastic_resize_monitor_interval_s=float(resize),
+        ),
         run_config=ray.train.RunConfig(
-            storage_path=str(Path(steps).parent / "plain"), failure_config=ray.train.FailureConfig(max_failures=9)
+            name=Path(steps).stem,  # given again, it goes on from what it kept
+            storage_path=str(Path(steps).parent / "plain"),
+            failure_config=ray.train.FailureConfig(max_failures=99),
         ),
     ).fit()
 

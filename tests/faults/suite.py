@@ -12,9 +12,11 @@ from dataclasses import dataclass
 from itertools import pairwise
 from statistics import median
 
+from cluster.controller import RESIZE
+from cluster.journal import Journal
 from cluster.lines import read_lines
 from cluster.metrics import RunFolder, StepRecord, parse_step
-from tests.faults.catalogue import Fault
+from tests.faults.catalogue import Death, Fault, drain_node, kill_worker, lose_node, replace_node
 from tests.faults.rig import Rig
 
 SOON, LATE = 2, 5
@@ -28,7 +30,8 @@ SELDOM = 1.0
 @dataclass(frozen=True)
 class Overcome:
     """One fault in one stage, after `step`. `seconds` from its beginning to the end of the next optimiser step of those who began
-    again, or the longest time between two steps where nobody had to; `redone` steps were done twice.
+    again, or the longest time between two steps where nobody had to; `redone` steps were done twice. `noticed` is how long it
+    took until the journal told of it, where it did.
     """
 
     what: str
@@ -36,6 +39,7 @@ class Overcome:
     step: int
     seconds: float
     redone: int
+    noticed: float | None
 
 
 def go_through(rig: Rig, stage: str, faults: Sequence[Fault], rng: random.Random) -> list[Overcome]:
@@ -72,8 +76,11 @@ def overcome(rig: Rig, stage: str, fault: Fault, rng: random.Random) -> Overcome
     else:
         moments = [began, *(record.time for record in written if began < record.time <= new.time)]
         seconds, redone = max(later - earlier for earlier, later in pairwise(moments)), 0
+    noticed = min(
+        (one.time - began for one in Journal(rig.results.root).state().faults if one.time > began), default=None
+    )
     fault.after(rig)
-    return Overcome(fault.what, stage, known, seconds, redone)
+    return Overcome(fault.what, stage, known, seconds, redone, noticed)
 
 
 def _written(rig: Rig, stage: str) -> list[StepRecord]:
@@ -89,25 +96,52 @@ def _further(rig: Rig, stage: str, lines: int, before: int, since: float) -> tup
     return (known, new) if new else None
 
 
-def resize(rig: Rig, name: str, rng: random.Random) -> list[Overcome]:
-    """Another run, of one to three workers, whose nodes go and come: 2 -> 1 -> 3, each in another stage."""
-    small = 1  # a trainer, and nothing beside it: what makes packs must find its place all the same
+SHRINKS, GROWS = "2 -> 1 workers, a node lost", "1 -> 3 workers, two nodes join"
+
+
+@dataclass(frozen=True)
+class Resized:
+    """What came of the runs whose nodes go and come, and the seconds that plain Ray Train took for the same."""
+
+    overcome: list[Overcome]
+    plain: dict[str, float]
+
+
+def resize(rig: Rig, name: str, rng: random.Random, measured: Callable[[], object]) -> Resized:
+    """Another run, of one to three workers, whose nodes go and come: 2 -> 1 -> 3, each in another stage.
+
+    `measured` is called when nothing more is timed.
+    """
+
+    def lose() -> None:
+        rig.kill_node(rng.choice(rig.training_nodes()))
+
+    def join() -> None:
+        for _ in range(2):
+            rig.add_node(SMALL)
+
+    _two_small_nodes(rig)
+    with Plain(rig, "elastic", (1, 3)) as plain:
+        beside = {SHRINKS: plain.restarted(lose, 1), GROWS: plain.restarted(join, 3)}
+    print(json.dumps(beside), flush=True)
+    _two_small_nodes(rig)
+    rig.words = ("--workers", "1", "3", "--run", name)
+    rig.train(*rig.words)
+    found = [_resized(rig, "align", SHRINKS, 1, lose, rng), _resized(rig, "pretrain", GROWS, 3, join, rng)]
+    measured()
+    rig.wait_for_end(1500)
+    return Resized(found, beside)
+
+
+SMALL = 1
+"""CPUs of a node that holds a trainer and nothing beside it: what makes packs must find its place all the same."""
+
+
+def _two_small_nodes(rig: Rig) -> None:
     for node in list(rig.nodes):
         rig.kill_node(node)
     for _ in range(2):
-        rig.add_node(small)
-    rig.words = ("--workers", "1", "3", "--run", name)
-    rig.train(*rig.words)
-    found = [
-        _resized(
-            rig, "align", "2 -> 1 workers, a node lost", 1, lambda: rig.kill_node(rng.choice(rig.training_nodes())), rng
-        ),
-        _resized(
-            rig, "pretrain", "1 -> 3 workers, two nodes join", 3, lambda: [rig.add_node(small) for _ in range(2)], rng
-        ),
-    ]
-    rig.wait_for_end()
-    return found
+        rig.add_node(SMALL)
 
 
 def _resized(rig: Rig, stage: str, what: str, world: int, act: Callable[[], object], rng: random.Random) -> Overcome:
@@ -119,48 +153,100 @@ def _resized(rig: Rig, stage: str, what: str, world: int, act: Callable[[], obje
     known = max([before, *(r.step for r in written if r.world != world)])
     further = next(r.time for r in written if r.world == world and r.step > known)
     redone = sum(r.step <= known for r in written if r.world == world)
-    return Overcome(what, stage, known, further - began, redone)
+    return Overcome(what, stage, known, further - began, redone, None)
 
 
 RESTARTS = 3
 """Plain restarts whose median is taken: the first finds processes that Ray has kept, and is quicker."""
 
 
-def plain_restart(rig: Rig, rng: random.Random, data: bool, driver: bool = False) -> float:
-    """Seconds from a death to the next step, of Ray Train by itself on the rig's cluster: of a worker, or of the `driver`, whose
-    command is given again at once.
-    """
-    steps = rig.folder / f"plain-{data}-{driver}.txt"
-    words = [rig.cluster.address, rig.recipe, str(steps), *(["data"] if data else [])]
+@dataclass(frozen=True)
+class Line:
+    """A step of a plain run, as it wrote it down."""
 
-    def start() -> subprocess.Popen[bytes]:
-        command = [sys.executable, "-m", "tests.faults.plain", *words]
-        with rig.log.open("ab") as out:
-            return subprocess.Popen(command, stdout=out, stderr=out, start_new_session=True)
+    time: float
+    pid: int
+    world: int
 
-    def moments() -> list[float]:
-        return [float(line.split()[0]) for line in steps.read_text().splitlines()] if steps.is_file() else []
 
-    rig.run = start()
-    found: list[float] = []
-    try:
-        for _ in range(RESTARTS):
-            done = len(moments())
-            rig.wait_for(lambda done=done: len(moments()) > done + 8)
-            if driver:
-                rig.run.kill()
-                rig.run.wait()
-            else:
-                rig.pick(rng, "RayTrainWorker").kill()
-            began = time.time()
-            if driver:
-                rig.run = start()
-            rig.wait_for(lambda began=began: moments()[-1] > began + SOON, pause=SELDOM)  # no new process is that quick
-            found.append(next(moment for moment in moments() if moment > began + SOON) - began)
-        return median(found)
-    finally:
-        rig.run.kill()
-        rig.run.wait()
+class Plain:
+    """Ray Train by itself on the rig's cluster, as long as it is entered: the same model and workers, none of this project."""
+
+    def __init__(self, rig: Rig, name: str, workers: tuple[int, int] = (2, 2)) -> None:
+        self.rig = rig
+        self.file = rig.folder / f"plain-{name}.txt"
+        numbers = [str(number) for number in (*workers, RESIZE)]
+        self.words = [rig.cluster.address, rig.recipe, str(self.file), *numbers]
+
+    def __enter__(self) -> Plain:
+        self.start()
+        self.rig.wait_for(lambda: len(self.lines()) > AGREED)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.driver.kill()
+        self.driver.wait()
+
+    def start(self) -> None:
+        """Give the command."""
+        command = [sys.executable, "-m", "tests.faults.plain", *self.words]
+        with self.rig.log.open("ab") as out:
+            self.driver = subprocess.Popen(command, stdout=out, stderr=out, start_new_session=True)
+        self.rig.run = self.driver
+
+    def lines(self) -> list[Line]:
+        texts = self.file.read_text().splitlines() if self.file.is_file() else []
+        parts = [text.split() for text in texts]
+        return [Line(float(when), int(pid), int(world)) for when, _, pid, world in parts]
+
+    def restarted(self, act: Callable[[], object], world: int | None = None) -> float:
+        """Seconds from the beginning of `act` to the first step of other processes, `world` of them if that is told."""
+        done = len(self.lines())
+        self.rig.wait_for(lambda: len(self.lines()) > done + AGREED)
+        pid, began = self.lines()[-1].pid, time.time()
+        act()
+
+        def found() -> list[Line]:
+            return [
+                line for line in self.lines() if line.time > began and line.pid != pid and world in (None, line.world)
+            ]
+
+        self.rig.wait_for(lambda: bool(found()), 300, SELDOM)
+        return found()[0].time - began
+
+
+AGREED = 8
+"""Steps that a plain run takes between two deaths; every fifth it saves."""
+
+
+def plain_restarts(rig: Rig, rng: random.Random) -> dict[Death, float]:
+    """Median seconds that Ray Train by itself needs after each kind of death."""
+    found: dict[Death, float] = {}
+    with Plain(rig, "two") as plain:
+
+        def again(end: Callable[[], object]) -> Callable[[], None]:
+            def ended() -> None:
+                end()
+                plain.driver.wait(120)
+                plain.start()
+
+            return ended
+
+        deaths: dict[Death, tuple[Callable[[], object], Callable[[Rig], object]]] = {
+            "worker": (lambda: kill_worker(rig, rng, ""), lambda _: None),
+            "node": (lambda: lose_node(rig, rng, ""), replace_node),
+            "drain": (lambda: drain_node(rig, rng, ""), replace_node),
+            "driver": (again(lambda: plain.driver.kill()), lambda _: None),
+            "SIGTERM": (again(lambda: plain.driver.terminate()), lambda _: None),
+        }
+        for death, (act, after) in deaths.items():
+            seconds = []
+            for _ in range(RESTARTS):
+                seconds.append(plain.restarted(act))
+                after(rig)
+            found[death] = median(seconds)
+            print(f"plain restart, {death}: {', '.join(f'{one:.1f}' for one in seconds)} s", flush=True)
+    return found
 
 
 def last(rig: Rig, stage: str) -> int:
