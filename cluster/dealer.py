@@ -6,6 +6,7 @@ a stream is made of before a group has failed. Who calls it imports this file, w
 
 from __future__ import annotations
 
+import importlib
 import pickle
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,8 @@ class Dealer:
     """The actor."""
 
     def __init__(self) -> None:
-        import pipelines.stream  # noqa: F401 -- to have them imported before they are needed
+        for name in ("cluster.checkpoint", "cluster.fsdp", "mllm.recipe", "pipelines.stream"):
+            importlib.import_module(name)  # now, and not when a group waits for its packs
 
     def splits(self, what: bytes, world: int) -> list[Any]:
         """Ray Data's iterators for `world` ranks, from the stage's last checkpoint on; `what` is as `dumped` gives it."""

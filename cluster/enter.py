@@ -75,7 +75,7 @@ def ask() -> None:
 def train_worker(config: dict[str, Any]) -> None:
     """Train one stage, from its last checkpoint or its beginning, to its end or until the run is asked to stop.
 
-    `config` holds the run's `Pulse` under "pulse" and a `StageJob` under "job", pickled, since Ray Train's controller reads it too.
+    `config` holds the run's `Pulse` under "pulse" and a `StageJob` under "job", pickled: Ray Train's controller reads this too.
     """
     from cluster.worker import train
 
