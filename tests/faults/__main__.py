@@ -1,6 +1,6 @@
 """`make faults`: every fault in every stage, beside the same run undisturbed; the table goes to `benchmarks/results/faults.md`.
 
-    python -m tests.faults [--stages align,sft] [--only WORDS] [--seed 0] [--steps 150] [--out FILE]
+    python -m tests.faults [--stages align,sft] [--only WORDS] [--seed 0] [--steps 150] [--restarts 3] [--out FILE]
 
 One run on a cluster of a head and two or three nodes, everything it keeps on a real S3 server, goes through the faults of each
 stage in an order drawn from the seed, at random steps. Afterwards its packs, rates and losses must be those of the undisturbed
@@ -80,6 +80,7 @@ def main() -> int:
     parser.add_argument("--only", default="")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=0)
+    parser.add_argument("--restarts", type=int, default=RESTARTS)
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "faults.md")
     asked = parser.parse_args()
     os.environ["HF_HUB_OFFLINE"] = "1"
@@ -97,17 +98,18 @@ def main() -> int:
         with Rig(Path(scratch) / "rig", on_s3, RECIPE, changes(steps), proxy) as rig:
             for _ in range(3):
                 rig.add_node()
-            plain = plain_restarts(rig, rng)
+            plain = plain_restarts(rig, rng, asked.restarts)
             rig.words = ("--workers", "2")
             rig.train(*rig.words)
             for stage in asked.stages.split(","):
                 order = rng.sample(faults, len(faults))
                 overcome += go_through(rig, stage, order, rng)
             rig.wait_for_end()
-            resized = resize(rig, "resized", rng, lambda: print("nothing more is timed", flush=True))
             whole = _undisturbed(rig, site, Path(scratch) / "whole")
-            for name, stages in ((RECIPE, STAGES), ("resized", STAGES)):
-                marks += _marks(rig, name, whole, stages, on_s3)
+            marks += _marks(rig, RECIPE, whole, on_s3)
+            print(*marks or ["the run is the undisturbed one"], sep="\n", flush=True)
+            resized = resize(rig, "resized", rng, lambda: print("nothing more is timed", flush=True))
+            marks += _marks(rig, "resized", whole, on_s3)
         proxy.close()
     table = _table(overcome, resized, plain, marks, asked.seed, steps)
     print(table)
@@ -131,11 +133,11 @@ def _undisturbed(rig: Rig, site: Site, folder: Path) -> Rig:
     return whole
 
 
-def _marks(rig: Rig, name: str, whole: Rig, stages: tuple[str, ...], site: Site) -> list[str]:
+def _marks(rig: Rig, name: str, whole: Rig, site: Site) -> list[str]:
     """In what the run `name` differs from the undisturbed one."""
     broken = rig.results_of(name)
     found = []
-    for stage in stages:
+    for stage in STAGES:
         found += [f"{name}, {stage}: {words}" for words in differences(broken.steps(stage), whole.steps(stage))]
         lost, repeated = rows_lost_and_repeated(broken, whole.results, stage)
         if lost or repeated:

@@ -88,8 +88,9 @@ def main(address: str, recipe: str, steps: str, fewest: str, most: str, resize: 
     from ray.train.torch import TorchConfig, TorchTrainer
 
     ray.init(address=address, log_to_driver=False)
-    # Trainers fill the smallest of clusters, and what makes rows must run all the same.
-    rows = ray.data.range(100_000).map_batches(Tokenise, concurrency=1, batch_size=64, num_cpus=0)
+    # Trainers fill the smallest of clusters, and what makes rows must run all the same: no task that reads, an actor without CPU.
+    numbers = ray.data.from_items([{"id": number} for number in range(100_000)])
+    rows = numbers.map_batches(Tokenise, concurrency=1, batch_size=64, num_cpus=0)
     TorchTrainer(
         train,
         train_loop_config={"recipe": recipe, "steps": steps},

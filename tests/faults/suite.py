@@ -219,9 +219,11 @@ AGREED = 8
 """Steps that a plain run takes between two deaths; every fifth it saves."""
 
 
-def plain_restarts(rig: Rig, rng: random.Random) -> dict[Death, float]:
-    """Median seconds that Ray Train by itself needs after each kind of death."""
+def plain_restarts(rig: Rig, rng: random.Random, times: int) -> dict[Death, float]:
+    """Median seconds that Ray Train by itself needs after each kind of death, of so many `times`; nothing of none."""
     found: dict[Death, float] = {}
+    if not times:
+        return found
     with Plain(rig, "two") as plain:
 
         def again(end: Callable[[], object]) -> Callable[[], None]:
@@ -241,7 +243,7 @@ def plain_restarts(rig: Rig, rng: random.Random) -> dict[Death, float]:
         }
         for death, (act, after) in deaths.items():
             seconds = []
-            for _ in range(RESTARTS):
+            for _ in range(times):
                 seconds.append(plain.restarted(act))
                 after(rig)
             found[death] = median(seconds)
