@@ -175,16 +175,20 @@ def _table(
         + " | noticed, s | plain, s | by plain | steps redone |",
         "|---|" + "---:|" * (len(STAGES) + 4),
     ]
-    beside = {fault.what: fault.groups * plain[fault.like] for fault in LONG_RUN} | resized.plain
+    beside = {fault.what: fault.groups * plain[fault.like] for fault in LONG_RUN if plain} | resized.plain
     everything = [*overcome, *resized.overcome]
     for what in dict.fromkeys(one.what for one in everything):
         mine = [one for one in everything if one.what == what]
         seconds = [next((f"{one.seconds:.1f}" for one in mine if one.stage == stage), "-") for stage in STAGES]
         noticed = [one.noticed for one in mine if one.noticed is not None]
-        ratio = median(one.seconds for one in mine) / beside[what]
+        by_plain = (
+            f"{beside[what]:.1f} | {median(one.seconds for one in mine) / beside[what]:.2f}"
+            if what in beside
+            else "- | -"
+        )
         redone = ", ".join(str(one.redone) for one in mine)
         told = f"{median(noticed):.1f}" if noticed else "-"
-        lines.append(f"| {what} | {' | '.join(seconds)} | {told} | {beside[what]:.1f} | {ratio:.2f} | {redone} |")
+        lines.append(f"| {what} | {' | '.join(seconds)} | {told} | {by_plain} | {redone} |")
     lines += ["", f"{len(everything)} faults overcome. Where one ends the command (SIGTERM), it was given again."]
     lines += ["Beside the undisturbed run: " + ("no row lost or repeated, same losses." if not marks else "")]
     lines += [f"- {mark}" for mark in marks[:40]]

@@ -128,6 +128,7 @@ def resize(rig: Rig, name: str, rng: random.Random, measured: Callable[[], objec
     rig.words = ("--workers", "1", "3", "--run", name)
     rig.train(*rig.words)
     found = [_resized(rig, "align", SHRINKS, 1, lose, rng), _resized(rig, "pretrain", GROWS, 3, join, rng)]
+    print(*(json.dumps(one.__dict__) for one in found), sep="\n", flush=True)
     measured()
     rig.wait_for_end(1500)
     return Resized(found, beside)
