@@ -31,7 +31,10 @@ class Lines:
         self.waiting = b""
         self.fault: Exception | None = None
         self.changed = threading.Condition()
-        self.thread: threading.Thread | None = None
+        self.thread: threading.Thread | None = (
+            None  # one for all: a process without memory may hang where it starts another
+        )
+        self.idle = True
 
     def append(self, lines: Iterable[bytes]) -> None:
         """Append lines, each without its end. Raises, here or later, what storage raised when its patience was at an end."""
@@ -46,12 +49,14 @@ class Lines:
             if self.thread is None:
                 self.thread = threading.Thread(target=self._write, daemon=True, name="lines")
                 self.thread.start()
+            elif self.idle:
+                self.changed.notify_all()
 
     def flush(self) -> None:
         """Wait until all lines are stored."""
         with self.changed:
             self.changed.notify_all()
-            self.changed.wait_for(lambda: self.thread is None)
+            self.changed.wait_for(lambda: self.fault or (self.idle and not self.waiting))
             if self.fault:
                 raise self.fault
 
@@ -66,19 +71,20 @@ class Lines:
             out.write(data)
 
     def _write(self) -> None:
-        """Store what waits until nothing does; a later line begins another thread."""
+        """Store what waits, until storage fails."""
         while True:
             with self.changed:
-                if not self.waiting:
-                    self.thread = None
+                while not self.waiting:
+                    self.idle = True
                     self.changed.notify_all()
-                    return
+                    self.changed.wait()
+                self.idle = False
                 data, self.waiting = self.waiting, b""
             try:
                 self._store(data)
             except Exception as error:
                 with self.changed:
-                    self.fault, self.thread = error, None
+                    self.fault = error
                     self.changed.notify_all()
                 return
             with self.changed:

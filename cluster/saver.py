@@ -14,10 +14,12 @@ from __future__ import annotations
 
 import errno
 import io
+import queue
 import shutil
 import threading
 import time
 from collections.abc import Collection, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from types import TracebackType
@@ -94,6 +96,7 @@ class _Job:
     stall: float = 0.0
     seconds: float = 0.0
     settled: threading.Event = field(default_factory=threading.Event)
+    done: threading.Event = field(default_factory=threading.Event)
 
 
 class Saver:
@@ -113,7 +116,11 @@ class Saver:
         self.rank = dist.get_rank() if together else 0
         self.world = dist.get_world_size() if together else 1
         self.group: Any = dist.new_group(backend="gloo") if together else None
-        self.thread: threading.Thread | None = None
+        self.last: _Job | None = None
+        # Threads for all saves: a process without memory may hang where it starts another, and hold up all ranks.
+        self.jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
+        self.digests = ThreadPoolExecutor(2, thread_name_prefix="digest")
+        threading.Thread(target=self._work, daemon=True, name="checkpoint").start()
         self.ended: list[Outcome] = []
         self.buffers: dict[MetadataIndex, Tensor] = {}
         self.local: SavePlan | None = None
@@ -142,8 +149,8 @@ class Saver:
             job.ready = torch.cuda.Event()
             job.ready.record()
         job.stall = self.since
-        self.thread = threading.Thread(target=self._run, args=(job,), daemon=True, name="checkpoint")
-        self.thread.start()
+        self.last = job
+        self.jobs.put(job)
         return self.wait() if wait else self.poll()
 
     def settle(self) -> None:
@@ -179,11 +186,21 @@ class Saver:
         """Let the save under way end, unless the process is being interrupted."""
         if kind is None or issubclass(kind, Exception):
             self._join()
+        self.jobs.put(None)
 
     def _join(self) -> None:
-        if self.thread is not None:
-            self.thread.join()
-            self.thread = None
+        if self.last is not None:
+            self.last.done.wait()
+            self.last = None
+
+    def _work(self) -> None:
+        """The thread: one save after the other."""
+        while (job := self.jobs.get()) is not None:
+            try:
+                self._run(job)
+            finally:
+                job.done.set()
+        self.digests.shutdown(wait=False)
 
     def _planned_items(self, state: dict[str, Any]) -> list[Item]:
         """What this rank is to write of `state`, where it lies."""
@@ -224,7 +241,7 @@ class Saver:
         return buffer.copy_(tensor, non_blocking=True)
 
     def _run(self, job: _Job) -> None:
-        """The thread's work: whatever happens becomes words, the same on every rank."""
+        """One save: whatever happens becomes words, the same on every rank."""
         failure: Exception | None = None
         try:
             if job.copied:
@@ -258,7 +275,7 @@ class Saver:
         refused = self._told(self._cleared(job) if self.rank == 0 else None)
         if refused:
             return False, refused, False
-        writer = ShardWriter(job.folder, self.rank)
+        writer = ShardWriter(job.folder, self.rank, self.digests)
         results: list[WriteResult] = []
         try:
             results = [] if failure else writer.write(job.items)
@@ -380,7 +397,8 @@ def _beside(ready: Any) -> Iterator[None]:
 
 def save(folder: Place, state: dict[str, Any], at: TrainState, manifest: Manifest, keep: int = 2) -> Place:
     """Write one checkpoint and wait for it, all ranks together. Raises SaveFailed."""
-    return Saver(folder, keep).save(state, at, manifest, wait=True)[-1].folder
+    with Saver(folder, keep) as saver:
+        return saver.save(state, at, manifest, wait=True)[-1].folder
 
 
 def _token(folder: Place) -> int:

@@ -211,11 +211,14 @@ def bytes_of(tensor: Tensor) -> np.ndarray[Any, np.dtype[np.uint8]]:
 
 
 class ShardWriter(StorageWriter):
-    """Writes what DCP plans for one rank into `folder`; the coordinator writes the index. `files` are those with their bytes."""
+    """Writes what DCP plans for one rank into `folder`; the coordinator writes the index. `files` are those with their bytes,
+    `digests` the threads that compute digests.
+    """
 
-    def __init__(self, folder: Place, rank: int) -> None:
+    def __init__(self, folder: Place, rank: int, digests: ThreadPoolExecutor) -> None:
         self.folder = folder
         self.rank = rank
+        self.digests = digests
         self.files: dict[str, int] = {}
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None: ...
@@ -256,14 +259,13 @@ class ShardWriter(StorageWriter):
         at = 0
         written: list[tuple[WriteItem, int, int, list[Future[str]]]] = []
         pending: deque[Future[str]] = deque()
-        pool = ThreadPoolExecutor(2, thread_name_prefix="digest")
-        with pool, storage.open_write((self.folder / name).uri) as out:
+        with storage.open_write((self.folder / name).uri) as out:
             for item, tensor in tensors:
                 data = bytes_of(tensor)
                 digests: list[Future[str]] = []
                 for start in range(0, len(data), PIECE):
                     piece = data[start : start + PIECE]
-                    digests.append(pool.submit(digest, piece.data))
+                    digests.append(self.digests.submit(digest, piece.data))
                     out.write(piece.data)
                     pending.append(digests[-1])
                     if len(pending) > 8:  # what waits for its digest is kept in memory
