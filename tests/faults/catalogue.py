@@ -26,8 +26,8 @@ from tests.faults.rig import Rig
 
 Act = Callable[[Rig, random.Random, str], object]
 
-Death = Literal["worker", "node", "drain", "driver", "SIGTERM"]
-"""What a plain Ray Train run is put through as well."""
+Death = Literal["worker", "node", "drain", "driver", "SIGTERM", "head"]
+"""What a plain Ray Train run is put through as well. Where Ray's own controller dies, its driver must be given again."""
 
 
 @dataclass(frozen=True)
@@ -213,8 +213,8 @@ LONG_RUN: tuple[Fault, ...] = (
     Fault("drain of a node, 20 s notice", drain_node, after=replace_node, like="drain"),
     Fault("SIGTERM to the driver", ask_driver, ends=143, like="SIGTERM"),
     Fault("SIGKILL of the driver", kill_driver, like="driver"),
-    Fault("SIGKILL of Ray Train's controller", kill_ray_controller),
-    Fault("head killed, new cluster", new_cluster, like="driver"),
+    Fault("SIGKILL of Ray Train's controller", kill_ray_controller, like="driver"),
+    Fault("head killed, new cluster", new_cluster, like="head"),
     Fault("SIGSTOP of a worker", stop_worker),
     Fault("S3 refuses connections, 20 s", refuse, restarts=False),
     Fault("S3 answers 503 to two thirds, 20 s", storm, restarts=False),

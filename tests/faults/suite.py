@@ -16,7 +16,7 @@ from cluster.controller import RESIZE
 from cluster.journal import Journal
 from cluster.lines import read_lines
 from cluster.metrics import RunFolder, StepRecord, parse_step
-from tests.faults.catalogue import Death, Fault, drain_node, kill_worker, lose_node, replace_node
+from tests.faults.catalogue import Death, Fault, drain_node, kill_worker, lose_node, new_cluster, replace_node
 from tests.faults.rig import Rig
 
 SOON, LATE = 2, 5
@@ -235,12 +235,17 @@ def plain_restarts(rig: Rig, rng: random.Random, times: int) -> dict[Death, floa
 
             return ended
 
+        def new_head() -> None:
+            new_cluster(rig, rng, "")
+            plain.driver.kill()
+
         deaths: dict[Death, tuple[Callable[[], object], Callable[[Rig], object]]] = {
             "worker": (lambda: kill_worker(rig, rng, ""), lambda _: None),
             "node": (lambda: lose_node(rig, rng, ""), replace_node),
             "drain": (lambda: drain_node(rig, rng, ""), replace_node),
             "driver": (again(lambda: plain.driver.kill()), lambda _: None),
             "SIGTERM": (again(lambda: plain.driver.terminate()), lambda _: None),
+            "head": (again(new_head), lambda _: None),
         }
         for death, (act, after) in deaths.items():
             seconds = []
