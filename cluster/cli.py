@@ -358,6 +358,60 @@ class Export:
 
 
 @dataclass
+class Chat:
+    """Talk to a model in the terminal: a line is a question, /image FILE shows a picture with it."""
+
+    checkpoint: Positional[str]
+    """A folder that `mllm export` wrote, or a run's name."""
+    say: str | None = None
+    """Ask this one question and end."""
+    image: Annotated[tuple[str, ...], arg(metavar="FILE")] = ()
+    """Pictures that are shown with the first question."""
+    system: str | None = None
+    """What the system says first."""
+    max_tokens: int = 256
+    temperature: float = 0.0
+    """0 takes the likeliest token each time; 1 draws as the model says."""
+    top_p: float = 1.0
+    """Draw of the likeliest tokens that hold this share of the probability."""
+    stop: Annotated[tuple[str, ...], arg(metavar="TEXT")] = ()
+    """End the answer before any of these."""
+    seed: int | None = None
+    site: SiteFile = None
+
+    def __call__(self) -> None:
+        from cluster.serving.talk import chat
+        from mllm.generate import Sampling
+
+        how = Sampling(
+            max_tokens=self.max_tokens,
+            temperature=self.temperature,
+            top_p=self.top_p,
+            stop=self.stop,
+            seed=self.seed,
+        )
+        chat(_site(self.site), self.checkpoint, how, self.say, self.image, self.system)
+
+
+@dataclass
+class Serve:
+    """Serve a model over OpenAI's chat API (/v1/chat/completions, /v1/models) on Ray Serve, to this machine alone."""
+
+    checkpoint: Positional[str]
+    """A folder that `mllm export` wrote, or a run's name."""
+    port: int | None = None
+    """The site's by default, 8000. The address to listen at is the site's too: [serve] host."""
+    replicas: int | None = None
+    """Processes that hold the model each; the site's by default, 1."""
+    site: SiteFile = None
+
+    def __call__(self) -> None:
+        from cluster.serving.serve import serve
+
+        serve(_site(self.site), self.checkpoint, self.port, self.replicas)
+
+
+@dataclass
 class Report:
     """Write a run's report again."""
 
@@ -485,6 +539,8 @@ Command = (
     | Annotated[Convert, subcommand("data convert")]
     | Annotated[Evaluate, subcommand("eval")]
     | Annotated[Export, subcommand("export")]
+    | Annotated[Chat, subcommand("chat")]
+    | Annotated[Serve, subcommand("serve")]
     | Annotated[Report, subcommand("report")]
     | Annotated[Watch, subcommand("watch")]
     | Annotated[Compare, subcommand("compare")]

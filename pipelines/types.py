@@ -120,6 +120,10 @@ class Limits:
     pictures: int = 1_000
 
 
+CONVERSATION = Limits(pixels=25_000_000, bytes=10 * 2**20, characters=200_000, pictures=16)
+"""What one conversation may ask of a machine that answers it."""
+
+
 @spec
 class RowId:
     """Where a sample came from: the row of a shard, on which pass over it, and which piece of a long document."""
