@@ -344,17 +344,20 @@ class Evaluate:
 
 @dataclass
 class Export:
-    """Write a run's last checkpoint as a folder that transformers loads."""
+    """Write a run's last checkpoint as a folder that transformers loads, read it back, and release it if it is the same."""
 
     run: Positional[str]
     out: Path | None = None
     """Where to; the run's own export/ by default."""
+    adapter: bool = False
+    """Keep the last stage's LoRA adapters apart, in adapter/ as peft reads them, beside the weights they were trained on."""
     site: SiteFile = None
 
     def __call__(self) -> None:
-        from cluster.run import export_run
+        from cluster.exporting import export_run
 
-        print(export_run(_site(self.site), self.run, self.out))
+        made = export_run(_site(self.site), self.run, self.out, self.adapter)
+        print(made.place, made.words, sep="\n")
 
 
 @dataclass

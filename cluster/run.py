@@ -1,18 +1,17 @@
-"""What the commands about runs do: train with a view, show, evaluate, export."""
+"""What the commands about runs do: train with a view, show, evaluate."""
 
 from __future__ import annotations
 
 import os
 from dataclasses import replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 from rich.console import Console
 
 from cluster import checkpoint
 from cluster.controller import Controller, RunError, Stopped
 from cluster.indexing import corpora_of, index_missing
-from cluster.journal import Journal, RunState
+from cluster.journal import Journal, RunState, StageFinished
 from cluster.local import quieten, ray_running
 from cluster.metrics import RunFolder
 from cluster.site import Site
@@ -51,7 +50,7 @@ def train(recipe: Recipe, site: Site, name: str | None, console: Console) -> Run
             ):
                 controller.run()
             console.print("writing export and report")
-            _export(site, recipe, folder, folder.export)
+            _export(site, recipe, folder, console)
             controller.finish()
         except (KeyboardInterrupt, Stopped) as error:
             console.print("stopped; the same command goes on from the last checkpoint")
@@ -63,6 +62,17 @@ def train(recipe: Recipe, site: Site, name: str | None, console: Console) -> Run
     console.print(summary(folder, recipe, controller.journal.state()))
     _paths(folder, console)
     return folder
+
+
+def _export(site: Site, recipe: Recipe, folder: RunFolder, console: Console) -> None:
+    """Write the export; where it does not compute what was trained, that is told, and the trained weights are there still."""
+    from cluster.exporting import export_of
+    from mllm.released import NotReleased
+
+    try:
+        console.print(export_of(site, recipe, folder, folder.export).words, soft_wrap=True)
+    except NotReleased as error:
+        console.print(f"not released: {error}", soft_wrap=True)
 
 
 def _report(controller: Controller, console: Console) -> None:
@@ -160,30 +170,14 @@ def trained_model(site: Site, recipe: Recipe, folder: RunFolder) -> Model:
 
     Raises RunError when no stage is finished.
     """
+    last = last_finished(folder)
+    stage = recipe.stage(last.stage)
+    return checkpoint.read_model(recipe, stage, folder.root / last.checkpoint, site.folder).eval()
+
+
+def last_finished(folder: RunFolder) -> StageFinished:
+    """The stage that a run finished last. Raises RunError where it has finished none."""
     last = Journal(folder.root).state().finished_stages
     if not last:
         raise RunError(f"run {folder.name!r} has finished no stage yet; train it further first")
-    stage = recipe.stage(last[-1].stage)
-    return checkpoint.read_model(recipe, stage, folder.root / last[-1].checkpoint, site.folder).eval()
-
-
-def export_run(site: Site, name: str, out: Path | None) -> Place:
-    """Export the last checkpoint of a run."""
-    folder, recipe, _ = open_run(site, name)
-    quieten(folder.logs)
-    return _export(site, recipe, folder, Place(out) if out else folder.export)
-
-
-def _export(site: Site, recipe: Recipe, folder: RunFolder, out: Place) -> Place:
-    """Export to `out`; what is meant for S3 is made on this machine's disk first, as transformers writes files."""
-    from mllm.export import export
-
-    model = trained_model(site, recipe, folder)
-    with TemporaryDirectory() as scratch:
-        tokenizer = recipe.model.words.tokenizer
-        words = site.folder(tokenizer) if tokenizer else None
-        made = export(recipe, model, words, out.path if out.local else Path(scratch))
-        if not out.local:
-            for file in sorted(path for path in made.rglob("*") if path.is_file()):
-                (out / str(file.relative_to(made))).write(file.read_bytes())
-    return out
+    return last[-1]

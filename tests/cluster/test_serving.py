@@ -12,6 +12,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -243,12 +244,14 @@ def test_the_line_has_an_end(folder: Path) -> None:
 
     prompts = [speaker.prompt([Turn(role="user", parts=("Hm?",))], Sampling(max_tokens=3)) for _ in range(9)]
     taken = 0
-    with pytest.raises(Busy, match="3 conversations wait already"):
+    with suppress(Busy):
         for prompt in prompts:
             batcher.ask(prompt, tell)
             taken += 1
+    with pytest.raises(Busy, match="3 conversations wait already"):
+        batcher.ask(prompts[-1], tell)
     held.set()
-    assert taken >= 3
+    assert 3 <= taken < len(prompts)
     assert all(ended.acquire(timeout=30) for _ in range(taken))
     gone = replace(prompts[0], gone=True)
     batcher.ask(gone, tell)
@@ -273,7 +276,7 @@ def test_one_talks_in_the_terminal(folder: Path, tmp_path: Path) -> None:
     assert "nowhere.png" in done.stderr
 
 
-def test_mistakes_are_told_in_one_line(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_mistakes_are_told_in_one_line(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
         for words, told in (
