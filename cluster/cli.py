@@ -69,29 +69,26 @@ class Plan:
     recipe: Positional[str]
     s: Change = ()
     """Change the recipe, stages by name: -s stages.pretrain.tune.lm.lr=3e-5"""
+    gpu: str = "a100"
+    """What GPU-hours are of: a100, h100, h200, b200."""
+    mfu: str = "0.35-0.45"
+    """The share of its peak that a GPU reaches, from the least to the most."""
+    measured: Annotated[str | None, arg(name="from", metavar="RUN")] = None
+    """Take the speed that this run's steps have reached in place of --gpu and --mfu."""
+    price: float | None = None
+    """Of a GPU-hour, in any money."""
+    diff: Annotated[str | None, arg(metavar="OTHER")] = None
+    """Another recipe, or a recipe.json: every value in which they differ, and the numbers that change with it."""
     site: SiteFile = None
 
     def __call__(self) -> None:
-        from cluster.live import flop_words
-        from cluster.plan import plan
-        from cluster.stats import bytes_words
+        from cluster import planned
 
-        result = plan(_recipe(self.recipe, self.s), _site(self.site))
-        print(f"{result.recipe}: {result.tokens_per_image}")
-        for stage in result.stages:
-            print(f"\n{stage.name}: {stage.steps}, {stage.packs_per_step} packs a step")
-            print(stage.mixture)
-            for part in stage.parts:
-                print(f"  {part.line()}")
-            whole = f", {flop_words(stage.total_flops)} in all" if stage.total_flops is not None else ""
-            print(f"  {stage.unknown}" if stage.flops is None else f"  {flop_words(stage.flops)} a full step{whole}")
-            print(f"  {'workers':>10} {'packs each':>11} {'memory a GPU (estimate)':>25}")
-            for world, packs in stage.accumulation.items():
-                bytes_ = stage.memory.get(world)
-                words = ("not predicted" if stage.unknown else "cannot be") if bytes_ is None else bytes_words(bytes_)
-                print(f"  {world:>10} {packs:>11} {words:>25}")
-        for why in result.refused:
-            print(f"\nnot here: {why}")
+        site = _site(self.site)
+        recipe = _recipe(self.recipe, self.s)
+        speed = planned.speed_of(site, self.gpu, self.mfu, self.measured)
+        other = None if self.diff is None else _recipe(self.diff, ())
+        print(*planned.lines(recipe, site, speed, self.price, other), sep="\n")
 
 
 @dataclass

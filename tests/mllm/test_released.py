@@ -100,11 +100,11 @@ def test_an_adapter_apart_is_the_trained_model_to_peft(small: Recipe, depth: int
     """On the whole model of transformers, and on the language model's folder; ranks may differ between parts."""
     tune = {
         "lm.layers": LoRA(lr=1e-3, rank=4, alpha=8, dora=dora),
-        "*layers.1.mlp.*": LoRA(lr=1e-3, rank=2, alpha=4, dora=dora),
+        "lm.*.layers.1.mlp.*": LoRA(lr=1e-3, rank=2, alpha=4, dora=dora),
     }
     recipe = replace(small, model=replace(small.vlm, connector=MLP(depth=depth)))
     model = built(recipe)
-    apply_tuning(model, {"*lm*layers.1.mlp.*": tune["*layers.1.mlp.*"], "lm.layers": tune["lm.layers"]})
+    apply_tuning(model, tune)
     for name, parameter in model.named_parameters():
         if ".lora_B." in name:
             parameter.normal_(std=0.5)
