@@ -7,7 +7,7 @@ import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 from tyro.conf import Positional, UseAppendAction, arg, subcommand
@@ -326,17 +326,39 @@ class Convert:
 
 @dataclass
 class Evaluate:
-    """Evaluate a run's last checkpoint on the held-out corpora: loss, accuracy, 0- and few-shot probe."""
+    """Evaluate a run's last checkpoint on held-out corpora (loss, accuracy, few-shot probe) or a benchmark's questions."""
 
     run: Positional[str]
+    shots: Annotated[tuple[int, ...], arg(metavar="K")] = ()
+    """Examples before each question of the probe, as 0 1 2 4 8; the recipe's by default."""
+    text: Annotated[tuple[str, ...], arg(metavar="CORPUS")] = ()
+    """Corpora of text alone, besides those held out, whose loss is held against that before the first stage."""
+    task: Literal["textvqa", "vqav2", "mme", "mmmu", "mmbench", "pope", "exact"] | None = None
+    """A benchmark whose questions are in --file."""
+    file: Path | None = None
+    """The questions: a JSON object a line, or MMBench's table (docs/serving.md says which fields)."""
+    images: Path | None = None
+    """The folder of the pictures that the questions name; the file's own by default."""
+    most: int | None = None
+    """Ask so many questions only."""
+    out: Path | None = None
+    """Write the scores to this file too, as JSON."""
     site: SiteFile = None
 
     def __call__(self) -> None:
-        from rich.console import Console
+        if (self.task is None) != (self.file is None):
+            raise ValueError("--task and --file go together: the benchmark, and the file of its questions")
+        if self.shots and min(self.shots) < 0:
+            raise ValueError(f"--shots {min(self.shots)}: give how many examples stand before a question, 0 or more")
+        from cluster.evaluating import evaluate_run, evaluate_task
 
-        from cluster.run import evaluate_run
-
-        evaluate_run(_site(self.site), self.run, Console(highlight=False))
+        site, console = _site(self.site), _console()
+        if self.task is None or self.file is None:
+            scores = evaluate_run(site, self.run, console, self.shots, self.text)
+        else:
+            scores = evaluate_task(site, self.run, self.task, self.file, self.images, self.most, console)
+        if self.out is not None:
+            scores.write(self.out)
 
 
 @dataclass

@@ -1,9 +1,8 @@
-"""What the commands about runs do: train with a view, show, evaluate."""
+"""What the commands about runs do: train with a view, show, find what was trained."""
 
 from __future__ import annotations
 
 import os
-from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
@@ -16,7 +15,7 @@ from cluster.local import quieten, ray_running
 from cluster.metrics import RunFolder
 from cluster.site import Site
 from mllm.model import Model
-from mllm.recipe import FSDP, Recipe, load
+from mllm.recipe import Recipe, load
 from pipelines.place import Place
 
 
@@ -137,32 +136,6 @@ def show_status(site: Site, name: str | None, console: Console) -> None:
             console.print(standing(site, folder.root), soft_wrap=True)
         except JobError as error:  # the journal has told all the same
             console.print(f"note: {error}", soft_wrap=True)
-
-
-def evaluate_run(site: Site, name: str, console: Console) -> None:
-    """Evaluate the last checkpoint in this process and print the scores."""
-    from cluster.engines import alone, build_engine
-    from cluster.worker import evaluation_of
-
-    folder, recipe, _ = open_run(site, name)
-    quieten(folder.logs)
-    held_out = site.held_out(recipe, recipe.stages[-1])
-    if held_out is None:
-        raise RunError(f"recipe {recipe.name!r} holds no corpus out, so there is nothing to evaluate on")
-    with alone():
-        import torch
-
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        alone = replace(recipe.stages[-1], parallel=FSDP(dtype=recipe.stages[-1].parallel.dtype))
-        engine = build_engine(trained_model(site, recipe, folder), alone, 1, device)
-        result = evaluation_of(engine, held_out, recipe, recipe.stages[-1].name, "after")
-    for score in result.scores:
-        console.print(
-            f"{score.source:<32} loss {score.loss:7.4f}   accuracy {score.accuracy:6.1%}   {score.tokens:,} tokens"
-        )
-    for probe in result.probe:
-        chance = 1 / probe.choices
-        console.print(f"{probe.shots}-shot: {probe.accuracy:.0%} of {probe.questions} questions, chance {chance:.0%}")
 
 
 def trained_model(site: Site, recipe: Recipe, folder: RunFolder) -> Model:

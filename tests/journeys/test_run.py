@@ -20,9 +20,10 @@ import torch
 from rich.console import Console
 
 from cluster.cli import main
+from cluster.evaluating import evaluate_run
 from cluster.journal import Journal
 from cluster.metrics import RunFolder
-from cluster.run import evaluate_run, show_status, train, trained_model
+from cluster.run import show_status, train, trained_model
 from cluster.site import Site, load_site
 from mllm.recipe import Recipe, override
 from mllm.recipes import by_name
