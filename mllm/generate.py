@@ -134,13 +134,13 @@ class Cached:
     def __init__(self, model: VisionLanguageModel) -> None:
         self.model = model
         self.lm: Any = model.lm.model
-        self.lm.set_attn_implementation("sdpa")  # ours is over packs, and has no cache
         self.device = next(model.parameters()).device
         self.seen: Any = None
         self.mask = torch.zeros(0, 0, dtype=torch.long)
 
     @torch.no_grad()
     def begin(self, prompts: Sequence[Sample], tiles: Sequence[NDArray[np.uint8]]) -> Float[Tensor, "S C"]:
+        self.lm.set_attn_implementation("sdpa")  # ours is over packs, and has no cache
         batch = _batch(prompts, tiles, self.device)
         text = self.model.lm.embed(batch.input_ids)
         whole = spliced(text, self.model.visual(batch), batch.visual, batch.visual_count)

@@ -85,6 +85,7 @@ class Speaker:
             raise ValueError(f"recipe {recipe.name!r} has a model that reads no text, so it cannot be talked to")
         last = recipe.stages[-1]
         self.name = recipe.name
+        self.model = model
         self.decoder = decoder_of(model.eval().requires_grad_(False))
         self.device = next(model.parameters()).device
         self.context = words.longest or last.context

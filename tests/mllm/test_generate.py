@@ -56,8 +56,7 @@ def speaker(small: Recipe) -> Speaker:
 def test_a_cache_changes_no_logit(small: Recipe, speaker: Speaker) -> None:
     """Prompts of several lengths, with and without pictures, some of which end before the others."""
     other = lively(small)
-    plain = Recomputed(other.decoder.model)  # type: ignore[union-attr]  # both decoders have one
-    plain.model.lm.model.set_attn_implementation("mllm_varlen")  # type: ignore[union-attr]  # which the cache has taken away
+    plain = Recomputed(other.model)
     cached = speaker.decoder
     assert isinstance(cached, Cached)
     how = Sampling()
@@ -170,7 +169,7 @@ def test_an_exported_model_is_opened(small: Recipe, tmp_path: Path) -> None:
     """As one folder of transformers and in parts: the answer of the model that was exported."""
     for recipe in (small, replace(small, model=replace(small.model, fusion=PreLMAdapter(hidden=8)))):
         ours = lively(recipe)
-        folder = export(recipe, ours.decoder.model, TOKENIZER, tmp_path / "export")  # type: ignore[union-attr]  # both have one
+        folder = export(recipe, ours.model, TOKENIZER, tmp_path / "export")
         question = asked(FILE, "What is it?")
         assert Speaker.open(folder).answer(question, Sampling(max_tokens=8)) == ours.answer(
             question, Sampling(max_tokens=8)
