@@ -1,11 +1,11 @@
 """Operating it: a served model under 200 questions at once, the first step, the report of a long run, what metrics cost a step.
 
-*Chat*: the smoke model, not trained, on Ray Serve with one replica, and 200 clients that ask at the same moment, one in four with a
-picture, for 16 tokens each; every answer must have status 200. *First step*: as in `start`, beside what Ray Train itself takes: a
-script that starts a local Ray and has a TorchTrainer run a function of nothing on two workers. Fair because both are commands timed
-from outside, one after the other, each with a Ray of its own. *Report*: of a run whose files hold 100,000 steps of two sources in one
-stage, made from those files. *Metrics*: what rank 0 and the driver do for each step's record and gauges, by the time of a step of the
-smoke recipe's pretrain on one worker; a larger model's step is longer, and the price the same.
+*Chat*: the smoke model, not trained, on Ray Serve with one replica, and 200 clients that ask at the same moment, one in four with
+a picture, for 16 tokens each; every answer must have status 200. *First step*: as in `start`, beside what Ray Train itself takes:
+a script that starts a local Ray and has a TorchTrainer run a function of nothing on two workers. Fair because both are commands
+timed from outside, one after the other, each with a Ray of its own. *Report*: of a run whose files hold 100,000 steps of two
+sources in one stage, made from those files. *Metrics*: what rank 0 does for each step's record and gauges, by the time of a step
+of the smoke recipe's pretrain on one worker; a larger model's step is longer, and the price the same.
 """
 
 from __future__ import annotations
