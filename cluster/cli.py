@@ -391,7 +391,8 @@ class Chat:
     """Pictures that are shown with the first question."""
     system: str | None = None
     """What the system says first."""
-    max_tokens: int = 256
+    max_tokens: int | None = None
+    """Of an answer; by default 256, or what the context has room for."""
     temperature: float = 0.0
     """0 takes the likeliest token each time; 1 draws as the model says."""
     top_p: float = 1.0

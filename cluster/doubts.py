@@ -11,6 +11,7 @@ from cluster.schedule import planned_steps
 from mllm.recipe import Full, LoRA, Recipe, Stage
 from mllm.vlm import VLM
 from pipelines.corpora import Interleaved, Obelics, TextOnly
+from pipelines.objects import Objects
 from pipelines.types import spec
 
 
@@ -76,7 +77,10 @@ def _warm_up(stage: Stage) -> Iterator[str]:
 
 
 def _budgets(recipe: Recipe, stage: Stage) -> Iterator[str]:
-    tiling, layout = recipe.tiling, recipe.model.layout(recipe.tiling)
+    tiling = recipe.tiling
+    if isinstance(tiling, Objects):
+        return  # regions are no tiles
+    layout = recipe.model.layout(tiling)
     single = tiling.cut(tiling.size, tiling.size, limit=tiling.share(1))
     largest = tiling.cut(16 * tiling.size, 16 * tiling.size, limit=tiling.share(1))
     if layout.tokens(largest) >= stage.context:

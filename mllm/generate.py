@@ -24,23 +24,28 @@ from mllm.model import Model
 from mllm.vlm import VisionLanguageModel
 from pipelines.types import NOT_LEARNED, Batch, Pack, Sample, spec
 
+LONG = 256
+"""Tokens of an answer whose asker has not said how long it may be."""
+
 
 @spec
 class Sampling:
     """How an answer is written: at most `max_tokens`, ended by the model's own end mark or before any text of `stop`.
 
+    Without `max_tokens` it is as long as the model's context has room for, and no longer than `LONG`.
+
     `temperature` 0 takes the likeliest token each time; else logits are divided by it, and one is drawn of the likeliest tokens
     that hold `top_p` of the probability between them (nucleus sampling, arXiv:1904.09751). The same `seed`, the same answer.
     """
 
-    max_tokens: int = 256
+    max_tokens: int | None = None
     temperature: float = 0.0
     top_p: float = 1.0
     stop: tuple[str, ...] = ()
     seed: int | None = None
 
     def __post_init__(self) -> None:
-        if self.max_tokens < 1:
+        if self.max_tokens is not None and self.max_tokens < 1:
             raise ValueError(f"max_tokens={self.max_tokens}: an answer has at least one token")
         if not self.temperature >= 0:
             raise ValueError(f"temperature={self.temperature}: take 0, the likeliest token each time, or more")

@@ -106,7 +106,7 @@ class Harness(LM):
             stop=(until,) if isinstance(until, str) else tuple(until),
             seed=0,
         )
-        ids = [*self.first, *self._tokens(context)][-(self.speaker.context - how.max_tokens) :]
+        ids = [*self.first, *self._tokens(context)][-(self.speaker.context - (how.max_tokens or MOST)) :]
         return self.speaker.ready(Prompt(_sample(ids), np.zeros((0, *self.speaker.tiling.shape), np.uint8), how))
 
     def _tokens(self, text: str) -> list[int]:

@@ -8,7 +8,7 @@ for pieces in speaker.write([prompt]): ...
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 
 from mllm.export import read_back
-from mllm.generate import Sampling, choose, decoder_of
+from mllm.generate import LONG, Sampling, choose, decoder_of
 from mllm.model import Model
 from mllm.recipe import Recipe, load
 from pipelines import pictures
@@ -124,13 +124,15 @@ class Speaker:
         return self.ready(Prompt(sample, tiles, how))
 
     def ready(self, prompt: Prompt) -> Prompt:
-        """`prompt` if it leaves room for its answer. Raises TooLong."""
-        asked, most = len(prompt.sample.input_ids), prompt.how.max_tokens
+        """`prompt` if it leaves room for its answer, whose greatest length is then known. Raises TooLong."""
+        asked = len(prompt.sample.input_ids)
+        most = prompt.how.max_tokens or max(1, min(LONG, self.context - asked))
         if asked + most > self.context:
             raise TooLong(
                 f"{asked} tokens are asked and {most} to be answered, more than the {self.context} that the model has; "
                 "shorten the conversation or lower max_tokens"
             )
+        prompt.how = replace(prompt.how, max_tokens=most)
         return prompt
 
     def _document(self, turns: Sequence[Turn]) -> Measured:

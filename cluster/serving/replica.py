@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -124,7 +124,7 @@ class Replica:
         except BadTurns as error:
             raise Refused(str(error), code="invalid_messages", param="messages") from error
 
-    async def _pieces(self, prompt: Prompt) -> AsyncIterator[Piece]:
+    async def _pieces(self, prompt: Prompt) -> AsyncGenerator[Piece, None]:
         """The answer as it comes. Who stops asking -- a client that hangs up -- stops it. Raises Refused."""
         loop = asyncio.get_running_loop()
         come: asyncio.Queue[Piece | Exception] = asyncio.Queue()
@@ -145,7 +145,7 @@ class Replica:
             prompt.gone = True
 
     async def _events(
-        self, answering: Answering, first: Piece, rest: AsyncIterator[Piece], prompt: int | None
+        self, answering: Answering, first: Piece, rest: AsyncGenerator[Piece, None], prompt: int | None
     ) -> AsyncIterator[bytes]:
         yield wire.event(answering.chunk({"role": "assistant", "content": ""}))
         piece = first
@@ -159,6 +159,8 @@ class Replica:
         except Refused as refused:  # too late for a status
             yield wire.event(refused.body())
             return
+        finally:
+            await rest.aclose()
         yield wire.event(answering.chunk({}, piece.finish))
         if prompt is not None:
             yield wire.event(answering.last(Usage(prompt=prompt, completion=piece.tokens)))

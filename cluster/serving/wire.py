@@ -25,7 +25,6 @@ from mllm.speaker import Turn
 from pipelines.types import spec
 
 MOST_STOPS = 4
-DEFAULT_TOKENS = 256
 
 
 class Refused(Exception):
@@ -102,12 +101,12 @@ class ChatRequest:
 
     @property
     def sampling(self) -> Sampling:
-        """How the answer is written; what was left away or is null is OpenAI's default, but for the number of tokens."""
+        """How the answer is written; what was left away or is null is OpenAI's default, but for the length."""
         stop = (self.stop,) if isinstance(self.stop, str) else self.stop or ()
         if "" in stop:
             raise Refused("stop: an empty text would end every answer before it begins", param="stop")
         return Sampling(
-            max_tokens=self.max_completion_tokens or self.max_tokens or DEFAULT_TOKENS,
+            max_tokens=self.max_completion_tokens or self.max_tokens,
             temperature=1.0 if self.temperature is None else self.temperature,
             top_p=1.0 if self.top_p is None else self.top_p,
             stop=stop,

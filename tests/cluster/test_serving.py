@@ -32,6 +32,7 @@ from mllm.generate import Sampling
 from mllm.recipe import Recipe
 from mllm.speaker import Piece, Speaker, Turn
 from tests.conftest import ROOT
+from tests.mllm.test_generate import bomb
 
 TOKENIZER = str(ROOT / "examples" / "tokenizer")
 NAME = "toy"
@@ -177,10 +178,6 @@ def test_what_cannot_be_meant_is_refused_by_name(
     assert told in error["message"]
 
 
-BOMB = picture("white", (6000, 6000))
-"""Some kilobytes of file that are 36 million pixels."""
-
-
 @pytest.mark.parametrize(
     ("part", "told"),
     [
@@ -190,7 +187,7 @@ BOMB = picture("white", (6000, 6000))
         ({"type": "image_url", "image_url": {"url": "data:text/html;base64,AAAA"}}, "no picture in base64"),
         (shown(b"\x89PNG\r\n\x1a\n and no more"), "image"),
         (shown(picture("red", (300, 300), "JPEG")[:700], "image/jpeg"), "truncated"),
-        (shown(BOMB), "too many pixels"),
+        (shown(bomb(6000)), "too many pixels"),
         (shown(b"GIF89a" + b"\xff" * 64, "image/gif"), "image"),
         ({"type": "input_audio", "input_audio": {}}, "expected tags"),
     ],

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import struct
+import zlib
 from dataclasses import replace
 from pathlib import Path
 
@@ -31,6 +33,16 @@ def picture(colour: str, size: tuple[int, int] = (40, 30)) -> bytes:
     file = io.BytesIO()
     Image.new("RGB", size, colour).save(file, "PNG")
     return file.getvalue()
+
+
+def bomb(side: int) -> bytes:
+    """Some bytes that say they are a picture of side x side pixels."""
+    head = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
+    chunks = ((b"IHDR", head), (b"IDAT", zlib.compress(bytes(64))), (b"IEND", b""))
+    body = b"".join(
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in chunks
+    )
+    return b"\x89PNG\r\n\x1a\n" + body
 
 
 def asked(*parts: str | bytes) -> list[Turn]:
@@ -142,7 +154,7 @@ def test_a_token_is_drawn_from_the_nucleus(values: list[float], top_p: float, se
         (asked(""), "message 0 is empty"),
         (asked(b"GIF89a and no more", "Hm?"), "image"),
         (asked(FILE[:2000], "Hm?"), "truncated"),
-        (asked(picture("red", (6000, 6000)), "Hm?"), "too many pixels"),
+        (asked(bomb(6000), "Hm?"), "too many pixels"),
         (asked(picture("red", (2000, 4)), "Hm?"), "far longer than wide"),
         (asked(*[picture("red")] * 17, "Hm?"), "17 pictures"),
         (asked("x" * 200_001), "characters"),
