@@ -84,7 +84,7 @@ def exact(answer: str, given: Sequence[str]) -> float:
     """1 where the answer is one of `given`, case, outer space and a closing full stop aside; else 0."""
 
     def plain(text: str) -> str:
-        return " ".join(text.split()).rstrip(".").lower()
+        return " ".join(text.split()).rstrip(" .").lower()
 
     return float(plain(answer) in {plain(one) for one in given})
 
