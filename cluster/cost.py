@@ -67,7 +67,7 @@ class StageCost:
 
 @spec
 class RunCost:
-    """All stages; `hours` are of those that are known, and `whole` says whether those are all. `price` is for a GPU-hour."""
+    """All stages, at one speed. `price` is for a GPU-hour."""
 
     stages: tuple[StageCost, ...]
     speed: Speed
@@ -75,19 +75,23 @@ class RunCost:
 
     @property
     def known(self) -> tuple[StageCost, ...]:
+        """The stages whose cost is known."""
         return tuple(stage for stage in self.stages if stage.hours is not None)
 
     @property
     def whole(self) -> bool:
+        """Whether that is all of them."""
         return len(self.known) == len(self.stages)
 
     @property
     def hours(self) -> Range:
+        """GPU-hours of the stages that are known."""
         found = [stage.hours for stage in self.stages if stage.hours is not None]
         return sum(low for low, _ in found), sum(high for _, high in found)
 
     @property
     def money(self) -> Range | None:
+        """What those cost, where a price was told."""
         return None if self.price is None else (self.price * self.hours[0], self.price * self.hours[1])
 
 

@@ -65,6 +65,7 @@ class Scores:
     task: TaskScore | None = None
 
     def write(self, out: Path) -> None:
+        """Write them as JSON."""
         out.write_bytes(TypeAdapter(Scores).dump_json(self, indent=1))
 
 

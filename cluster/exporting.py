@@ -30,6 +30,7 @@ class Exported:
 
     @property
     def words(self) -> str:
+        """In a sentence what was checked."""
         told = self.released
         share = f", the same likeliest token at {told.agree:.1%} of {told.tokens} positions" if told.tokens else ""
         return (

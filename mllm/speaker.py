@@ -224,6 +224,7 @@ class Pen:
             self.chance.manual_seed(self.how.seed)
 
     def choose(self, logits: torch.Tensor) -> int:
+        """The next token, by float logits (C,)."""
         return choose(logits, self.how, self.chance)
 
     def add(self, token: int) -> Piece:

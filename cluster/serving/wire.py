@@ -40,24 +40,30 @@ class Refused(Exception):
         self.kind = kind or ("server_error" if status >= 500 else "invalid_request_error")
 
     def body(self) -> dict[str, Any]:
+        """OpenAI's error."""
         return {"error": {"message": str(self), "type": self.kind, "param": self.param, "code": self.code}}
 
 
 @spec
 class TextPart:
+    """Words of a message."""
+
     type: Literal["text"]
     text: str
 
 
 @spec
 class ImageUrl:
+    """Where a picture is. `detail` is taken and not looked at: the model's tiling says how pictures are cut."""
+
     url: str
     detail: Literal["auto", "low", "high"] = "auto"
-    """Taken and not looked at: the model's tiling says how pictures are cut."""
 
 
 @spec
 class ImagePart:
+    """A picture of a message."""
+
     type: Literal["image_url"]
     image_url: ImageUrl
 
@@ -67,6 +73,8 @@ Part = Annotated[TextPart | ImagePart, Field(discriminator="type")]
 
 @spec
 class Message:
+    """What one side says. `name` is taken and not looked at."""
+
     role: Literal["system", "user", "assistant"]
     content: str | tuple[Part, ...]
     name: str | None = None
@@ -74,6 +82,8 @@ class Message:
 
 @spec
 class StreamOptions:
+    """Whether the last part of a stream tells how many tokens there were."""
+
     include_usage: bool = False
 
 
@@ -189,6 +199,7 @@ class Usage:
     completion: int
 
     def body(self) -> dict[str, int]:
+        """The three numbers by OpenAI's names."""
         return {
             "prompt_tokens": self.prompt,
             "completion_tokens": self.completion,
@@ -209,6 +220,7 @@ class Answering:
 
     @classmethod
     def of(cls, model: str) -> Answering:
+        """An answer that begins now."""
         return cls(id=f"chatcmpl-{uuid.uuid4().hex}", model=model, created=int(time.time()))
 
     def whole(self, text: str, finish: Finish, usage: Usage) -> dict[str, Any]:
@@ -236,6 +248,7 @@ def models(name: str, created: int) -> dict[str, Any]:
 
 
 def model(name: str, created: int) -> dict[str, Any]:
+    """One model, by the moment at which its server began."""
     return {"id": name, "object": "model", "created": created, "owned_by": "mllm"}
 
 
