@@ -180,10 +180,13 @@ def read(body: bytes) -> ChatRequest:
     try:
         return _requests().validate_json(body, strict=True)
     except ValidationError as error:
-        fault = next((one for one in error.errors() if one["type"] != "json_invalid"), None)
-        if fault is None:
-            raise Refused(f"the body is no JSON: {error.errors()[0]['msg']}", code="invalid_json") from error
-        path = ".".join(str(step) for step in fault["loc"]) or None
+        faults = error.errors(include_url=False)
+        if faults[0]["type"] == "json_invalid":
+            raise Refused(f"the body is no JSON: {faults[0]['msg']}", code="invalid_json") from error
+        # Where a field may be one of several things, the fault that lies deepest is of the one that was meant.
+        fault = max(enumerate(faults), key=lambda one: (len(one[1]["loc"]), one[0]))[1]
+        steps = [str(step) for step in fault["loc"]]
+        path = ".".join(step for step in steps if step != "str" and "[" not in step) or None
         unknown = fault["type"] == "unexpected_keyword_argument"
         told = "this server does not know it" if unknown else str(fault["msg"])
         raise Refused(
