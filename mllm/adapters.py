@@ -7,6 +7,7 @@ is the model that was trained, as `merge_adapters` would have made it.
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -107,4 +108,6 @@ def put_on(model: nn.Module, folder: Path) -> Any:
     """A model of transformers with the adapters of `folder`, by peft itself."""
     from peft import PeftModel
 
-    return PeftModel.from_pretrained(model, str(folder))
+    with warnings.catch_warnings():  # peft asks transformers in words that go away with its next version
+        warnings.simplefilter("ignore", FutureWarning)
+        return PeftModel.from_pretrained(model, str(folder))
