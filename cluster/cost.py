@@ -1,8 +1,8 @@
 """What a run would cost: GPU-hours and money, each from its least to its most.
 
-    hours = FLOPs that are computed / (FLOP/s that a GPU reaches)
+    hours = FLOPs that are computed / (FLOP/s that a GPU reaches) / (share of the time that it computes)
 
-Both have their error. FLOPs follow from the stage's tokens and pictures: known where the duration says them, estimated from
+All have their error. FLOPs follow from the stage's tokens and pictures: known where the duration says them, estimated from
 published sizes (`cluster.published`) or from a corpus's first rows where it is in epochs. The speed is either assumed -- a share
 of the data sheet's peak, 0.35 to 0.45 unless told -- or measured, by another run's own steps. What is computed again to save
 memory takes its time as everything else does, so a stage with `recompute` has a lower MFU than the share that was assumed.
@@ -17,7 +17,7 @@ from statistics import quantiles
 from cluster.live import quantity
 from cluster.metrics import RunFolder
 from cluster.mfu import gpu_peak
-from cluster.plan import stage_cost, unpredicted
+from cluster.plan import Plan, StagePlan, plan
 from cluster.published import Range, published
 from cluster.site import Site, SiteError
 from mllm.flops import Work
@@ -30,6 +30,10 @@ SHARES = (0.35, 0.45)
 
 FILL = (0.9, 1.0)
 """Tokens of a step by what its packs could hold."""
+
+GOODPUT = (0.9, 1.0)
+"""Share of a run's time that goes into steps that count: the rest is starts, faults and saves, and is paid for (Llama 3,
+arXiv:2407.21783, 3.3.4, had more than 90 % on 16,384 GPUs)."""
 
 SETTLING = 3
 """Steps at a stage's beginning that are not looked at: compiling, first reads."""
@@ -46,12 +50,12 @@ class Speed:
 
 @spec
 class Shape:
-    """A stage's data: all tokens, visual ones counted, tiles, and the documents they lie in; and where that is from."""
+    """A stage's data: all tokens, visual ones counted, tiles, and the documents they lie in; and where each number is from."""
 
     tokens: Range
     tiles: Range
     documents: float
-    source: str
+    sources: tuple[str, ...]
 
 
 @spec
@@ -148,26 +152,30 @@ def _spread(values: Sequence[float]) -> Range:
     return tenths[0], tenths[-1]
 
 
-def cost(recipe: Recipe, site: Site, speed: Speed, price: float | None = None) -> RunCost:
-    """What a run of `recipe` would cost."""
+def cost(recipe: Recipe, site: Site, speed: Speed, price: float | None = None, made: Plan | None = None) -> RunCost:
+    """What a run of `recipe` would cost; `made` is its plan, where there is one already."""
+    made = made or plan(recipe, site, ())
+    stages = zip(recipe.stages, made.stages, strict=True)
     return RunCost(
-        stages=tuple(_stage(recipe, stage, site, speed) for stage in recipe.stages), speed=speed, price=price
+        stages=tuple(_stage(recipe, stage, planned, site, speed) for stage, planned in stages),
+        speed=speed,
+        price=price,
     )
 
 
-def _stage(recipe: Recipe, stage: Stage, site: Site, speed: Speed) -> StageCost:
+def _stage(recipe: Recipe, stage: Stage, planned: StagePlan, site: Site, speed: Speed) -> StageCost:
     def unknown(why: str) -> StageCost:
         return StageCost(name=stage.name, shape=None, flops=None, hours=None, why=why)
 
-    if why := unpredicted(recipe, stage):
-        return unknown(why)
+    counted = planned.counted
+    if counted is None:
+        return unknown(planned.unknown)
     shape = shape_of(recipe, stage, site)
     if isinstance(shape, str):
         return unknown(shape)
-    counted = stage_cost(recipe, stage)
-    flops = tuple(counted.hardware_flops(_work(recipe, shape, end)) for end in (0, 1))
-    hours = flops[0] / speed.flops[1] / 3600, flops[1] / speed.flops[0] / 3600
-    return StageCost(name=stage.name, shape=shape, flops=(flops[0], flops[1]), hours=hours)
+    low, high = (counted.hardware_flops(_work(recipe, shape, end)) for end in (0, 1))
+    hours = low / speed.flops[1] / GOODPUT[1] / 3600, high / speed.flops[0] / GOODPUT[0] / 3600
+    return StageCost(name=stage.name, shape=shape, flops=(low, high), hours=hours)
 
 
 def _work(recipe: Recipe, shape: Shape, end: int) -> Work:
@@ -283,7 +291,7 @@ def _once(stage: Stage, found: Sequence[Rows]) -> Shape:
         tokens=(tokens(0), tokens(1)),
         tiles=(tiles(0), tiles(1)),
         documents=max(1.0, sum(share * sum(rows.rows) / 2 for share, rows in parts)),
-        source="; ".join(rows.source for rows in found),
+        sources=tuple(rows.source for rows in found),
     )
 
 
@@ -300,7 +308,7 @@ def _of_tokens(shape: Shape, tokens: Range, source: str) -> Shape:
     """The same rows, as many as hold `tokens` between them."""
     low, high = tokens[0] / shape.tokens[0], tokens[1] / shape.tokens[1]
     told = _times(shape, low, high)
-    return replace(told, source=f"{source}; {shape.source}")
+    return replace(told, sources=(source, *shape.sources))
 
 
 def hours_words(hours: Range) -> str:
@@ -319,15 +327,16 @@ def lines(run: RunCost, worlds: Sequence[int]) -> list[str]:
             continue
         tokens = stage.shape.tokens
         out.append(
-            f"  {stage.name}: {hours_words(stage.hours)} for {tokens[0] / 1e9:.3g} to {tokens[1] / 1e9:.3g} billion tokens "
-            f"({stage.shape.source})"
+            f"  {stage.name}: {hours_words(stage.hours)} for {tokens[0] / 1e9:.3g} to {tokens[1] / 1e9:.3g} billion tokens"
         )
+        out += [f"      {source}" for source in stage.shape.sources]
     if not run.known:
         return out
     whole = "in all" if run.whole else "without the stages that are not known"
     money = "" if run.money is None else f", {run.money[0]:,.0f} to {run.money[1]:,.0f} at {run.price:g} an hour"
     out.append(f"  {hours_words(run.hours)} {whole}{money}")
     for world in worlds:
-        days = run.hours[0] / world / 24, run.hours[1] / world / 24
-        out.append(f"  on {world} GPUs {days[0]:.1f} to {days[1]:.1f} days")
+        low, high = run.hours[0] / world, run.hours[1] / world
+        long = f"{low / 24:.1f} to {high / 24:.1f} days" if high >= 48 else f"{low:.2g} to {high:.2g} hours"
+        out.append(f"  on {world} GPUs {long}")
     return out

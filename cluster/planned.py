@@ -39,7 +39,7 @@ def lines(recipe: Recipe, site: Site, speed: Speed, price: float | None, other: 
     for stage in made.stages:
         yield from _stage(stage)
     yield ""
-    yield from cost.lines(cost.cost(recipe, site, speed, price), SHOWN)
+    yield from cost.lines(cost.cost(recipe, site, speed, price, made), SHOWN)
     found = doubts(recipe, site.world[1])
     if found:
         yield "\nworth a second look:"
@@ -69,7 +69,7 @@ def _difference(one: Recipe, other: Recipe, site: Site, speed: Speed, price: flo
     for name, mine, theirs in found:
         yield f"{name:<44} {_short(mine):>28} {_short(theirs):>28}"
     plans = [plan(recipe, site, (WORLDS[0],)) for recipe in (one, other)]
-    costs = [cost.cost(recipe, site, speed, price) for recipe in (one, other)]
+    costs = [cost.cost(recipe, site, speed, price, made) for recipe, made in zip((one, other), plans, strict=True)]
     yield f"\nwhat comes of it, by {speed.source}:"
     for title, told in NUMBERS:
         mine, theirs = (told(made, run) for made, run in zip(plans, costs, strict=True))

@@ -34,9 +34,10 @@ def test_vila_costs_what_its_authors_paid() -> None:
 def test_llava_costs_what_its_authors_paid() -> None:
     """8 A100 for 3.5 and 10 hours, 108 GPU-hours (its README); each stage's bars hold its own."""
     recipe = by_name("llava_15_7b")
-    run = cost.cost(recipe, Site(), cost.assumed("a100", (0.3, 0.45)))
-    assert [stage.name for stage in run.known] == [stage.name for stage in recipe.stages]
-    assert run.hours[0] < 108 < run.hours[1]
+    run = cost.cost(recipe, Site(), cost.assumed("a100"))
+    for stage, hours in zip(run.stages, (3.5 * 8, 10 * 8), strict=True):
+        assert stage.hours is not None
+        assert stage.hours[0] < hours < stage.hours[1]
 
 
 @pytest.mark.parametrize(
@@ -60,7 +61,7 @@ def test_what_is_on_the_site_is_looked_at(recipe: Recipe, site: Site) -> None:
     assert not isinstance(once, str)
     assert not isinstance(twice, str)
     assert twice.tokens == pytest.approx((2 * once.tokens[0], 2 * once.tokens[1]))
-    assert "example-pages: the site's" in once.source
+    assert any(source.startswith("example-pages: the site's") for source in once.sources)
 
 
 def test_a_corpus_nobody_knows_is_named() -> None:
