@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from cluster.schedule import planned_steps
+from mllm.objectives import DPO
 from mllm.recipe import Full, LoRA, Recipe, Stage
 from mllm.vlm import VLM
 from pipelines.corpora import Interleaved, Obelics, TextOnly
@@ -47,16 +48,19 @@ def _of_stage(recipe: Recipe, stage: Stage, workers: int) -> Iterator[str]:
 
 
 def _rates(recipe: Recipe, stage: Stage) -> Iterator[str]:
-    scratch = isinstance(recipe.model, VLM) and recipe.vlm.lm.weights is None and recipe.vlm.weights is None
+    scratch = not isinstance(recipe.model, VLM) or (recipe.vlm.lm.weights is None and recipe.vlm.weights is None)
+    preferring = isinstance(stage.objective, DPO)  # which moves little, and is meant to
     for key, how in stage.tune.items():
         if isinstance(how, Full):
-            usual = next((one for one in FULL if key.split(".")[0] == one.part), None)
+            usual = next((one for one in FULL if key == one.part), None)
         else:
             usual = LORA if isinstance(how, LoRA) else None
         if usual is None or not isinstance(how, Full | LoRA) or usual.low <= how.lr <= usual.high:
             continue
         if scratch and how.lr > usual.high and isinstance(how, Full):
             continue  # what begins from nothing learns at higher rates
+        if preferring and how.lr < usual.low:
+            continue
         side = "above" if how.lr > usual.high else "below"
         yield (
             f"{key} is trained at lr {how.lr:g}, {side} the usual {usual.low:g} to {usual.high:g}"
@@ -123,8 +127,6 @@ def _ranks(stage: Stage, workers: int) -> Iterator[str]:
 
 
 def _of_all(recipe: Recipe) -> Iterator[str]:
-    if not recipe.held_out:
-        yield "no corpus is held out, so no stage is evaluated and nothing but its training loss tells how it went"
     if not isinstance(recipe.model, VLM):
         return
     last = recipe.stages[-1]
