@@ -56,7 +56,7 @@ from pipelines.corpora import Corpus, Preferences
 from pipelines.manifest import Manifest, beside, expand, index
 from pipelines.order import Drawn, Order
 from pipelines.storage import Storage
-from pipelines.types import CONVERSATION, Limits, spec
+from pipelines.types import CONVERSATION, ConversationLimits, Limits, spec
 from pipelines.windows import Pools, Stream
 
 EXAMPLE = Path(__file__).resolve().parent.parent / "examples" / "site.toml"
@@ -97,7 +97,7 @@ class Serving:
     together: Positive = 16
     waiting: Positive = 256
     request_bytes: Positive = 32 * 2**20
-    limits: Limits = CONVERSATION
+    limits: ConversationLimits = CONVERSATION
     gpus: Annotated[float, Field(ge=0)] = 0.0
 
 

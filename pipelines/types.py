@@ -120,8 +120,17 @@ class Limits:
     pictures: int = 1_000
 
 
-CONVERSATION = Limits(pixels=25_000_000, bytes=10 * 2**20, characters=200_000, pictures=16)
-"""What one conversation may ask of a machine that answers it."""
+@spec
+class ConversationLimits(Limits):
+    """What one conversation may ask of a machine that answers it: less than a row of a corpus, for anybody may ask."""
+
+    pixels: int = 25_000_000
+    bytes: int = 10 * 2**20
+    characters: int = 200_000
+    pictures: int = 16
+
+
+CONVERSATION = ConversationLimits()
 
 
 @spec

@@ -293,3 +293,4 @@ def test_the_site_says_who_may_reach_it(tmp_path: Path) -> None:
     (tmp_path / "site.toml").write_text('[serve]\nhost = "0.0.0.0"\nport = 9000\n[serve.limits]\npixels = 1000\n')
     serving = load_site(str(tmp_path / "site.toml")).serve
     assert (serving.host, serving.port, serving.limits.pixels) == ("0.0.0.0", 9000, 1000)
+    assert serving.limits.pictures == load_site().serve.limits.pictures == 16  # what is not said stays narrow
