@@ -12,7 +12,6 @@ import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -232,24 +231,23 @@ def test_the_line_has_an_end(folder: Path) -> None:
     """Beyond it one is told to come again; nobody who waits is forgotten, and who hangs up costs nothing."""
     speaker = Speaker.open(folder)
     batcher = Batcher(speaker, most=2, waiting=3)
-    held, ended = threading.Event(), threading.Semaphore(0)
+    writing, go_on, ended = threading.Event(), threading.Event(), threading.Semaphore(0)
 
     def tell(piece: Piece | Exception) -> None:
-        held.wait(30)
+        writing.set()
+        go_on.wait(30)
         if isinstance(piece, Piece) and piece.finish:
             ended.release()
 
-    prompts = [speaker.prompt([Turn(role="user", parts=("Hm?",))], Sampling(max_tokens=3)) for _ in range(9)]
-    taken = 0
-    with suppress(Busy):
-        for prompt in prompts:
-            batcher.ask(prompt, tell)
-            taken += 1
+    prompts = [speaker.prompt([Turn(role="user", parts=("Hm?",))], Sampling(max_tokens=3)) for _ in range(6)]
+    batcher.ask(prompts[1], tell)
+    assert writing.wait(30)  # and now it holds still
+    for prompt in prompts[2:5]:
+        batcher.ask(prompt, tell)
     with pytest.raises(Busy, match="3 conversations wait already"):
-        batcher.ask(prompts[-1], tell)
-    held.set()
-    assert 3 <= taken < len(prompts)
-    assert all(ended.acquire(timeout=30) for _ in range(taken))
+        batcher.ask(prompts[5], tell)
+    go_on.set()
+    assert all(ended.acquire(timeout=30) for _ in range(4))
     gone = replace(prompts[0], gone=True)
     batcher.ask(gone, tell)
     batcher.close()
