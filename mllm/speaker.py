@@ -229,28 +229,26 @@ class Pen:
 
     def add(self, token: int) -> Piece:
         """What `token` adds. Text that might yet become a `stop`, or half a character, is held back."""
-        if token in self.ends:
-            return self._piece(self._text(), "stop")
-        self.ids.append(token)
+        ended = token in self.ends
+        if not ended:
+            self.ids.append(token)
+        full = len(self.ids) == self.how.max_tokens
         text = self._text()
+        text = text if ended or full else text.rstrip(LOST)
         places = [at for stop in self.how.stop if (at := text.find(stop)) >= 0]
         if places:
             return self._piece(text[: min(places)], "stop")
-        if len(self.ids) == self.how.max_tokens:
-            return self._piece(text, "length")
-        return self._piece(text[: len(text) - self._uncertain(text)], None)
+        if ended or full:
+            return self._piece(text, "stop" if ended else "length")
+        return self._piece(text[: len(text) - self._begun(text)], None)
 
     def _text(self) -> str:
         return self.codec.decode(self.ids)
 
-    def _uncertain(self, text: str) -> int:
-        """Characters at the end that more tokens may change or take away."""
-        held = len(text) - len(text.rstrip(LOST))
-        for stop in self.how.stop:
-            for length in range(1, len(stop)):
-                if text.endswith(stop[:length]):
-                    held = max(held, length)
-        return held
+    def _begun(self, text: str) -> int:
+        """Characters at the end with which a `stop` may have begun."""
+        found = (n for stop in self.how.stop for n in range(1, len(stop)) if text.endswith(stop[:n]))
+        return max(found, default=0)
 
     def _piece(self, text: str, finish: Literal["stop", "length"] | None) -> Piece:
         new = text[len(self.given) :]
