@@ -120,10 +120,14 @@ def _budgets(recipe: Recipe, stage: Stage) -> Iterator[str]:
 def _ranks(stage: Stage, workers: int) -> Iterator[str]:
     packs = stage.packs_per_step
     if workers > packs:
-        yield f"a step has {packs} packs and there are {workers} workers, so {workers - packs} of them do nothing"
+        yield f"a step has {_packs(packs)} and there are {workers} workers, so {workers - packs} of them do nothing"
     elif packs % workers and packs < 4 * workers:
         idle = -(-packs // workers) * workers - packs
-        yield f"a step has {packs} packs, and with {workers} workers {idle} places of its last round are empty"
+        yield f"a step has {_packs(packs)}, and with {workers} workers {idle} places of its last round are empty"
+
+
+def _packs(count: int) -> str:
+    return f"{count} pack{'s' if count != 1 else ''}"
 
 
 def _of_all(recipe: Recipe) -> Iterator[str]:

@@ -9,7 +9,7 @@ from cluster.compare import differences
 from cluster.cost import RunCost, Speed, hours_words
 from cluster.doubts import doubts
 from cluster.live import flop_words, quantity
-from cluster.plan import WORLDS, Plan, StagePlan, plan
+from cluster.plan import Plan, StagePlan, plan
 from cluster.run import open_run
 from cluster.site import Site
 from cluster.stats import bytes_words
@@ -68,7 +68,7 @@ def _difference(one: Recipe, other: Recipe, site: Site, speed: Speed, price: flo
     yield f"{'':<44} {one.name:>28} {other.name:>28}"
     for name, mine, theirs in found:
         yield f"{name:<44} {_short(mine):>28} {_short(theirs):>28}"
-    plans = [plan(recipe, site, (WORLDS[0],)) for recipe in (one, other)]
+    plans = [plan(recipe, site, ()) for recipe in (one, other)]
     costs = [cost.cost(recipe, site, speed, price, made) for recipe, made in zip((one, other), plans, strict=True)]
     yield f"\nwhat comes of it, by {speed.source}:"
     for title, told in NUMBERS:

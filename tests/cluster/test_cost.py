@@ -10,10 +10,11 @@ import pytest
 from cluster import cost, planned
 from cluster.cli import main
 from cluster.doubts import doubts
+from cluster.live import quantity
 from cluster.metrics import RunFolder, StepRecord
 from cluster.published import CORPORA
 from cluster.site import Site
-from mllm.recipe import Cosine, Epochs, Full, LoRA, Recipe, Steps, Tokens, dump
+from mllm.recipe import Cosine, Epochs, Full, LoRA, Recipe, Steps, Tokens, dump, override
 from mllm.recipes import RECIPES, by_name
 from tests.conftest import ROOT
 
@@ -129,15 +130,21 @@ def test_the_command_tells_cost_and_days(capsys: pytest.CaptureFixture[str]) -> 
 
 
 def test_a_difference_tells_values_and_what_comes_of_them(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    main(["plan", "vila_7b", "--diff", "vila_13b"])
+    recipe = by_name("vila_smoke")
+    wider = override(recipe, ["name=wider", "model.lm.arch.intermediate_size=4096"])
+    (tmp_path / "wider.json").write_text(dump(wider))
+    main(["plan", "vila_smoke", "--site", EXAMPLE, "--diff", str(tmp_path / "wider.json")])
     rows = [line.split() for line in capsys.readouterr().out.splitlines()]
-    assert ["model.lm.arch.hidden_size", "4096", "5120"] in rows
-    told = {" ".join(row[:1]): row for row in rows if row}
-    assert told["parameters"][1:] == ["7.08B", "13.4B"]
+    before = str(recipe.vlm.lm.arch.intermediate_size)
+    assert ["model.lm.arch.intermediate_size", before, "4096"] in rows
+    told = {row[0]: row for row in rows if row}
+    counts = [sum(p.numel() for p in one.vlm.meta().parameters()) for one in (recipe, wider)]
+    assert told["parameters"][1:] == [quantity(count) for count in counts]
     assert "GPU-hours" in told
-    (tmp_path / "same.json").write_text(dump(by_name("vila_7b")))
-    main(["plan", "vila_7b", "--diff", str(tmp_path / "same.json")])
-    assert capsys.readouterr().out == "vila_7b and vila_7b are the same\n"
+    assert "tokens" not in told  # of which there are as many
+    (tmp_path / "same.json").write_text(dump(recipe))
+    main(["plan", "vila_smoke", "--site", EXAMPLE, "--diff", str(tmp_path / "same.json")])
+    assert capsys.readouterr().out == "vila_smoke and vila_smoke are the same\n"
 
 
 def changed(recipe: Recipe, **what: object) -> Recipe:
@@ -153,8 +160,7 @@ def changed(recipe: Recipe, **what: object) -> Recipe:
         ({"schedule": Cosine(warmup=0.5)}, "the warm-up takes 50% of the stage"),
         ({"duration": Steps(count=10), "save_every": 100}, "a fault begins it anew"),
         ({"max_tiles": 2}, "the tile budget is scarce: 2 tiles make 1,152 of 4,096 tokens"),
-        ({"context": 512, "tokens_per_step": 130_000}, "rows with such are dropped"),
-        ({"tokens_per_step": 4096}, "a step has 1 packs and there are 8 workers, so 7 of them do nothing"),
+        ({"tokens_per_step": 4096}, "a step has 1 pack and there are 8 workers, so 7 of them do nothing"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
@@ -164,6 +170,14 @@ def test_what_is_unlikely_is_said(what: dict[str, object], told: str) -> None:
     after = doubts(changed(recipe, **what), 8)
     assert not any(told in words for words in before)
     assert any(told in words for words in after), after
+
+
+def test_pictures_that_no_pack_holds_are_said() -> None:
+    recipe = by_name("llava_next_7b")
+    few = changed(recipe, context=1024, tokens_per_step=65_536)
+    assert any("rows with such are dropped; raise context" in words for words in doubts(few, 8))
+    few = changed(recipe, max_tiles=3)
+    assert any("rows with such are dropped; raise max_tiles" in words for words in doubts(few, 8))
 
 
 def test_a_stage_without_text_is_said_to_cost_text_skill() -> None:
