@@ -76,8 +76,8 @@ def test_log_probabilities_are_those_of_transformers(folder: Path) -> None:
 
 
 def test_a_local_task_is_evaluated_offline(folder: Path, tmp_path: Path) -> None:
-    import lm_eval
-    from lm_eval.tasks import TaskManager
+    import lm_eval  # pyright: ignore[reportMissingImports] -- an extra
+    from lm_eval.tasks import TaskManager  # pyright: ignore[reportMissingImports] -- an extra
 
     from mllm.harness import Harness
 
