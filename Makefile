@@ -1,9 +1,10 @@
 # make demo    train the smoke recipe through VILA's three stages on this machine
 # make test    the tests          make check   lint, format, types, floors
-# make test-extras                tests of what torchao and Liger add, which get an environment of their own
+# make test-extras                tests of what torchao, Liger and lm-eval add, which get an environment of their own
 # make bench   the benchmarks     make real    the three stages with small real weights
 # make bench-data                 data loading beside other libraries, which get an environment of their own
 # make bench-control              checkpoints, the journal, control's part of a step, a simulated week of failures
+# make bench-ops                  a served model under 200 questions, the first step, the report of a long run, metrics
 # make faults                     a run through every fault, in each of its stages: the better part of an hour
 # make bench-train                training steps and memory beside bare torch, accelerate and transformers' Trainer
 
@@ -15,7 +16,7 @@ COMPETITORS := benchmarks/.cache/venv-competitors
 EXTRAS := .cache/venv-extras
 PLACE := import sysconfig; print(sysconfig.get_path("purelib"))
 
-.PHONY: demo test test-extras check faults bench bench-data bench-train bench-control real format clean
+.PHONY: demo test test-extras check faults bench bench-data bench-train bench-control bench-ops real format clean
 
 demo: $(VENV)/.installed
 	$(BIN)/mllm train vila_smoke --workers $(WORKERS)
@@ -28,7 +29,7 @@ faults: $(VENV)/.installed-dev
 
 # Triton's interpreter runs Liger's kernel without a GPU.
 test-extras: $(EXTRAS)/.installed
-	TRITON_INTERPRET=1 $(EXTRAS)/bin/python -m pytest tests/cluster/test_extras.py tests/ops/test_liger.py
+	TRITON_INTERPRET=1 $(EXTRAS)/bin/python -m pytest tests/cluster/test_extras.py tests/ops/test_liger.py tests/mllm/test_harness.py
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
@@ -44,6 +45,9 @@ bench-data: $(VENV)/.installed-dev $(COMPETITORS)/.installed
 
 bench-control: $(VENV)/.installed-dev
 	$(BIN)/python -m benchmarks checkpoint control $(if $(QUICK),--quick)
+
+bench-ops: $(VENV)/.installed-dev
+	$(BIN)/python -m benchmarks ops $(if $(QUICK),--quick)
 
 bench-train: $(VENV)/.installed-dev
 	$(BIN)/python -m benchmarks train $(if $(QUICK),--quick)
@@ -81,9 +85,10 @@ $(COMPETITORS)/.installed: benchmarks/data/requirements.txt constraints.txt
 	$(COMPETITORS)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r benchmarks/data/requirements.txt
 	touch $@
 
-# Our own environment and three packages on top, which it need not know of.
+# Our own environment and some packages on top, which it need not know of.
 $(EXTRAS)/.installed: $(VENV)/.installed-dev constraints.txt
 	test -x $(EXTRAS)/bin/python || $(BIN)/python -m venv $(EXTRAS)
 	$(BIN)/python -c '$(PLACE)' > $$($(EXTRAS)/bin/python -c '$(PLACE)')/base.pth
 	$(EXTRAS)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -c constraints.txt torchao liger-kernel triton
+	$(EXTRAS)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt lm-eval
 	touch $@

@@ -20,7 +20,7 @@ from rich.table import Table
 
 from benchmarks.common import CACHE, HEAD, HERE, Section, machine, table
 
-NAMES = ("data", "packing", "train", "start", "checkpoint", "control")
+NAMES = ("data", "packing", "train", "start", "checkpoint", "control", "ops")
 LONG = ("data",)
 """Sections that run only when they are named."""
 

@@ -53,13 +53,13 @@ def seconds_to_first_step(folder: Path) -> float:
     write_site(replace(load_site(str(EXAMPLE)), runs=str(folder / "runs"), cache=str(folder / "cache")), site)
     command = [str(Path(sys.executable).parent / "mllm"), "train", "vila_smoke", "--workers", "2", "--site", str(site)]
     command += ["--run", "bench", "-s", "held_out=[]", "stages.align.duration.count=3"]
-    line = folder / "runs" / "bench" / "steps" / "align.jsonl"
+    steps = folder / "runs" / "bench" / "steps"
     log = folder / "output.txt"
     with log.open("wb") as output:
         started = time.perf_counter()
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
         try:
-            while not (line.is_file() and b"\n" in line.read_bytes()):
+            while not any(b"\n" in line.read_bytes() for line in steps.glob("align-*.jsonl")):
                 if process.poll() is not None or time.perf_counter() - started > PATIENCE:
                     raise RuntimeError(f"no first step (exit code {process.poll()}):\n{log.read_text()[-2000:]}")
                 time.sleep(0.02)

@@ -345,8 +345,8 @@ def _cause(error: CheckpointException) -> BaseException:
     return next((cause for cause in causes if isinstance(cause, CorruptCheckpoint)), causes[0])
 
 
-def read_model(recipe: Recipe, stage: Stage, folder: Place, weights: Folder) -> Model:
-    """The model that `stage` left in the checkpoint `folder`, whole, on CPU, float32, its adapters merged.
+def read_model(recipe: Recipe, stage: Stage, folder: Place, weights: Folder, merge: bool = True) -> Model:
+    """The model that `stage` left in the checkpoint `folder`, whole, on CPU, float32, its adapters merged if that is wished.
 
     `weights` finds what the recipe's parts name, for whatever the checkpoint does not hold.
     """
@@ -356,6 +356,6 @@ def read_model(recipe: Recipe, stage: Stage, folder: Place, weights: Folder) -> 
     state = {"model": model.state_dict()}
     load(folder, state, alone=True)
     model.load_state_dict(state["model"])
-    if adapted:
+    if adapted and merge:
         merge_adapters(model)
     return model.requires_grad_(True)

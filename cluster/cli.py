@@ -7,7 +7,7 @@ import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 from tyro.conf import Positional, UseAppendAction, arg, subcommand
@@ -69,29 +69,26 @@ class Plan:
     recipe: Positional[str]
     s: Change = ()
     """Change the recipe, stages by name: -s stages.pretrain.tune.lm.lr=3e-5"""
+    gpu: str = "a100"
+    """What GPU-hours are of: a100, h100, h200, b200."""
+    mfu: str = "0.35-0.45"
+    """The share of its peak that a GPU reaches, from the least to the most."""
+    measured: Annotated[str | None, arg(name="from", metavar="RUN")] = None
+    """Take the speed that this run's steps have reached in place of --gpu and --mfu."""
+    price: float | None = None
+    """Of a GPU-hour, in any money."""
+    diff: Annotated[str | None, arg(metavar="OTHER")] = None
+    """Another recipe, or a recipe.json: every value in which they differ, and the numbers that change with it."""
     site: SiteFile = None
 
     def __call__(self) -> None:
-        from cluster.live import flop_words
-        from cluster.plan import plan
-        from cluster.stats import bytes_words
+        from cluster import planned
 
-        result = plan(_recipe(self.recipe, self.s), _site(self.site))
-        print(f"{result.recipe}: {result.tokens_per_image}")
-        for stage in result.stages:
-            print(f"\n{stage.name}: {stage.steps}, {stage.packs_per_step} packs a step")
-            print(stage.mixture)
-            for part in stage.parts:
-                print(f"  {part.line()}")
-            whole = f", {flop_words(stage.total_flops)} in all" if stage.total_flops is not None else ""
-            print(f"  {stage.unknown}" if stage.flops is None else f"  {flop_words(stage.flops)} a full step{whole}")
-            print(f"  {'workers':>10} {'packs each':>11} {'memory a GPU (estimate)':>25}")
-            for world, packs in stage.accumulation.items():
-                bytes_ = stage.memory.get(world)
-                words = ("not predicted" if stage.unknown else "cannot be") if bytes_ is None else bytes_words(bytes_)
-                print(f"  {world:>10} {packs:>11} {words:>25}")
-        for why in result.refused:
-            print(f"\nnot here: {why}")
+        site = _site(self.site)
+        recipe = _recipe(self.recipe, self.s)
+        speed = planned.speed_of(site, self.gpu, self.mfu, self.measured)
+        other = None if self.diff is None else _recipe(self.diff, ())
+        print(*planned.lines(recipe, site, speed, self.price, other), sep="\n")
 
 
 @dataclass
@@ -329,32 +326,112 @@ class Convert:
 
 @dataclass
 class Evaluate:
-    """Evaluate a run's last checkpoint on the held-out corpora: loss, accuracy, 0- and few-shot probe."""
+    """Evaluate a run's last checkpoint on held-out corpora (loss, accuracy, few-shot probe) or a benchmark's questions."""
 
     run: Positional[str]
+    shots: Annotated[tuple[int, ...], arg(metavar="K")] = ()
+    """Examples before each question of the probe, as 0 1 2 4 8; the recipe's by default."""
+    text: Annotated[tuple[str, ...], arg(metavar="CORPUS")] = ()
+    """Corpora of text alone, besides those held out, whose loss is held against that before the first stage."""
+    task: Literal["textvqa", "vqav2", "mme", "mmmu", "mmbench", "pope", "exact"] | None = None
+    """A benchmark whose questions are in --file."""
+    file: Path | None = None
+    """The questions: a JSON object a line, or MMBench's table (docs/serving.md says which fields)."""
+    images: Path | None = None
+    """The folder of the pictures that the questions name; the file's own by default."""
+    most: int | None = None
+    """Ask so many questions only."""
+    out: Path | None = None
+    """Write the scores to this file too, as JSON."""
     site: SiteFile = None
 
     def __call__(self) -> None:
-        from rich.console import Console
+        if (self.task is None) != (self.file is None):
+            raise ValueError("--task and --file go together: the benchmark, and the file of its questions")
+        if self.shots and min(self.shots) < 0:
+            raise ValueError(f"--shots {min(self.shots)}: give how many examples stand before a question, 0 or more")
+        from cluster.evaluating import evaluate_run, evaluate_task
 
-        from cluster.run import evaluate_run
-
-        evaluate_run(_site(self.site), self.run, Console(highlight=False))
+        site, console = _site(self.site), _console()
+        if self.task is None or self.file is None:
+            scores = evaluate_run(site, self.run, console, self.shots, self.text)
+        else:
+            scores = evaluate_task(site, self.run, self.task, self.file, self.images, self.most, console)
+        if self.out is not None:
+            scores.write(self.out)
 
 
 @dataclass
 class Export:
-    """Write a run's last checkpoint as a folder that transformers loads."""
+    """Write a run's last checkpoint as a folder that transformers loads, read it back, and release it if it is the same."""
 
     run: Positional[str]
     out: Path | None = None
     """Where to; the run's own export/ by default."""
+    adapter: bool = False
+    """Keep the last stage's LoRA adapters apart, in adapter/ as peft reads them, beside the weights they were trained on."""
     site: SiteFile = None
 
     def __call__(self) -> None:
-        from cluster.run import export_run
+        from cluster.exporting import export_run
 
-        print(export_run(_site(self.site), self.run, self.out))
+        made = export_run(_site(self.site), self.run, self.out, self.adapter)
+        print(made.place, made.words, sep="\n")
+
+
+@dataclass
+class Chat:
+    """Talk to a model in the terminal: a line is a question, /image FILE shows a picture with it."""
+
+    checkpoint: Positional[str]
+    """A folder that `mllm export` wrote, or a run's name."""
+    say: str | None = None
+    """Ask this one question and end."""
+    image: Annotated[tuple[str, ...], arg(metavar="FILE")] = ()
+    """Pictures that are shown with the first question."""
+    system: str | None = None
+    """What the system says first."""
+    max_tokens: int | None = None
+    """Of an answer; by default 256, or what the context has room for."""
+    temperature: float = 0.0
+    """0 takes the likeliest token each time; 1 draws as the model says."""
+    top_p: float = 1.0
+    """Draw of the likeliest tokens that hold this share of the probability."""
+    stop: Annotated[tuple[str, ...], arg(metavar="TEXT")] = ()
+    """End the answer before any of these."""
+    seed: int | None = None
+    site: SiteFile = None
+
+    def __call__(self) -> None:
+        from cluster.serving.talk import chat
+        from mllm.generate import Sampling
+
+        how = Sampling(
+            max_tokens=self.max_tokens,
+            temperature=self.temperature,
+            top_p=self.top_p,
+            stop=self.stop,
+            seed=self.seed,
+        )
+        chat(_site(self.site), self.checkpoint, how, self.say, self.image, self.system)
+
+
+@dataclass
+class Serve:
+    """Serve a model over OpenAI's chat API (/v1/chat/completions, /v1/models) on Ray Serve, to this machine alone."""
+
+    checkpoint: Positional[str]
+    """A folder that `mllm export` wrote, or a run's name."""
+    port: int | None = None
+    """The site's by default, 8000. The address to listen at is the site's too: [serve] host."""
+    replicas: int | None = None
+    """Processes that hold the model each; the site's by default, 1."""
+    site: SiteFile = None
+
+    def __call__(self) -> None:
+        from cluster.serving.serve import serve
+
+        serve(_site(self.site), self.checkpoint, self.port, self.replicas)
 
 
 @dataclass
@@ -485,6 +562,8 @@ Command = (
     | Annotated[Convert, subcommand("data convert")]
     | Annotated[Evaluate, subcommand("eval")]
     | Annotated[Export, subcommand("export")]
+    | Annotated[Chat, subcommand("chat")]
+    | Annotated[Serve, subcommand("serve")]
     | Annotated[Report, subcommand("report")]
     | Annotated[Watch, subcommand("watch")]
     | Annotated[Compare, subcommand("compare")]

@@ -29,7 +29,8 @@ def meta_model(model: ModelSpec) -> Model:
 class StagePlan:
     """One stage. `rows` and `windows` are None when its corpora are not on the site; `memory` is the peak bytes a GPU by world
     size, without sizes that cannot be; `flops` are the model's in a step of full packs, which is the most, and `total_flops`
-    those of all steps where their number is known. `unknown` says why memory and FLOPs are not predicted, where they are not.
+    those of all steps where their number is known. `unknown` says why memory and FLOPs are not predicted, where they are not;
+    `counted` are a pack's FLOPs by what is in it, where they are.
     """
 
     name: str
@@ -43,6 +44,7 @@ class StagePlan:
     flops: float | None
     total_flops: float | None
     unknown: str = ""
+    counted: Cost | None = None
 
 
 @spec
@@ -77,7 +79,7 @@ def _stage(recipe: Recipe, stage: Stage, site: Site, worlds: tuple[int, ...], co
     trained = tuple(name for name, parameter in model.named_parameters() if parameter.requires_grad)
     key = (trained, stage.objective, stage.parallel.recompute, takes_features(stage))
     unknown = unpredicted(recipe, stage)
-    flops = None
+    flops = cost = None
     if not unknown:
         cost = costs.get(key) or costs.setdefault(key, _cost(model, recipe, stage))
         flops = stage.packs_per_step * cost.model_flops(work_of(fullest(recipe, stage, takes_features(stage))))
@@ -103,6 +105,7 @@ def _stage(recipe: Recipe, stage: Stage, site: Site, worlds: tuple[int, ...], co
         flops=flops,
         total_flops=None if count is None or flops is None else count * flops,
         unknown=unknown,
+        counted=cost,
     )
 
 

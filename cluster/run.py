@@ -1,23 +1,21 @@
-"""What the commands about runs do: train with a view, show, evaluate, export."""
+"""What the commands about runs do: train with a view, show, find what was trained."""
 
 from __future__ import annotations
 
 import os
-from dataclasses import replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 from rich.console import Console
 
 from cluster import checkpoint
 from cluster.controller import Controller, RunError, Stopped
 from cluster.indexing import corpora_of, index_missing
-from cluster.journal import Journal, RunState
+from cluster.journal import Journal, RunState, StageFinished
 from cluster.local import quieten, ray_running
 from cluster.metrics import RunFolder
 from cluster.site import Site
 from mllm.model import Model
-from mllm.recipe import FSDP, Recipe, load
+from mllm.recipe import Recipe, load
 from pipelines.place import Place
 
 
@@ -51,7 +49,7 @@ def train(recipe: Recipe, site: Site, name: str | None, console: Console) -> Run
             ):
                 controller.run()
             console.print("writing export and report")
-            _export(site, recipe, folder, folder.export)
+            _export(site, recipe, folder, console)
             controller.finish()
         except (KeyboardInterrupt, Stopped) as error:
             console.print("stopped; the same command goes on from the last checkpoint")
@@ -63,6 +61,17 @@ def train(recipe: Recipe, site: Site, name: str | None, console: Console) -> Run
     console.print(summary(folder, recipe, controller.journal.state()))
     _paths(folder, console)
     return folder
+
+
+def _export(site: Site, recipe: Recipe, folder: RunFolder, console: Console) -> None:
+    """Write the export; where it does not compute what was trained, that is told, and the trained weights are there still."""
+    from cluster.exporting import export_of
+    from mllm.released import NotReleased
+
+    try:
+        console.print(export_of(site, recipe, folder, folder.export).words, soft_wrap=True)
+    except NotReleased as error:
+        console.print(f"not released: {error}", soft_wrap=True)
 
 
 def _report(controller: Controller, console: Console) -> None:
@@ -129,61 +138,19 @@ def show_status(site: Site, name: str | None, console: Console) -> None:
             console.print(f"note: {error}", soft_wrap=True)
 
 
-def evaluate_run(site: Site, name: str, console: Console) -> None:
-    """Evaluate the last checkpoint in this process and print the scores."""
-    from cluster.engines import alone, build_engine
-    from cluster.worker import evaluation_of
-
-    folder, recipe, _ = open_run(site, name)
-    quieten(folder.logs)
-    held_out = site.held_out(recipe, recipe.stages[-1])
-    if held_out is None:
-        raise RunError(f"recipe {recipe.name!r} holds no corpus out, so there is nothing to evaluate on")
-    with alone():
-        import torch
-
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        alone = replace(recipe.stages[-1], parallel=FSDP(dtype=recipe.stages[-1].parallel.dtype))
-        engine = build_engine(trained_model(site, recipe, folder), alone, 1, device)
-        result = evaluation_of(engine, held_out, recipe, recipe.stages[-1].name, "after")
-    for score in result.scores:
-        console.print(
-            f"{score.source:<32} loss {score.loss:7.4f}   accuracy {score.accuracy:6.1%}   {score.tokens:,} tokens"
-        )
-    for probe in result.probe:
-        chance = 1 / probe.choices
-        console.print(f"{probe.shots}-shot: {probe.accuracy:.0%} of {probe.questions} questions, chance {chance:.0%}")
-
-
 def trained_model(site: Site, recipe: Recipe, folder: RunFolder) -> Model:
     """The model with the weights of the run's last finished stage, on CPU, float32.
 
     Raises RunError when no stage is finished.
     """
+    last = last_finished(folder)
+    stage = recipe.stage(last.stage)
+    return checkpoint.read_model(recipe, stage, folder.root / last.checkpoint, site.folder).eval()
+
+
+def last_finished(folder: RunFolder) -> StageFinished:
+    """The stage that a run finished last. Raises RunError where it has finished none."""
     last = Journal(folder.root).state().finished_stages
     if not last:
         raise RunError(f"run {folder.name!r} has finished no stage yet; train it further first")
-    stage = recipe.stage(last[-1].stage)
-    return checkpoint.read_model(recipe, stage, folder.root / last[-1].checkpoint, site.folder).eval()
-
-
-def export_run(site: Site, name: str, out: Path | None) -> Place:
-    """Export the last checkpoint of a run."""
-    folder, recipe, _ = open_run(site, name)
-    quieten(folder.logs)
-    return _export(site, recipe, folder, Place(out) if out else folder.export)
-
-
-def _export(site: Site, recipe: Recipe, folder: RunFolder, out: Place) -> Place:
-    """Export to `out`; what is meant for S3 is made on this machine's disk first, as transformers writes files."""
-    from mllm.export import export
-
-    model = trained_model(site, recipe, folder)
-    with TemporaryDirectory() as scratch:
-        tokenizer = recipe.model.words.tokenizer
-        words = site.folder(tokenizer) if tokenizer else None
-        made = export(recipe, model, words, out.path if out.local else Path(scratch))
-        if not out.local:
-            for file in sorted(path for path in made.rglob("*") if path.is_file()):
-                (out / str(file.relative_to(made))).write(file.read_bytes())
-    return out
+    return last[-1]

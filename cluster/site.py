@@ -25,6 +25,9 @@
     [weights]
     "lmsys/vicuna-7b-v1.5" = "/models/vicuna-7b-v1.5"
 
+    [serve]                                 # for `mllm serve` (docs/serving.md), which only this machine reaches by default
+    host = "0.0.0.0"
+
     [deploy.trainers]                       # nodes, for `mllm manifest` alone (docs/cluster.md)
     gpus = 8
 
@@ -53,7 +56,7 @@ from pipelines.corpora import Corpus, Preferences
 from pipelines.manifest import Manifest, beside, expand, index
 from pipelines.order import Drawn, Order
 from pipelines.storage import Storage
-from pipelines.types import Limits, spec
+from pipelines.types import CONVERSATION, ConversationLimits, Limits, spec
 from pipelines.windows import Pools, Stream
 
 EXAMPLE = Path(__file__).resolve().parent.parent / "examples" / "site.toml"
@@ -81,6 +84,24 @@ class Annotators:
 
 
 @spec
+class Serving:
+    """How a model is served. `host` is the address to listen at: the default reaches no other machine.
+
+    A replica writes `together` answers at a time while `waiting` wait; what comes beyond is told to come again. `request_bytes`
+    is the most that one request may have, `limits` what its pictures and its text may; `gpus` what a replica holds of them.
+    """
+
+    host: str = "127.0.0.1"
+    port: Annotated[int, Field(ge=0, lt=2**16)] = 8000
+    replicas: Positive = 1
+    together: Positive = 16
+    waiting: Positive = 256
+    request_bytes: Positive = 32 * 2**20
+    limits: ConversationLimits = CONVERSATION
+    gpus: Annotated[float, Field(ge=0)] = 0.0
+
+
+@spec
 class Site:
     """`runs` and `cache` are folders, on a disk that all nodes share or on S3; `workers` trainers, from the fewest to the most
     that a run may have where two numbers are given, `preprocessors` and `annotators` actors.
@@ -93,7 +114,7 @@ class Site:
     for: its path travels, its content does not. `jobs` is the address of a cluster's job server, which runs are submitted to.
 
     `gpus` says whether trainers have GPUs, for a head that has none itself; None is "as the machine that drives the run".
-    `deploy` is what `mllm manifest` needs to know of nodes.
+    `serve` is how `mllm serve` serves, and `deploy` what `mllm manifest` needs to know of nodes.
     """
 
     runs: str = "runs"
@@ -113,6 +134,7 @@ class Site:
     corpora: dict[str, str | list[str]] = field(default_factory=dict)
     weights: dict[str, str] = field(default_factory=dict)
     watch: Watch = Watch()
+    serve: Serving = Serving()
     deploy: Deploy | None = None
 
     @property

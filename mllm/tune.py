@@ -41,6 +41,8 @@ def apply_tuning(model: Model, tune: Mapping[str, Tuning]) -> list[Group]:
     for key, how in tune.items():
         if isinstance(how, LoRA):
             _adapt(model, key, how, {id(p) for p in chosen[key].values()})
+    if any(isinstance(how, LoRA) for how in tune.values()):
+        _activate(model)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     named = dict(model.named_parameters())
@@ -147,6 +149,15 @@ def _adapt(model: Model, key: str, how: LoRA, inside: set[int]) -> None:
     config = LoraConfig(r=how.rank, lora_alpha=how.alpha, use_dora=how.dora, target_modules=layers, bias="none")
     inject_adapter_in_model(config, model, _adapter(key))
     del model.peft_config  # else the next part's adapters would be warned about
+
+
+def _activate(model: Model) -> None:
+    """Have every adapter at work: for peft only those of the last name that came are in use, and each part has its own."""
+    from peft.tuners.lora.layer import LoraLayer
+
+    for module in model.modules():
+        if isinstance(module, LoraLayer):
+            module.set_adapter(list(module.lora_A))
 
 
 def _first_row(model: Model, key: str, row: int, parameters: Mapping[str, nn.Parameter]) -> None:

@@ -91,6 +91,19 @@ class Limits:
 
 
 @spec
+class ConversationLimits(Limits):
+    """What one conversation may ask of a machine that answers it: less than a row of a corpus, for anybody may ask."""
+
+    pixels: int = 25_000_000
+    bytes: int = 10 * 2**20
+    characters: int = 200_000
+    pictures: int = 16
+
+
+CONVERSATION = ConversationLimits()
+
+
+@spec
 class RowId:
     """Where a sample came from: the row of a shard, on which pass over it, and which piece of a long document."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import os
 import signal
 import subprocess
@@ -20,13 +21,15 @@ import torch
 from rich.console import Console
 
 from cluster.cli import main
+from cluster.evaluating import evaluate_run
 from cluster.journal import Journal
 from cluster.metrics import RunFolder
-from cluster.run import evaluate_run, show_status, train, trained_model
+from cluster.run import show_status, train, trained_model
 from cluster.site import Site, load_site
 from mllm.recipe import Recipe, override
 from mllm.recipes import by_name
-from tests.conftest import ROOT
+from mllm.released import read_release
+from tests.conftest import CORPUS, ROOT
 
 STEPS = 10
 STAGES = ("align", "pretrain", "sft")
@@ -116,6 +119,75 @@ def test_the_export_is_the_trained_model(unbroken: tuple[RunFolder, str], short:
     torch.testing.assert_close(llava.lm_head.weight, ours.lm.head)
     theirs = llava.model.language_model.layers[0].self_attn.q_proj.weight
     torch.testing.assert_close(theirs, ours.lm.model.model.layers[0].self_attn.q_proj.weight)
+
+
+def test_the_export_is_released(unbroken: tuple[RunFolder, str]) -> None:
+    """Read by transformers, compared on a held-out picture; whoever watched the run was told."""
+    folder, seen = unbroken
+    told = read_release(folder.export.path)
+    assert told is not None
+    assert told.read_by == "LlavaForConditionalGeneration"
+    assert told.on.startswith("held-out row example-pairs-heldout/")
+    assert told.greatest <= told.allowed
+    assert told.fingerprint == Journal(folder.root).state().finished_stages[-1].fingerprint
+    assert "released: read back by LlavaForConditionalGeneration" in " ".join(seen.split())
+
+
+def test_a_run_is_evaluated_as_one_asks(
+    unbroken: tuple[RunFolder, str],
+    here: Site,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Other shots, a text-only corpus beside what the first weights made of it, and a benchmark's questions."""
+    monkeypatch.setenv("MLLM_SITE", site_file(here))
+    out = tmp_path / "scores.json"
+    main(["eval", "unbroken", "--shots", "0", "1", "2", "--text", "example-text-heldout", "--out", str(out)])
+    scores = json.loads(out.read_text())
+    told = unbroken[0].evaluation("sft", "after")
+    assert told is not None
+    assert scores["scores"][0]["loss"] == pytest.approx(told.scores[0].loss, rel=1e-4)
+    assert [probe["shots"] for probe in scores["probe"]] == [0, 1, 2]
+    (kept,) = scores["retention"]
+    assert kept["source"] == "example-text-heldout"
+    assert kept["before"] == pytest.approx(math.log(2048), abs=0.3)  # of weights that have learned nothing
+    assert kept["after"] < kept["before"] - 0.3
+    assert "text alone:" in capsys.readouterr().out
+
+    picture = CORPUS / "instruct" / "images" / "000000017.jpg"
+    rows = [
+        {
+            "question_id": n,
+            "question": "What is it?",
+            "image": picture.name,
+            "choices": ["a cat", "a dog"],
+            "answer": "A",
+        }
+        for n in range(3)
+    ]
+    file = tmp_path / "questions.jsonl"
+    file.write_text("\n".join(map(json.dumps, rows)))
+    asked = [
+        "--task",
+        "mmbench",
+        "--file",
+        str(file),
+        "--images",
+        str(picture.parent),
+        "--most",
+        "2",
+        "--out",
+        str(out),
+    ]
+    main(["eval", "unbroken", *asked])
+    task = json.loads(out.read_text())["task"]
+    assert (task["questions"], task["refused"]) == (4, 0)  # each in both turns
+    assert task["scores"].keys() == {"circular", "single"}
+    assert task["scores"]["circular"] <= task["scores"]["single"]
+    with pytest.raises(SystemExit):
+        main(["eval", "unbroken", "--task", "pope"])
+    assert "--task and --file go together" in capsys.readouterr().err
 
 
 def test_frozen_parts_keep_their_first_weights(unbroken: tuple[RunFolder, str], short: Recipe, here: Site) -> None:

@@ -12,8 +12,9 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from cluster import checkpoint
+from cluster.evaluating import evaluate_run
 from cluster.journal import Journal
-from cluster.run import evaluate_run, train, trained_model
+from cluster.run import train, trained_model
 from cluster.site import Site, load_site
 from mllm.recipe import DDP, FSDP, Full, LoRA, Muon, Recipe, Stage, Steps, ZeRO
 from pipelines.place import Place

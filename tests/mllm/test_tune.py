@@ -116,8 +116,11 @@ def test_merged_adapters_give_the_same_logits(model: VisionLanguageModel, batch:
     adapters = [name for group in groups for name in group.names if group.part == "encoder"]
     assert len(adapters) == 3 * 2 * 2  # of each layer that is read, two matrices a projection
     assert not any("lm_head" in name for group in groups for name in group.names)
+    first = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
     step(model, batch, groups)
     assert all(torch.equal(dict(model.named_parameters())[name], p) for name, p in frozen.items())
+    still = [name for name, p in model.named_parameters() if name in first and torch.equal(p, first[name])]
+    assert not still  # adapters of both parts are at work
     trained = logits(model, batch)
     assert (trained - before).abs().max() > 0.01
     merge_adapters(model)
