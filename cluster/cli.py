@@ -365,11 +365,13 @@ class Report:
     site: SiteFile = None
 
     def __call__(self) -> None:
+        from cluster.evidence import Evidence
         from cluster.report import write_report
         from cluster.run import open_run
 
-        folder, recipe, state = open_run(_site(self.site), self.run)
-        print(write_report(folder, recipe, state))
+        site = _site(self.site)
+        folder, recipe, state = open_run(site, self.run)
+        print(write_report(folder, recipe, state, Evidence(site, recipe)))
 
 
 @dataclass

@@ -67,12 +67,14 @@ def train(recipe: Recipe, site: Site, name: str | None, console: Console) -> Run
 
 def _report(controller: Controller, console: Console) -> None:
     """Write the report, whatever became of the run; a fault of the report must not hide the run's own."""
+    from cluster.evidence import Evidence
     from cluster.report import write_report
 
     if controller.lease and controller.lease.lost.is_set():
         return  # the run is another controller's, and so is its report
     try:
-        write_report(controller.folder, controller.recipe, controller.journal.state())
+        evidence = Evidence(controller.site, controller.recipe)
+        write_report(controller.folder, controller.recipe, controller.journal.state(), evidence)
     except Exception as error:
         console.print(f"the report could not be written ({type(error).__name__}: {error}); try: mllm report")
 

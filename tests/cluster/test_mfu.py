@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from cluster.charts import GAUGES, gauges_of
 from cluster.live import StageView, _utilised, flop_words
 from cluster.metrics import RunFolder, StepRecord, parse_step, utilisation
 from cluster.mfu import gpu_peak, peak_flops
-from cluster.report import GAUGES, gauges_of
 from tests.cluster.invented import step
 
 
