@@ -400,6 +400,23 @@ class Watch:
 
 
 @dataclass
+class Profile:
+    """Look into a run that goes: a trace of a rank's next steps, and where its threads stand. Nothing is restarted."""
+
+    run: Positional[str]
+    rank: int = 0
+    steps: int = 5
+    wait: float = 300.0
+    """Seconds to wait for the answer."""
+    site: SiteFile = None
+
+    def __call__(self) -> None:
+        from cluster.run import profile_run
+
+        profile_run(_site(self.site), self.run, self.rank, self.steps, self.wait, _console())
+
+
+@dataclass
 class Compare:
     """Lay runs over each other: losses and throughput by stage on one page, and in what their recipes differ."""
 
@@ -489,6 +506,7 @@ Command = (
     | Annotated[Export, subcommand("export")]
     | Annotated[Report, subcommand("report")]
     | Annotated[Watch, subcommand("watch")]
+    | Annotated[Profile, subcommand("profile")]
     | Annotated[Compare, subcommand("compare")]
     | Annotated[Dashboard, subcommand("dashboard")]
     | Annotated[Manifest, subcommand("manifest")]

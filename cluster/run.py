@@ -131,6 +131,27 @@ def show_status(site: Site, name: str | None, console: Console) -> None:
             console.print(f"note: {error}", soft_wrap=True)
 
 
+def profile_run(site: Site, name: str, rank: int, steps: int, seconds: float, console: Console) -> None:
+    """Have a rank of a run that goes trace its next `steps` steps, and print where the trace and its stacks lie.
+
+    Raises RunError where nobody trains the run, ValueError for no step, NoProfile where none comes.
+    """
+    from cluster.lease import holder_of
+    from cluster.profiling import ask, wait
+
+    if rank < 0 or steps < 1:
+        raise ValueError(f"--rank {rank} --steps {steps}: ranks count from 0, and at least one step is traced")
+    folder, _, state = open_run(site, name)
+    holder = holder_of(folder.root)
+    if holder is None or holder.gone() or not state.starts or state.finished or state.stopped or state.failure:
+        raise RunError(f"run {name!r} is not being trained, so there is nothing to look into; mllm status {name}")
+    answer = wait(folder, ask(folder, rank, steps), rank, seconds)
+    console.print(
+        f"trace    {_near(answer.trace)} (open it at ui.perfetto.dev, or in chrome://tracing)", soft_wrap=True
+    )
+    console.print(f"stacks   {_near(answer.stacks)}", soft_wrap=True)
+
+
 def evaluate_run(site: Site, name: str, console: Console) -> None:
     """Evaluate the last checkpoint in this process and print the scores."""
     from cluster.engines import alone, build_engine
