@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import logging
 import sys
 import traceback
 from collections.abc import Callable
@@ -517,15 +519,20 @@ Command = (
 _WORDS: list[str] = []
 """The words of the command line, for the process that drives a run and gets the same ones."""
 
+DEBUG = "--debug"
+"""A word of every command: whatever goes wrong is told with all that led to it."""
+
 
 def main(argv: list[str] | None = None) -> None:
-    """Entry point of `mllm`. A mistake of the user's ends with one line and code 2, Ctrl-C with 130, SIGTERM with 143."""
+    """Entry point of `mllm`. A mistake of the user's ends with a sentence and code 2, a fault of the program's with 70, Ctrl-C
+    with 130, SIGTERM with 143 (docs/failures.md).
+    """
     _WORDS[:] = sys.argv[1:] if argv is None else argv
-    words = _spread(_WORDS)
+    words = _spread([word for word in _WORDS if word != DEBUG])
     command: Callable[[], None] = tyro.cli(
         Command,  # type: ignore[arg-type]  # a union of types is no type to checkers; tyro takes it
         prog="mllm",
-        description="Train multimodal language models on Ray.",
+        description="Train multimodal language models on Ray. Every command takes --debug: a traceback with each error.",
         args=words,
         config=(tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes, tyro.conf.FlagCreatePairsOff),
     )
@@ -536,31 +543,60 @@ def main(argv: list[str] | None = None) -> None:
     except BrokenPipeError:  # `mllm plan ... | head` is no mistake
         sys.stderr.close()
     except Exception as error:
-        sys.exit(_told(error))
+        sys.exit(_told(error, DEBUG in _WORDS))
 
 
-def _told(error: Exception) -> int:
-    """Say what went wrong and return the exit code. Most commands end well and need not import what they might meet."""
+def _told(error: Exception, debug: bool = False) -> int:
+    """Say what went wrong, to those who `debug` with a traceback, and return the exit code.
+
+    Most commands end well and need not import what they might meet.
+    """
     from cluster import supervisor
     from cluster.controller import ClusterLost, RunError, Stopped
     from cluster.jobs import JobError
     from cluster.journal import Fenced
     from cluster.local import NoCluster
+    from cluster.profiling import NoProfile
     from pipelines.storage import StorageError
 
     if isinstance(error, Stopped):
         return 143
-    # Mistakes in a site or a recipe are ValueErrors.
-    mistakes = RunError | JobError | Fenced | StorageError | ValueError | FileNotFoundError | PermissionError
-    if not isinstance(error, ClusterLost | NoCluster | mistakes):
-        traceback.print_exception(
-            error
-        )  # a fault of this program's: said whole, and told apart from a process that Ray ended
+    # Mistakes in a site or a recipe are ValueErrors; what lies on a disk, or may not be read there, are OSErrors with a number.
+    mistakes = (
+        RunError | JobError | NoProfile | Fenced | StorageError | ValueError | FileNotFoundError | PermissionError
+    )
+    if debug:
+        traceback.print_exception(error)
+    if not isinstance(error, ClusterLost | NoCluster | mistakes) and not (isinstance(error, OSError) and error.errno):
+        # A fault of this program's, told apart from a process that Ray ended.
+        if logging.getLogger().handlers:  # a run's log file
+            logging.getLogger("mllm").error("a fault of mllm's own", exc_info=error)
+        words = f"{type(error).__name__}: {error}".strip(": ")
+        print(
+            f"error: {words}; this is a fault of mllm's own: the same command with --debug says where", file=sys.stderr
+        )
         return 70
-    print(f"error: {error}", file=sys.stderr)
-    if isinstance(error, ClusterLost | NoCluster):
+    print(f"error: {_mendable(error)}", file=sys.stderr)
+    if isinstance(error, ClusterLost | NoCluster) and supervisor.is_driver():
         return supervisor.LOST if isinstance(error, ClusterLost) else supervisor.NOWHERE
     return 2
+
+
+def _mendable(error: Exception) -> str:
+    """The error's words; of the system's own, which say what and not what to do, both."""
+    if not isinstance(error, OSError) or not error.errno or not error.filename:
+        return str(error)
+    mends = {
+        errno.EACCES: "mend its rights, or name another place in the site file",
+        errno.EROFS: "name another place in the site file",
+        errno.ENOSPC: "make room there; then the same command goes on",
+        errno.EDQUOT: "make room there; then the same command goes on",
+        errno.ENOENT: "check the path, here and in the site file",
+    }
+    mend = mends.get(
+        errno.EACCES if error.errno == errno.EPERM else error.errno, "check the path, here and in the site file"
+    )
+    return f"{error.filename}: {error.strerror}; {mend}"
 
 
 def _spread(words: list[str]) -> list[str]:

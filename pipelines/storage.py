@@ -619,6 +619,11 @@ def _tried(uri: str, request: Callable[[], T]) -> T:
                     f"{uri}: no credentials; set them the usual way (AWS_ACCESS_KEY_ID, a profile, a role) "
                     "or as key and secret under [storage] in the site file"
                 ) from error
+            if isinstance(error, PermissionError) and error.errno is None and uri not in str(error):
+                raise PermissionError(
+                    f"{uri}: not allowed ({error}); check the keys (the AWS chain, or key and secret under [storage] in the "
+                    "site file) and what their owner may do there"
+                ) from error
             if not _transient(error):
                 raise
             if attempt >= ATTEMPTS and time.monotonic() - started >= _Current.storage.patience:
