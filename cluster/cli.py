@@ -111,6 +111,8 @@ class Trained:
     site: SiteFile = None
     tiny: bool = False
     """The same structure at toy size, two steps a stage over the example corpora: whether a recipe's parts fit together."""
+    unchecked: bool = False
+    """Do not ask the cluster's nodes first what stands in the way (mllm doctor)."""
 
 
 @dataclass
@@ -118,7 +120,7 @@ class Train(Trained):
     """Train a recipe here, or on the Ray cluster that the site names; go on where it stopped."""
 
     def __call__(self) -> None:
-        from cluster.supervisor import die_with_parent, is_driver, supervise
+        from cluster.supervisor import die_with_parent, is_driver, is_first, supervise
 
         if not is_driver():
             sys.exit(supervise(_WORDS))
@@ -128,7 +130,8 @@ class Train(Trained):
         from cluster.run import train
 
         recipe = _recipe(self.recipe, self.s, self.tiny)
-        train(recipe, _site(self.site, self.workers), self.run, Console(highlight=False))
+        unchecked = self.unchecked or not is_first()  # a cluster that was lost is being waited for
+        train(recipe, _site(self.site, self.workers), self.run, Console(highlight=False), unchecked)
 
 
 @dataclass
@@ -139,7 +142,8 @@ class Submit(Trained):
         from cluster.jobs import submit
 
         recipe = _recipe(self.recipe, self.s, self.tiny)
-        submit(recipe, _site(self.site, self.workers), self.run or recipe.name, _console(), self.site)
+        site = _site(self.site, self.workers)
+        submit(recipe, site, self.run or recipe.name, _console(), self.site, self.unchecked)
 
 
 @dataclass
@@ -480,14 +484,23 @@ class Manifest:
 
 @dataclass
 class Doctor:
-    """Tell what this machine has and lacks."""
+    """Tell what this machine, or the site's cluster, has and lacks, for a recipe if one is named, and what to do about it."""
 
+    recipe: Positional[str | None] = None
+    """A recipe's name, or a recipe.json."""
+    s: Change = ()
+    """Change the recipe, stages by name: -s stages.pretrain.tune.lm.lr=3e-5"""
+    workers: Annotated[tuple[int, ...] | None, arg(metavar="N [MOST]")] = None
+    """Training workers, or the fewest and the most. The site's by default."""
+    json: bool = False
+    """Print the findings as JSON, in a line."""
     site: SiteFile = None
 
     def __call__(self) -> None:
         from cluster.doctor import doctor
 
-        sys.exit(doctor(_site(self.site)))
+        recipe = None if self.recipe is None else _recipe(self.recipe, self.s)
+        sys.exit(doctor(recipe, _site(self.site, self.workers), _console(), self.json))
 
 
 Command = (

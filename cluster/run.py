@@ -21,16 +21,20 @@ from mllm.recipe import FSDP, Recipe, load
 from pipelines.place import Place
 
 
-def train(recipe: Recipe, site: Site, name: str | None, console: Console) -> RunFolder:
+def train(recipe: Recipe, site: Site, name: str | None, console: Console, unchecked: bool = False) -> RunFolder:
     """Train `recipe` to its end, from wherever its run stands, and write report and export.
 
-    Everything that can be wrong before a worker starts is said before one does.
+    Everything that can be wrong before a worker starts is said before one does; the nodes of a cluster are asked too, unless the
+    run is to begin `unchecked`.
     """
+    from cluster.doctor import demand
     from cluster.live import Live, summary
     from cluster.telemetry import Telemetry, sinks_of
 
     folder = RunFolder(f"{site.runs}/{name or recipe.name}")
     quieten(folder.logs)
+    if site.ray_address and not unchecked:
+        demand(recipe, site, console, folder.logs)
     live = Live(folder, recipe, console)
     controller = Controller(recipe, site, name, live)
     sinks = sinks_of(site.sinks, folder, recipe)
