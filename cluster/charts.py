@@ -98,7 +98,7 @@ def charts_of(
 
 def _loss_chart(stage: str) -> alt.LayerChart:
     base = alt.Chart().encode(x=_step_axis())
-    band = base.mark_area(opacity=0.16).encode(y=_loss_axis("loss_low"), y2="loss_high:Q")
+    band = base.mark_area(opacity=0.22).encode(y=_loss_axis("loss_low"), y2="loss_high:Q")
     faint = base.mark_line(strokeWidth=1, opacity=0.45).encode(y=_loss_axis("loss"))
     strong = base.mark_line(strokeWidth=2.25).encode(y="smooth:Q")
     tips = [
@@ -129,9 +129,13 @@ def _phase_chart(stage: str) -> alt.LayerChart:
     return _layered(f"{stage}/phases", [areas], 150, f"Where the time of a step goes, {stage}")
 
 
+LABELS = 96
+"""Pixels left of two charts that share their time, so that one moment stands below the other."""
+
+
 def _crew_chart(span: list[int]) -> alt.LayerChart:
     base = alt.Chart().encode(x=_time_axis(span))
-    axis = alt.Axis(title="workers", tickCount=3, tickMinStep=1, format="d")
+    axis = alt.Axis(title=None, tickCount=3, tickMinStep=1, format="d", minExtent=LABELS)
     tips = [_tip("workers", "d"), _tip("stage"), alt.Tooltip("time:T", title="since", format="%Y-%m-%d %H:%M:%S")]
     area = base.mark_area(interpolate="step-after", opacity=0.25, line=True).encode(y=alt.Y("workers:Q", axis=axis))
     points = base.mark_circle(size=140, opacity=0).encode(y="workers:Q", tooltip=tips)
@@ -140,7 +144,7 @@ def _crew_chart(span: list[int]) -> alt.LayerChart:
 
 def _fault_chart(span: list[int], kinds: int) -> alt.LayerChart:
     tips = [alt.Tooltip("time:T", title="at", format="%Y-%m-%d %H:%M:%S"), _tip("what"), _tip("stage"), _tip("words")]
-    axis = alt.Axis(title=None, domain=False, ticks=False, grid=True)
+    axis = alt.Axis(title=None, domain=False, ticks=False, grid=True, minExtent=LABELS)
     points = alt.Chart().mark_point(filled=True, size=70, opacity=0.9).encode(
         x=_time_axis(span), y=alt.Y("what:N", axis=axis, sort=None),
         color=_colour("kind", ["done about it", "fault"]), shape=alt.Shape("kind:N", legend=None), tooltip=tips,
@@ -159,7 +163,7 @@ def _gauge_chart(stage: str, gauge: Gauge) -> alt.LayerChart:
     scale = alt.Scale(zero=False)
     line = base.mark_line(strokeWidth=1.5).encode(y=alt.Y(f"{gauge.column}:Q", axis=axis, scale=scale))
     low, high = f"{gauge.column}_low", f"{gauge.column}_high"
-    band = base.mark_area(opacity=0.16).encode(y=alt.Y(f"{low}:Q", axis=axis, scale=scale), y2=f"{high}:Q")
+    band = base.mark_area(opacity=0.22).encode(y=alt.Y(f"{low}:Q", axis=axis, scale=scale), y2=f"{high}:Q")
     tips = [_tip("step", ",d"), _tip(gauge.column, gauge.form, gauge.title)]
     tips += [_tip(low, gauge.form, "lowest"), _tip(high, gauge.form, "highest")]
     return _layered(stage, [band, line, _hover(base, tips)], 92, f"{gauge.title}, {stage}")

@@ -152,7 +152,7 @@ def troubled(run: RunFolder, after: float = NOON) -> RunState:
         GroupStarted(time=after + 30, stage="align", fingerprint="align", world=4, step=20),
         Fault(time=after + 80, what="preemption", stage="align", step=30, detail="the node of rank 3 is taken away"),
         Decision(time=after + 81, what="save_and_leave", stage="align", why="saved now, nothing is done twice"),
-        GroupStarted(time=after + 90, stage="align", fingerprint="align", world=3, step=31),
+        GroupStarted(time=after + 85, stage="align", fingerprint="align", world=3, step=31),
         GroupStarted(time=after + 101, stage="pretrain", fingerprint="pretrain", world=3, step=0),
     ):
         journal.append(event)
