@@ -19,7 +19,7 @@ from tempfile import gettempdir
 from pydantic import TypeAdapter
 from rich.console import Console
 
-from cluster.finding import Finding, Unfit, table
+from cluster.finding import Finding, Unfit, show
 from cluster.local import NoCluster, WrongToken, ray_running
 from cluster.site import Site, SiteError
 from cluster.survey import rights
@@ -78,7 +78,7 @@ def doctor(recipe: Recipe | None, site: Site, console: Console, as_json: bool = 
     if as_json:
         console.print(_adapter().dump_json(told).decode(), markup=False, soft_wrap=True)
     else:
-        console.print(table(told.findings))
+        show(told.findings, console)
     return int(told.unfit)
 
 
@@ -172,7 +172,12 @@ def _storage(site: Site) -> Iterator[Finding]:
             shards = site.shards(name)
             missing = [uri for uri in shards[:1] if "://" not in uri and not Path(uri).is_file()]
             advice = f"{missing[0]} is not there; mend [corpora]" if missing else ""
-            yield Finding(what=f"corpus {name}", found=f"{len(shards)} shards", advice=advice, fatal=bool(missing))
+            yield Finding(
+                what=f"corpus {name}",
+                found=f"{len(shards)} shard{'s' if len(shards) != 1 else ''}",
+                advice=advice,
+                fatal=bool(missing),
+            )
         except SiteError as error:
             yield Finding(what=f"corpus {name}", found="not found", advice=str(error), fatal=True)
 

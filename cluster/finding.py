@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from pipelines.types import spec
 
 if TYPE_CHECKING:
+    from rich.console import Console
     from rich.table import Table
 
 
@@ -36,6 +37,16 @@ class Unfit(ValueError):
         super().__init__(f"the run cannot begin, {count} in its way (mllm doctor shows the rest):{words}")
 
 
+def show(findings: Sequence[Finding], console: Console) -> None:
+    """Print findings as a table; off a terminal as lines, which can be searched."""
+    if console.is_terminal:
+        console.print(table(findings))
+        return
+    for one in findings:
+        words = one.found + (f"; {one.advice}" if one.advice else "")
+        console.print(f"{one.mark:<6} {one.what:<34} {words}", markup=False, soft_wrap=True)
+
+
 def table(findings: Sequence[Finding]) -> Table:
     """Findings as a person reads them."""
     from rich.markup import escape
@@ -43,6 +54,7 @@ def table(findings: Sequence[Finding]) -> Table:
 
     colours = {"stops": "bold red", "note": "yellow", "ok": "green"}
     shown = Table("", "what", "found", "what to do", box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
+    shown.columns[1].no_wrap = True
     for one in findings:
         mark = f"[{colours[one.mark]}]{one.mark}[/]"
         shown.add_row(mark, escape(one.what), escape(one.found), escape(one.advice))
