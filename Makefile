@@ -6,6 +6,7 @@
 # make bench-control              checkpoints, the journal, control's part of a step, a simulated week of failures
 # make bench-ops                  a served model under 200 questions, the first step, the report of a long run, metrics
 # make faults                     a run through every fault, in each of its stages: the better part of an hour
+# make docs    these pages as a site, in .cache/site, by mkdocs, which gets an environment of its own
 # make bench-train                training steps and memory beside bare torch, accelerate and transformers' Trainer
 
 PYTHON ?= python3
@@ -14,9 +15,10 @@ BIN := $(VENV)/bin
 WORKERS ?= 2
 COMPETITORS := benchmarks/.cache/venv-competitors
 EXTRAS := .cache/venv-extras
+DOCS := .cache/venv-docs
 PLACE := import sysconfig; print(sysconfig.get_path("purelib"))
 
-.PHONY: demo test test-extras check faults bench bench-data bench-train bench-control bench-ops real format clean
+.PHONY: demo test docs test-extras check faults bench bench-data bench-train bench-control bench-ops real format clean
 
 demo: $(VENV)/.installed
 	$(BIN)/mllm train vila_smoke --workers $(WORKERS)
@@ -30,6 +32,10 @@ faults: $(VENV)/.installed-dev
 # Triton's interpreter runs Liger's kernel without a GPU.
 test-extras: $(EXTRAS)/.installed
 	TRITON_INTERPRET=1 $(EXTRAS)/bin/python -m pytest tests/cluster/test_extras.py tests/ops/test_liger.py tests/mllm/test_harness.py
+
+docs: $(DOCS)/.installed
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --strict
+	@echo .cache/site/index.html
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
@@ -91,4 +97,10 @@ $(EXTRAS)/.installed: $(VENV)/.installed-dev constraints.txt
 	$(BIN)/python -c '$(PLACE)' > $$($(EXTRAS)/bin/python -c '$(PLACE)')/base.pth
 	$(EXTRAS)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -c constraints.txt torchao liger-kernel triton
 	$(EXTRAS)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt lm-eval
+	touch $@
+
+# Pages are text: their builder needs nothing of this project.
+$(DOCS)/.installed: constraints.txt
+	test -x $(DOCS)/bin/python || $(PYTHON) -m venv $(DOCS)
+	$(DOCS)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt mkdocs-material
 	touch $@

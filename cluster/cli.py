@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import logging
 import sys
 import traceback
 from collections.abc import Callable
@@ -106,6 +108,8 @@ class Trained:
     site: SiteFile = None
     tiny: bool = False
     """The same structure at toy size, two steps a stage over the example corpora: whether a recipe's parts fit together."""
+    unchecked: bool = False
+    """Do not ask the cluster's nodes first what stands in the way (mllm doctor)."""
 
 
 @dataclass
@@ -113,7 +117,7 @@ class Train(Trained):
     """Train a recipe here, or on the Ray cluster that the site names; go on where it stopped."""
 
     def __call__(self) -> None:
-        from cluster.supervisor import die_with_parent, is_driver, supervise
+        from cluster.supervisor import die_with_parent, is_driver, is_first, supervise
 
         if not is_driver():
             sys.exit(supervise(_WORDS))
@@ -123,7 +127,8 @@ class Train(Trained):
         from cluster.run import train
 
         recipe = _recipe(self.recipe, self.s, self.tiny)
-        train(recipe, _site(self.site, self.workers), self.run, Console(highlight=False))
+        unchecked = self.unchecked or not is_first()  # a cluster that was lost is being waited for
+        train(recipe, _site(self.site, self.workers), self.run, Console(highlight=False), unchecked)
 
 
 @dataclass
@@ -134,7 +139,8 @@ class Submit(Trained):
         from cluster.jobs import submit
 
         recipe = _recipe(self.recipe, self.s, self.tiny)
-        submit(recipe, _site(self.site, self.workers), self.run or recipe.name, _console(), self.site)
+        site = _site(self.site, self.workers)
+        submit(recipe, site, self.run or recipe.name, _console(), self.site, self.unchecked)
 
 
 @dataclass
@@ -442,11 +448,13 @@ class Report:
     site: SiteFile = None
 
     def __call__(self) -> None:
+        from cluster.evidence import Evidence
         from cluster.report import write_report
         from cluster.run import open_run
 
-        folder, recipe, state = open_run(_site(self.site), self.run)
-        print(write_report(folder, recipe, state))
+        site = _site(self.site)
+        folder, recipe, state = open_run(site, self.run)
+        print(write_report(folder, recipe, state, Evidence(site, recipe)))
 
 
 @dataclass
@@ -472,6 +480,23 @@ class Watch:
                     time.sleep(3600)
         except OSError as error:
             raise ValueError(f"cannot listen at {self.host}:{self.port}: {error}; take another --port") from error
+
+
+@dataclass
+class Profile:
+    """Look into a run that goes: a trace of a rank's next steps, and where its threads stand. Nothing is restarted."""
+
+    run: Positional[str]
+    rank: int = 0
+    steps: int = 5
+    wait: float = 300.0
+    """Seconds to wait for the answer."""
+    site: SiteFile = None
+
+    def __call__(self) -> None:
+        from cluster.run import profile_run
+
+        profile_run(_site(self.site), self.run, self.rank, self.steps, self.wait, _console())
 
 
 @dataclass
@@ -536,14 +561,23 @@ class Manifest:
 
 @dataclass
 class Doctor:
-    """Tell what this machine has and lacks."""
+    """Tell what this machine, or the site's cluster, has and lacks, for a recipe if one is named, and what to do about it."""
 
+    recipe: Positional[str | None] = None
+    """A recipe's name, or a recipe.json."""
+    s: Change = ()
+    """Change the recipe, stages by name: -s stages.pretrain.tune.lm.lr=3e-5"""
+    workers: Annotated[tuple[int, ...] | None, arg(metavar="N [MOST]")] = None
+    """Training workers, or the fewest and the most. The site's by default."""
+    json: bool = False
+    """Print the findings as JSON, in a line."""
     site: SiteFile = None
 
     def __call__(self) -> None:
         from cluster.doctor import doctor
 
-        sys.exit(doctor(_site(self.site)))
+        recipe = None if self.recipe is None else _recipe(self.recipe, self.s)
+        sys.exit(doctor(recipe, _site(self.site, self.workers), _console(), self.json))
 
 
 Command = (
@@ -566,6 +600,7 @@ Command = (
     | Annotated[Serve, subcommand("serve")]
     | Annotated[Report, subcommand("report")]
     | Annotated[Watch, subcommand("watch")]
+    | Annotated[Profile, subcommand("profile")]
     | Annotated[Compare, subcommand("compare")]
     | Annotated[Dashboard, subcommand("dashboard")]
     | Annotated[Manifest, subcommand("manifest")]
@@ -576,15 +611,20 @@ Command = (
 _WORDS: list[str] = []
 """The words of the command line, for the process that drives a run and gets the same ones."""
 
+DEBUG = "--debug"
+"""A word of every command: whatever goes wrong is told with all that led to it."""
+
 
 def main(argv: list[str] | None = None) -> None:
-    """Entry point of `mllm`. A mistake of the user's ends with one line and code 2, Ctrl-C with 130, SIGTERM with 143."""
+    """Entry point of `mllm`. A mistake of the user's ends with a sentence and code 2, a fault of the program's with 70, Ctrl-C
+    with 130, SIGTERM with 143 (docs/failures.md).
+    """
     _WORDS[:] = sys.argv[1:] if argv is None else argv
-    words = _spread(_WORDS)
+    words = _spread([word for word in _WORDS if word != DEBUG])
     command: Callable[[], None] = tyro.cli(
         Command,  # type: ignore[arg-type]  # a union of types is no type to checkers; tyro takes it
         prog="mllm",
-        description="Train multimodal language models on Ray.",
+        description="Train multimodal language models on Ray. Every command takes --debug: a traceback with each error.",
         args=words,
         config=(tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes, tyro.conf.FlagCreatePairsOff),
     )
@@ -595,31 +635,60 @@ def main(argv: list[str] | None = None) -> None:
     except BrokenPipeError:  # `mllm plan ... | head` is no mistake
         sys.stderr.close()
     except Exception as error:
-        sys.exit(_told(error))
+        sys.exit(_told(error, DEBUG in _WORDS))
 
 
-def _told(error: Exception) -> int:
-    """Say what went wrong and return the exit code. Most commands end well and need not import what they might meet."""
+def _told(error: Exception, debug: bool = False) -> int:
+    """Say what went wrong, to those who `debug` with a traceback, and return the exit code.
+
+    Most commands end well and need not import what they might meet.
+    """
     from cluster import supervisor
     from cluster.controller import ClusterLost, RunError, Stopped
     from cluster.jobs import JobError
     from cluster.journal import Fenced
     from cluster.local import NoCluster
+    from cluster.profiling import NoProfile
     from pipelines.storage import StorageError
 
     if isinstance(error, Stopped):
         return 143
-    # Mistakes in a site or a recipe are ValueErrors.
-    mistakes = RunError | JobError | Fenced | StorageError | ValueError | FileNotFoundError | PermissionError
-    if not isinstance(error, ClusterLost | NoCluster | mistakes):
-        traceback.print_exception(
-            error
-        )  # a fault of this program's: said whole, and told apart from a process that Ray ended
+    # Mistakes in a site or a recipe are ValueErrors; what lies on a disk, or may not be read there, are OSErrors with a number.
+    mistakes = (
+        RunError | JobError | NoProfile | Fenced | StorageError | ValueError | FileNotFoundError | PermissionError
+    )
+    if debug:
+        traceback.print_exception(error)
+    if not isinstance(error, ClusterLost | NoCluster | mistakes) and not (isinstance(error, OSError) and error.errno):
+        # A fault of this program's, told apart from a process that Ray ended.
+        if logging.getLogger().handlers:  # a run's log file
+            logging.getLogger("mllm").error("a fault of mllm's own", exc_info=error)
+        words = f"{type(error).__name__}: {error}".strip(": ")
+        print(
+            f"error: {words}; this is a fault of mllm's own: the same command with --debug says where", file=sys.stderr
+        )
         return 70
-    print(f"error: {error}", file=sys.stderr)
-    if isinstance(error, ClusterLost | NoCluster):
+    print(f"error: {_mendable(error)}", file=sys.stderr)
+    if isinstance(error, ClusterLost | NoCluster) and supervisor.is_driver():
         return supervisor.LOST if isinstance(error, ClusterLost) else supervisor.NOWHERE
     return 2
+
+
+def _mendable(error: Exception) -> str:
+    """The error's words; of the system's own, which say what and not what to do, both."""
+    if not isinstance(error, OSError) or not error.errno or not error.filename:
+        return str(error)
+    mends = {
+        errno.EACCES: "mend its rights, or name another place in the site file",
+        errno.EROFS: "name another place in the site file",
+        errno.ENOSPC: "make room there; then the same command goes on",
+        errno.EDQUOT: "make room there; then the same command goes on",
+        errno.ENOENT: "check the path, here and in the site file",
+    }
+    mend = mends.get(
+        errno.EACCES if error.errno == errno.EPERM else error.errno, "check the path, here and in the site file"
+    )
+    return f"{error.filename}: {error.strerror}; {mend}"
 
 
 def _spread(words: list[str]) -> list[str]:

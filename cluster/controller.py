@@ -6,10 +6,8 @@ is replaced by another one, here or elsewhere, which reads the journal and goes 
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import pickle
-import platform
 import signal
 import threading
 import time
@@ -44,13 +42,14 @@ from cluster.metrics import Evaluation, RunFolder
 from cluster.plan import meta_model
 from cluster.policy import Standing, gate_values
 from cluster.preflight import refusals, this_machine, untrusted
+from cluster.profiling import Profiles
 from cluster.pulse import Watcher as PulseWatcher
 from cluster.pulse import start_pulse
 from cluster.reference import with_reference
 from cluster.schedule import planned_steps
 from cluster.site import Site
+from cluster.versions import versions
 from cluster.worker import StageJob, failure_file
-from mllm import __version__
 from mllm.recipe import Recipe, dump, fingerprint, load
 from mllm.tune import apply_tuning, describe
 from pipelines.place import Place
@@ -380,7 +379,11 @@ class Controller:
                 why = f"rank {rank.rank} is ended, and the group begins again from the last checkpoint"
                 self.journal.append(Decision(time=time.time(), what="restart", stage=job.stage.name, why=why))
 
-        with PulseWatcher(pulse, self.site.watch, hung) as watcher, self.beside.watching(job):
+        with (
+            PulseWatcher(pulse, self.site.watch, hung) as watcher,
+            self.beside.watching(job),
+            Profiles(self.folder, pulse),
+        ):
             self._obediently(trainer.fit, job, pulse, watcher)
 
     def _obediently(self, fit: Callable[[], object], job: StageJob, pulse: Any, watcher: PulseWatcher) -> None:
@@ -485,13 +488,6 @@ def _cluster_answers() -> bool:
     asking.start()
     asking.join(10)
     return bool(answered and answered[0])
-
-
-def versions() -> dict[str, str]:
-    """What the run was made with."""
-    packages = ("torch", "transformers", "ray", "numpy", "tokenizers")
-    own = {"python": platform.python_version(), "mllm": __version__}  # which on a cluster is no installed package
-    return own | {name: importlib.metadata.version(name) for name in packages}
 
 
 def first_difference(before: str, after: str) -> str:

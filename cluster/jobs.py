@@ -17,7 +17,7 @@ import os
 import shutil
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -30,13 +30,12 @@ from rich.console import Console
 from cluster.lease import holder_of, machine
 from cluster.local import show_token
 from cluster.site import Site
+from cluster.versions import PACKAGES
 from mllm.recipe import Recipe, dump
 from pipelines.place import Place
 
 if TYPE_CHECKING:
     from ray.job_submission import JobDetails, JobSubmissionClient
-
-PACKAGES = ("cluster", "mllm", "ops", "pipelines")
 
 RUN = "mllm_run"
 """What a job's metadata calls the run's folder."""
@@ -44,15 +43,21 @@ RUN = "mllm_run"
 OVER = 30.0
 """Seconds after a run's `notice` until a job that was asked to stop is ended."""
 
+PATIENCE = 600.0
+"""Seconds for which an answer of the cluster is waited for: a job may queue."""
+
 
 class JobError(RuntimeError):
     """The job server does not answer, or has no such job, or one too many; in words for a person."""
 
 
-def submit(recipe: Recipe, site: Site, name: str, console: Console, said: str | None = None) -> str:
+def submit(
+    recipe: Recipe, site: Site, name: str, console: Console, said: str | None = None, unchecked: bool = False
+) -> str:
     """Submit the run `name` and return its job's id; `said` is the site file as the person named it.
 
-    Raises JobError where the run is being trained, by a job or by hand, or no job server answers.
+    The cluster is asked first, by a job that holds nothing, unless the run is to be submitted `unchecked`. Raises JobError where
+    the run is being trained, by a job or by hand, or no job server answers, and Unfit where the cluster could not train it.
     """
     client = _client(site)
     folder = Place(f"{site.runs}/{name}")
@@ -63,10 +68,15 @@ def submit(recipe: Recipe, site: Site, name: str, console: Console, said: str | 
             f"(mllm stop {name}), or choose another name with --run"
         )
     job = f"{name}-{1 + len(jobs)}"
+    if not unchecked:
+        from cluster.doctor import demand_of_jobs
+
+        console.print("asking the cluster's nodes first", markup=False)
+        demand_of_jobs(recipe, site, console)
     with packed(recipe, site) as package:
         client.submit_job(
             submission_id=job,
-            entrypoint=f"python -m cluster.cli train recipe.json --site site.json --run {name}",
+            entrypoint=f"python -m cluster.cli train recipe.json --site site.json --run {name} --unchecked",
             runtime_env={
                 "working_dir": str(package),
                 "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": f"{site.watch.notice + OVER:.0f}"},
@@ -87,15 +97,41 @@ def submit(recipe: Recipe, site: Site, name: str, console: Console, said: str | 
     return job
 
 
+def asked(recipe: Recipe | None, site: Site, words: Sequence[str], begins: str) -> str:
+    """Have the cluster run `mllm WORDS`, with the recipe and the site, and return the last line of what it printed that `begins`
+    so. Raises JobError where it ends without one, or not within `PATIENCE` seconds.
+    """
+    client = _client(site)
+    given = ["recipe.json"] if recipe is not None else []
+    command = " ".join([words[0], *given, *words[1:], "--site", "site.json"])
+    with packed(recipe, site) as package:
+        job = client.submit_job(
+            entrypoint=f"python -m cluster.cli {command}", runtime_env={"working_dir": str(package)}
+        )
+    try:
+        _await(
+            lambda: client.get_job_status(job).is_terminal(), PATIENCE, f"job {job} (mllm {words[0]})", "did not end"
+        )
+    except JobError:
+        client.stop_job(job)
+        raise
+    told = client.get_job_logs(job)
+    lines = [line for line in told.splitlines() if line.startswith(begins)]
+    if not lines:
+        raise JobError(f"mllm {words[0]} as job {job} of the cluster said nothing of use; it printed: {told[-2000:]}")
+    return lines[-1]
+
+
 @contextmanager
-def packed(recipe: Recipe, site: Site) -> Iterator[Path]:
+def packed(recipe: Recipe | None, site: Site) -> Iterator[Path]:
     """A folder with all that a cluster needs to train `recipe`, as long as it takes to send it."""
     root = Path(__file__).resolve().parent.parent
     with TemporaryDirectory(prefix="mllm-job-") as there:
         package = Path(there)
         for name in PACKAGES:
             shutil.copytree(root / name, package / name, ignore=shutil.ignore_patterns("__pycache__"))
-        (package / "recipe.json").write_text(dump(recipe), encoding="utf-8")
+        if recipe is not None:
+            (package / "recipe.json").write_text(dump(recipe), encoding="utf-8")
         sent = replace(
             site,
             ray_address="auto",
@@ -230,9 +266,9 @@ def _client(site: Site) -> JobSubmissionClient:
     return client
 
 
-def _await(over: Any, seconds: float, what: str) -> None:
+def _await(over: Any, seconds: float, what: str, late: str = "was asked to stop and has not") -> None:
     end = time.monotonic() + seconds
     while not over():
         if time.monotonic() > end:
-            raise JobError(f"{what} was asked to stop and has not within {seconds:.0f} s; see mllm status")
+            raise JobError(f"{what} {late} within {seconds:.0f} s; see mllm status and the dashboard")
         time.sleep(0.5)

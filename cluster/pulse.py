@@ -16,7 +16,7 @@ from collections.abc import Callable
 from typing import Any
 
 from cluster.policy import Watch, allowed, overdue
-from cluster.standing import Phase, Pulse, Standing, Wish, end, examine, stack_file
+from cluster.standing import Asked, Phase, Pulse, Standing, Wish, end, examine, stack_file
 
 TICK = 1.0
 """Seconds between two signs of life."""
@@ -49,6 +49,7 @@ class Beats:
         self.node = ray.get_runtime_context().get_node_id()
         self.pid = os.getpid()
         self.wish: Wish = ""
+        self.asked: Asked | None = None
         self.stacks = stack_file(self.pid).open("w")
         faulthandler.register(signal.SIGUSR2, file=self.stacks, all_threads=True)
         self.over = threading.Event()
@@ -63,9 +64,10 @@ class Beats:
 
         while not self.over.wait(TICK):
             try:
-                self.wish = ray.get(self.pulse.tick.remote(self.rank, self.pid), timeout=30)
+                self.wish, asked = ray.get(self.pulse.tick.remote(self.rank, self.pid), timeout=30)
             except (ray.exceptions.RayError, TimeoutError):
                 continue  # the actor is being restarted, or the cluster is in trouble of its own
+            self.asked = asked or self.asked
 
     def close(self) -> None:
         self.over.set()
@@ -117,7 +119,7 @@ class Watcher:
                 return
 
     def _end(self, late: list[Standing], history: dict[Phase, list[float]]) -> None:
-        found = [(rank, _there(rank.node, examine, rank.pid)) for rank in late]
+        found = [(rank, there(rank.node, examine, rank.pid)) for rank in late]
         for rank, finding in found:
             if finding.state == "gone":  # it died, of which Ray hears by itself
                 self.pulse.gone.remote(rank.rank, rank.pid)
@@ -134,15 +136,15 @@ class Watcher:
             )
             self.hung(rank, words + (f"\n{finding.stacks}" if finding.stacks else ""), rank in guilty)
         for rank in guilty:
-            _there(rank.node, end, rank.pid)
+            there(rank.node, end, rank.pid)
         for rank, _ in found:  # the others are ended by Ray
             self.pulse.gone.remote(rank.rank, rank.pid)
 
 
-def _there(node: str, work: Callable[[int], Any], pid: int) -> Any:
+def there(node: str, work: Callable[[int], Any], pid: int) -> Any:
     """Call `work(pid)` on the node where the process is."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    there = NodeAffinitySchedulingStrategy(node, soft=False)
-    return ray.get(ray.remote(work).options(num_cpus=0, scheduling_strategy=there).remote(pid), timeout=30)
+    place = NodeAffinitySchedulingStrategy(node, soft=False)
+    return ray.get(ray.remote(work).options(num_cpus=0, scheduling_strategy=place).remote(pid), timeout=30)

@@ -19,16 +19,20 @@ from mllm.recipe import Recipe, load
 from pipelines.place import Place
 
 
-def train(recipe: Recipe, site: Site, name: str | None, console: Console) -> RunFolder:
+def train(recipe: Recipe, site: Site, name: str | None, console: Console, unchecked: bool = False) -> RunFolder:
     """Train `recipe` to its end, from wherever its run stands, and write report and export.
 
-    Everything that can be wrong before a worker starts is said before one does.
+    Everything that can be wrong before a worker starts is said before one does; the nodes of a cluster are asked too, unless the
+    run is to begin `unchecked`.
     """
+    from cluster.doctor import demand
     from cluster.live import Live, summary
     from cluster.telemetry import Telemetry, sinks_of
 
     folder = RunFolder(f"{site.runs}/{name or recipe.name}")
     quieten(folder.logs)
+    if site.ray_address and not unchecked:
+        demand(recipe, site, console, folder.logs)
     live = Live(folder, recipe, console)
     controller = Controller(recipe, site, name, live)
     sinks = sinks_of(site.sinks, folder, recipe)
@@ -76,12 +80,14 @@ def _export(site: Site, recipe: Recipe, folder: RunFolder, console: Console) -> 
 
 def _report(controller: Controller, console: Console) -> None:
     """Write the report, whatever became of the run; a fault of the report must not hide the run's own."""
+    from cluster.evidence import Evidence
     from cluster.report import write_report
 
     if controller.lease and controller.lease.lost.is_set():
         return  # the run is another controller's, and so is its report
     try:
-        write_report(controller.folder, controller.recipe, controller.journal.state())
+        evidence = Evidence(controller.site, controller.recipe)
+        write_report(controller.folder, controller.recipe, controller.journal.state(), evidence)
     except Exception as error:
         console.print(f"the report could not be written ({type(error).__name__}: {error}); try: mllm report")
 
@@ -136,6 +142,27 @@ def show_status(site: Site, name: str | None, console: Console) -> None:
             console.print(standing(site, folder.root), soft_wrap=True)
         except JobError as error:  # the journal has told all the same
             console.print(f"note: {error}", soft_wrap=True)
+
+
+def profile_run(site: Site, name: str, rank: int, steps: int, seconds: float, console: Console) -> None:
+    """Have a rank of a run that goes trace its next `steps` steps, and print where the trace and its stacks lie.
+
+    Raises RunError where nobody trains the run, ValueError for no step, NoProfile where none comes.
+    """
+    from cluster.lease import holder_of
+    from cluster.profiling import ask, wait
+
+    if rank < 0 or steps < 1:
+        raise ValueError(f"--rank {rank} --steps {steps}: ranks count from 0, and at least one step is traced")
+    folder, _, state = open_run(site, name)
+    holder = holder_of(folder.root)
+    if holder is None or holder.gone() or not state.starts or state.finished or state.stopped or state.failure:
+        raise RunError(f"run {name!r} is not being trained, so there is nothing to look into; mllm status {name}")
+    answer = wait(folder, ask(folder, rank, steps), rank, seconds)
+    console.print(
+        f"trace    {_near(answer.trace)} (open it at ui.perfetto.dev, or in chrome://tracing)", soft_wrap=True
+    )
+    console.print(f"stacks   {_near(answer.stacks)}", soft_wrap=True)
 
 
 def trained_model(site: Site, recipe: Recipe, folder: RunFolder) -> Model:

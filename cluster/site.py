@@ -8,6 +8,7 @@
     jobs = "http://head:8265"               # its job server and dashboard, for `mllm submit`
     sinks = ["tensorboard"]                 # beside Ray's metrics: "tensorboard", "wandb" (offline unless WANDB_MODE says so)
     gpus = true                             # trainers have GPUs, though the machine that drives them has none
+    grows = true                            # the cluster gets nodes when they are asked for: too few now stop nothing
     trust_remote_code = true                # only where the Python beside the weights has been read
 
     [corpora]
@@ -114,6 +115,7 @@ class Site:
     for: its path travels, its content does not. `jobs` is the address of a cluster's job server, which runs are submitted to.
 
     `gpus` says whether trainers have GPUs, for a head that has none itself; None is "as the machine that drives the run".
+    `grows` says that nodes come when a run waits for them (an autoscaler, a queue): it may begin before they are there.
     `serve` is how `mllm serve` serves, and `deploy` what `mllm manifest` needs to know of nodes.
     """
 
@@ -124,6 +126,7 @@ class Site:
     annotators: Annotators = Annotators()
     buffer: Positive = 2**30
     gpus: bool | None = None
+    grows: bool = False
     ray_address: str | None = None
     ray_token_file: str | None = None
     jobs: str | None = None

@@ -6,7 +6,10 @@ Ray starts processes of their own for what is here, on any node and in a hurry: 
 from __future__ import annotations
 
 import os
+import shutil
 import signal
+import subprocess
+import sys
 import tempfile
 import time
 from collections import defaultdict, deque
@@ -37,6 +40,14 @@ class Standing:
     pid: int
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Asked:
+    """That a rank trace its next `steps` steps; `number` is the question's."""
+
+    number: int
+    steps: int
+
+
 class Pulse:
     """The actor. Times are of this process's own steady clock."""
 
@@ -45,6 +56,7 @@ class Pulse:
         self.alive: dict[int, float] = {}
         self.history: dict[Phase, deque[float]] = defaultdict(lambda: deque(maxlen=HISTORY))
         self.wish: Wish = ""
+        self.asked: dict[int, Asked] = {}
 
     def beat(self, rank: int, phase: Phase, step: int, node: str, pid: int) -> Wish:
         """A rank begins a phase; what is wished of the run comes back."""
@@ -56,11 +68,16 @@ class Pulse:
         self.alive[rank] = moment
         return self.wish
 
-    def tick(self, rank: int, pid: int) -> Wish:
-        """A rank's process runs, whatever it is at."""
-        if rank in self.now and self.now[rank][4] == pid:
-            self.alive[rank] = time.monotonic()
-        return self.wish
+    def tick(self, rank: int, pid: int) -> tuple[Wish, Asked | None]:
+        """A rank's process runs, whatever it is at. It gets what is wished of the run, and once what it alone is asked for."""
+        if rank not in self.now or self.now[rank][4] != pid:
+            return self.wish, None
+        self.alive[rank] = time.monotonic()
+        return self.wish, self.asked.pop(rank, None)
+
+    def profile(self, rank: int, asked: Asked) -> None:
+        """Ask a rank to trace steps."""
+        self.asked[rank] = asked
 
     def gone(self, rank: int, pid: int) -> None:
         """A rank has ended, well or not."""
@@ -130,6 +147,22 @@ def examine(pid: int) -> Finding:
         time.sleep(0.05)
     time.sleep(0.1)  # the last lines of the last thread
     return Finding(pid=pid, state=state, stacks=file.read_text()[before:])
+
+
+def stacks(pid: int) -> str:
+    """Where the threads of a process of this machine stand: by py-spy, or, where that may not look, by Python's own word."""
+    found = shutil.which("py-spy", path=str(Path(sys.executable).parent)) or shutil.which("py-spy")
+    why = "py-spy is not installed"
+    if found:
+        try:
+            told = subprocess.run([found, "dump", "--pid", str(pid)], capture_output=True, text=True, timeout=20)
+        except subprocess.TimeoutExpired:
+            why = "py-spy took longer than 20 s"
+        else:
+            if told.returncode == 0:
+                return told.stdout
+            why = told.stderr.strip()
+    return f"{why}\nso here is what the process says of itself (faulthandler):\n\n{examine(pid).stacks}"
 
 
 def end(pid: int) -> None:

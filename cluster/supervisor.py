@@ -41,6 +41,11 @@ def is_driver() -> bool:
     return DRIVER in os.environ
 
 
+def is_first() -> bool:
+    """Whether this driver was not started in place of one that was lost."""
+    return os.environ.get(DRIVER) == "0"
+
+
 def supervise(words: Sequence[str]) -> int:
     """Run `mllm WORDS` as a driver, again and again until it ends by itself, and return its exit code."""
     asked: list[int] = []

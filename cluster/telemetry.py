@@ -121,7 +121,9 @@ class Telemetry:
             return []
         name = self.view.name
         last = self.view.last.step if self.view.last else 0
-        found = [(each, each.step or 0) for each in self.run.evaluations(name)]
+        before = self.run.evaluation(name, "before")
+        found = [(before, 0)] if before else []
+        found += [(each, each.step or 0) for each in self.run.evaluations(name)]
         after = self.run.evaluation(name, "after")
         found += [(after, last)] if after else []
         fresh = [(each, step) for each, step in found if (name, each.when, each.step) not in self.evaluated]

@@ -14,6 +14,7 @@ from contextlib import contextmanager, suppress
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+from cluster.evidence import Evidence
 from cluster.live import run_standing
 from cluster.report import report_page
 from cluster.run import open_run
@@ -38,7 +39,8 @@ class Pages:
         self.lock = threading.Lock()
         self.made = -LEAST
         self.page = b""
-        open_run(site, name)  # a run that is not there is told before a server begins
+        _, recipe, _ = open_run(site, name)  # a run that is not there is told before a server begins
+        self.evidence = Evidence(site, recipe)
 
     def get(self) -> bytes:
         """The page, some seconds old at most."""
@@ -46,7 +48,7 @@ class Pages:
             if self.clock() - self.made >= LEAST:
                 folder, recipe, state = open_run(self.site, self.name)
                 over = run_standing(state) == "finished"
-                self.page = report_page(folder, recipe, state, again=None if over else OFTEN).encode()
+                self.page = report_page(folder, recipe, state, None if over else OFTEN, self.evidence).encode()
                 self.made = self.clock()
             return self.page
 

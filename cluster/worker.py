@@ -28,6 +28,7 @@ from cluster.metrics import Evaluation, PackRecord, RunFolder, SourceLoss, StepR
 from cluster.mfu import peak_flops
 from cluster.phases import PHASES, Paces, Phases
 from cluster.policy import Verdict, Watch, after_start, judge, stragglers
+from cluster.profiling import Profiler
 from cluster.pulse import Beats
 from cluster.saver import SaveFailed, Saver
 from cluster.schedule import due, learning_rate_factor, progress, stale
@@ -246,6 +247,7 @@ class Training:
         self.skipped = self.unwritten = 0
         self.board = gauges.Board(job.folder.name, job.stage.name)
         self.asked = time.monotonic()
+        self.profiler = Profiler(beats, job.folder)
         self.paces = Paces(dist.get_world_size())
         self.slow: set[int] = set()
         self.nodes: list[Any] = [None] * dist.get_world_size()
@@ -256,10 +258,12 @@ class Training:
         self.beats("data", self.state.step)
         for step in self.deal:
             self.beats("step", self.state.step)
-            self._train(step)
+            with self.profiler:
+                self._train(step)
             done = self.state.progress >= 1
             wish = "" if done else self._agreed(step)
             if done:
+                self.profiler.close()
                 self.saver.settle()
                 self.engine.finish()
             if done or wish or due(self.job.stage, self.state.step):

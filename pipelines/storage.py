@@ -26,8 +26,8 @@ import time
 from collections import deque
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import suppress
-from dataclasses import field
+from contextlib import contextmanager, suppress
+from dataclasses import field, replace
 from functools import lru_cache, partial
 from itertools import count
 from typing import IO, Any, Protocol, TypeVar
@@ -115,6 +115,17 @@ def use(storage: Storage) -> None:
 
 def in_use() -> Storage:
     return _Current.storage
+
+
+@contextmanager
+def hasty(deadline: float) -> Iterator[None]:
+    """As long as this lasts a request is answered within `deadline` seconds or fails: for who asks, and does not train."""
+    before = in_use()
+    use(replace(before, patience=0.0, deadline=min(deadline, before.deadline)))
+    try:
+        yield
+    finally:
+        use(before)
 
 
 @lru_cache(maxsize=16)
@@ -607,6 +618,11 @@ def _tried(uri: str, request: Callable[[], T]) -> T:
                 raise PermissionError(
                     f"{uri}: no credentials; set them the usual way (AWS_ACCESS_KEY_ID, a profile, a role) "
                     "or as key and secret under [storage] in the site file"
+                ) from error
+            if isinstance(error, PermissionError) and error.errno is None and uri not in str(error):
+                raise PermissionError(
+                    f"{uri}: not allowed ({error}); check the keys (the AWS chain, or key and secret under [storage] in the "
+                    "site file) and what their owner may do there"
                 ) from error
             if not _transient(error):
                 raise

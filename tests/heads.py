@@ -56,6 +56,7 @@ def _node(token: Path, words: list[str], cpus: int, name: str) -> Iterator[None]
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN_PATH": str(token),
         "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_metrics_report_interval_ms": "1000",  # by default ten times as long, which is longer than some runs here
         "PATH": f"{ray.parent}:{os.environ['PATH']}",  # jobs say `python`
     }
     log = token.with_name(f"{name}.log")

@@ -46,6 +46,7 @@ def carried(recipe: Recipe, site: Site, shared: Iterable[str], token_file: str |
         site,
         ray_address="auto",
         ray_token_file=token_file,
+        grows=True,  # these clusters are begun together with the run, and some bring nodes as they are asked for
         gpus=site.deploy is not None and site.deploy.trainers.gpus > 0,
         storage=replace(site.storage, key=None, secret=None),
         corpora={name: site.corpora[name] for name in sorted(corpora)},

@@ -9,11 +9,26 @@ from pathlib import Path
 
 from PIL import Image
 
-from cluster.journal import Event, Journal, RunFailed, RunFinished, RunStarted, RunState, StageFinished, StageStarted
+from cluster import quarantine
+from cluster.journal import (
+    Decision,
+    Event,
+    Fault,
+    GroupStarted,
+    Journal,
+    RunFailed,
+    RunFinished,
+    RunStarted,
+    RunState,
+    StageFinished,
+    StageStarted,
+)
 from cluster.metrics import Evaluation, PackRecord, RunFolder, SourceLoss, StepRecord
+from cluster.phases import Phases
 from mllm.evaluate import Answer, ProbeScore, SourceScore
 from mllm.parts import PartReport
 from mllm.recipe import Recipe, dump
+from pipelines.types import Reason, Rejected, RowId
 
 NOON = 1_800_000_000.0
 
@@ -45,6 +60,8 @@ def step(number: int, of: int, time: float = NOON) -> StepRecord:
         packs=(PackRecord(window=number, pack=0, digest=number),),
         dropped=(f"example-pairs/00000.tar row {number}: image file is truncated (ends at <byte> 512)",) if bad else (),
         reasons={"image file is truncated": 1} if bad else {},
+        usual=Phases(data=0.02, vision=0.1, lm=0.3, communication=0.08),
+        slowest=(number % 3 // 2, Phases(data=0.01, vision=0.12, lm=0.35, communication=0.02)),
     )
 
 
@@ -115,3 +132,37 @@ def invented_run(root: Path, recipe: Recipe, ending: str, steps: int = 40) -> tu
     for event in events:
         journal.append(event)
     return run, journal.state()
+
+
+SCRIPT = "<script>document.title = 'taken over'</script>"
+"""What a hostile corpus might have a page run."""
+
+
+def troubled(run: RunFolder, after: float = NOON) -> RunState:
+    """The same run with what goes wrong: workers that come and go, faults and decisions, rows whose words are a script."""
+    journal = Journal(run.root)
+    for event in (
+        GroupStarted(time=after, stage="align", fingerprint="align", world=2, step=0),
+        Fault(time=after + 12, what="hang", stage="align", step=11, rank=1, detail=f"rank 1 is stopped {SCRIPT}"),
+        Decision(time=after + 13, what="restart", stage="align", why="rank 1 is ended, and the group begins again"),
+        GroupStarted(time=after + 20, stage="align", fingerprint="align", world=1, step=10),
+        Fault(time=after + 24, what="not_finite", stage="align", step=14, detail="loss nan, gradient norm nan"),
+        Decision(time=after + 24, what="replay", stage="align", why="the same packs tell data from machine"),
+        Decision(time=after + 25, what="take", stage="align", why="the second time it came out well"),
+        GroupStarted(time=after + 30, stage="align", fingerprint="align", world=4, step=20),
+        Fault(time=after + 80, what="preemption", stage="align", step=30, detail="the node of rank 3 is taken away"),
+        Decision(time=after + 81, what="save_and_leave", stage="align", why="saved now, nothing is done twice"),
+        GroupStarted(time=after + 85, stage="align", fingerprint="align", world=3, step=31),
+        GroupStarted(time=after + 101, stage="pretrain", fingerprint="pretrain", world=3, step=0),
+    ):
+        journal.append(event)
+    rows = [
+        Rejected(
+            row=RowId(corpus="example-pairs", shard="00000.tar", row=row, epoch=0),
+            reason=Reason.TRUNCATED_IMAGE,
+            detail=f"ends at byte 512 {SCRIPT}" if row == 10 else "ends at <byte> 512",
+        )
+        for row in (10, 20, 30, 40)
+    ]
+    quarantine.append(run, "align", rows)
+    return journal.state()

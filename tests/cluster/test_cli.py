@@ -6,8 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from cluster import cli
 from cluster.cli import main
 from cluster.site import Site, SiteError, load_site
+from mllm.recipe import dump
+from mllm.recipes import by_name
 from tests.conftest import CORPUS, ROOT
 
 
@@ -55,6 +58,64 @@ def test_a_mistake_is_told_in_one_line(
     assert told in mistake([*words, "--site", site_file], capfd)
 
 
+OF_RUNS = [
+    ["status"], ["eval"], ["export"], ["report"], ["watch"], ["profile"], ["logs"], ["stop"], ["data", "quarantine"],
+    ["compare", "another"],
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("words", OF_RUNS, ids=" ".join)
+def test_a_run_that_is_not_there_is_told_by_every_command(
+    words: list[str], site_file: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    told = mistake([*words, "no-such-run", "--site", site_file], capfd)
+    assert "run" in told
+    assert "no-such-run" in told or "another" in told
+    assert "Traceback" not in told
+
+
+@pytest.mark.parametrize("words", [["submit", "vila_smoke"], ["logs", "x"], ["stop", "x"]], ids=" ".join)
+def test_a_job_server_that_is_dead_is_told(words: list[str], site_file: str, capfd: pytest.CaptureFixture[str]) -> None:
+    run = Path(site_file).parent / "runs" / "x"
+    run.mkdir(parents=True)
+    (run / "recipe.json").write_text(dump(by_name("vila_smoke")))
+    Path(site_file).write_text('jobs = "http://127.0.0.1:1"\n' + SITE)
+    told = mistake([*words, "--site", site_file], capfd)
+    assert "the job server at http://127.0.0.1:1 does not answer" in told
+    assert "or mend jobs in the site file" in told
+    assert "Traceback" not in told
+
+
+def test_a_place_where_nothing_can_be_written_is_told(site_file: str, capfd: pytest.CaptureFixture[str]) -> None:
+    """A file where a folder should be: rights are of no account to root, who may run this."""
+    blocked = Path(site_file).parent / "blocked"
+    blocked.write_text("")
+    told = mistake(["dashboard", "--out", str(blocked / "there")], capfd)
+    assert told == f"error: {blocked}/there: Not a directory; check the path, here and in the site file\n"
+    words = SITE.replace('runs = "runs"', f'runs = "{blocked}/runs"')
+    Path(site_file).write_text(words)
+    told = mistake(["train", "vila_smoke", "--site", site_file], capfd)
+    assert f"{blocked}" in told
+    assert "Traceback" not in told
+
+
+def test_a_traceback_is_for_those_who_ask(site_file: str, capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(["status", "no-such-run", "--debug", "--site", site_file])
+    assert end.value.code == 2
+    told = capfd.readouterr().err
+    assert told.startswith("Traceback")
+    assert told.splitlines()[-1].startswith("error: no run 'no-such-run'")
+
+
+def test_a_fault_of_the_program_s_own_is_told_apart(capfd: pytest.CaptureFixture[str]) -> None:
+    assert cli._told(KeyError("encoder")) == 70
+    told = capfd.readouterr().err
+    assert told.startswith("error: KeyError: 'encoder'; this is a fault of mllm's own")
+    assert "--debug" in told
+    assert "Traceback" not in told
+
+
 @pytest.mark.parametrize(
     ("before", "after", "told"),
     [
@@ -72,8 +133,6 @@ def test_a_mistake_is_told_in_one_line(
 def test_a_site_that_does_not_hold_is_told_before_a_worker_starts(
     before: str, after: str, told: str, tmp_path: Path
 ) -> None:
-    from mllm.recipes import by_name
-
     assert before in SITE
     (tmp_path / "site.toml").write_text(SITE.replace(before, after))
     recipe = by_name("vila_smoke")

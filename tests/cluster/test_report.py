@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
+import io
+import json
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
+import numpy as np
 import pytest
-from invented import invented_run
+from invented import SCRIPT, evaluation, invented_run, step, troubled
+from PIL import Image
+from pydantic import TypeAdapter
 
-from cluster.journal import RunState
-from cluster.metrics import RunFolder
-from cluster.report import smoothed, write_report
+from cluster import quarantine
+from cluster.curves import POINTS, Binned, bins, smoothed
+from cluster.evidence import Evidence, thumbnail
+from cluster.journal import Journal, RunState
+from cluster.metrics import RunFolder, StepRecord
+from cluster.phases import PHASES
+from cluster.report import write_report
+from cluster.site import Site
 from mllm.recipe import Recipe
+from pipelines.types import Limits
 
 
 class Page(HTMLParser):
@@ -25,11 +37,13 @@ class Page(HTMLParser):
         self.addresses: list[str] = []
         self.ids: list[str] = []
         self.inside: list[str] = []
+        self.scripts = 0
         self.feed(file.read_text())
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         if tag not in ("meta", "img", "br", "link"):
             self.inside.append(tag)
+        self.scripts += tag == "script"
         if tag == "tr":
             self.rows.append([])
         if tag in ("td", "th"):
@@ -120,6 +134,96 @@ def test_long_run_stays_a_small_page(tmp_path: Path, recipe: Recipe) -> None:
     steps = re.search(r'"align": \{.*?"step": \[(.*?)\]', file.read_text())
     assert steps
     assert steps[1].split(",")[-1].strip() == "1500", "the curve ends where the stage did"
+
+
+def test_a_step_that_leapt_is_seen_in_a_run_of_a_hundred_thousand(tmp_path: Path, recipe: Recipe) -> None:
+    run, _ = invented_run(tmp_path / "long", recipe, "failed", steps=2)
+    leapt = replace(step(77_777, 100_000), loss=987.5, grad_norm=54_321.0)
+    plain = dump_step(step(1, 100_000)).split(b'"step":1,', 1)
+    lines = [b'"step":%d,'.join(plain) % number for number in range(1, 100_001)]
+    lines[77_776] = dump_step(leapt)
+    run.steps_file("align").write(b"\n".join(lines) + b"\n")
+    file = write_report(run, recipe, Journal(run.root).state()).path
+    assert file.stat().st_size < 5 * 2**20
+    table = tables(file)["align"]
+    assert len(table["step"]) <= POINTS
+    assert table["step"][-1] == 100_000
+    assert max(table["loss_high"]) == 987.5
+    assert max(table["grad_norm_high"]) == 54_321.0
+    assert max(table["loss"]) < 15, "the mean hardly tells of it"
+
+
+def test_bins_hold_every_step_once() -> None:
+    values = np.arange(1000.0)
+    edges = bins(1000, 300)
+    binned = Binned.of(values, edges)
+    assert len(edges) == 250
+    assert binned.mean.mean() == values.mean()
+    assert (binned.low.min(), binned.high.max()) == (0.0, 999.0)
+    weighed = Binned.of(np.array([1.0, 3.0]), bins(2, 1), np.array([3.0, 1.0]))
+    assert weighed.mean.tolist() == [1.5]
+
+
+def test_workers_faults_and_phases_are_on_the_page(tmp_path: Path, recipe: Recipe) -> None:
+    run, _ = invented_run(tmp_path / "night", recipe, "running")
+    state = troubled(run)
+    file = write_report(run, recipe, state).path
+    page = Page(file)
+    assert {"crew-workers", "crew-faults", "align-phases", "pretrain-phases"} <= set(page.ids)
+    found = tables(file)
+    assert found["crew"]["workers"] == [2, 1, 4, 3, 0, 3, 3]
+    assert sorted(found["crew"]["time"]) == found["crew"]["time"]
+    assert found["faults"]["what"][:3] == ["hang", "restart", "not finite"]
+    assert "rank 0 was the slowest in 68 % of the steps" in page.text
+    assert set(found["align/phases"]["phase"]) == set(PHASES)
+    assert sum(found["align/phases"]["seconds"][::40]) == pytest.approx(0.5)
+    hang = next(row for row in page.rows if len(row) == 5 and row[3].strip() == "hang")
+    assert [cell.strip() for cell in hang[1:3]] == ["align", "11"]
+
+
+def test_what_came_from_data_stays_words(tmp_path: Path, recipe: Recipe) -> None:
+    """A caption, a reason and an answer that are scripts: no element is made of them, nor does one end the page's own script."""
+    run, _ = invented_run(tmp_path / "night", recipe, "running")
+    run.write_evaluation(evaluation("align", "after", 6.0, f"{SCRIPT}</script>{SCRIPT}"))
+    bad = replace(step(10, 40), dropped=(f"example-pairs/00000.tar row 10: image file is truncated ({SCRIPT})",))
+    run.write_step("align", bad)
+    file = write_report(run, recipe, troubled(run)).path
+    page = Page(file)
+    assert SCRIPT in page.text
+    assert SCRIPT not in file.read_text()
+    assert page.scripts == 2, "Vega, and the page's own"
+
+
+def test_dropped_rows_are_shown_with_their_pictures(tmp_path: Path, recipe: Recipe, site: Site) -> None:
+    run, _ = invented_run(tmp_path / "night", recipe, "running")
+    evidence = Evidence(site, recipe)
+    file = write_report(run, recipe, troubled(run), evidence).path
+    assert file.read_text().count('alt="a picture of example-pairs/00000.tar row') == 4
+    whole = picture()
+    small = thumbnail(whole, Limits())
+    assert small.startswith("data:image/jpeg;base64,")
+    assert thumbnail(whole[: len(whole) // 2], Limits()).startswith("data:image/jpeg"), "down to where it ends"
+    assert thumbnail(b"no picture", Limits()) == ""
+    assert thumbnail(whole, Limits(pixels=10)) == ""
+    elsewhere = Evidence(replace(site, corpora={}), recipe)
+    assert elsewhere.of(quarantine.rows(run)) == {}
+
+
+def picture() -> bytes:
+    buffer = io.BytesIO()
+    Image.effect_noise((300, 200), 80).save(buffer, "JPEG")
+    return buffer.getvalue()
+
+
+def dump_step(record: StepRecord) -> bytes:
+    return TypeAdapter(StepRecord).dump_json(record)
+
+
+def tables(file: Path) -> dict[str, dict[str, list]]:
+    """The tables that the page's charts draw."""
+    found = re.search(r"(?m)^const tables = (.*);$", file.read_text())
+    assert found
+    return json.loads(found[1])
 
 
 def test_smoothing_keeps_a_constant_and_follows_a_fall() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import pytest
 
 from cluster import gauges
 from cluster.cli import main
-from cluster.grafana import ALERTS, ROWS, alerts, dashboard
+from cluster.grafana import ALERTS, ROWS, alerts, dashboard, write
 from cluster.journal import Fault, GroupStarted, Journal, RunStarted, StageStarted
 from cluster.live import StageView
 from cluster.metrics import Evaluation, PackRecord, RunFolder, SourceLoss, StepRecord
@@ -20,6 +21,7 @@ from cluster.telemetry import Telemetry, TensorBoard, goodput, scalars
 from mllm.evaluate import SourceScore
 from mllm.recipe import Recipe
 from pipelines.place import Place
+from tests.prometheus import ABSENT, PROMTOOL
 
 EVERY = [*gauges.OF_RUN, *gauges.OF_RANKS]
 
@@ -103,6 +105,14 @@ def test_the_command_writes_a_page_that_grafana_takes(tmp_path: Path, capsys: py
     ids = [panel["id"] for panel in model["panels"]]
     assert len(ids) == len(set(ids))
     assert "MllmNoProgress" in Path(rules).read_text()
+
+
+@pytest.mark.skipif(PROMTOOL is None, reason=ABSENT)
+def test_prometheus_takes_the_alert_rules(tmp_path: Path) -> None:
+    _, rules = write(tmp_path)
+    told = subprocess.run([str(PROMTOOL), "check", "rules", str(rules)], capture_output=True, text=True, timeout=30)
+    assert told.returncode == 0, told.stdout + told.stderr
+    assert f"SUCCESS: {len(ALERTS)} rules found" in told.stdout
 
 
 def test_a_metric_is_given_exactly_its_tags() -> None:

@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from invented import invented_run, step
+from invented import SCRIPT, evaluation, invented_run, step, troubled
 
 from cluster.cli import main
 from cluster.compare import compare, differences
@@ -67,7 +67,9 @@ def test_a_port_that_is_taken_is_told(
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here: apt-get install chromium")
 def test_a_browser_draws_its_charts(site: Site, recipe: Recipe, tmp_path: Path) -> None:
     assert CHROMIUM
-    invented_run(Path(site.runs) / "night", recipe, "running")
+    run, _ = invented_run(Path(site.runs) / "night", recipe, "running")
+    run.write_evaluation(evaluation("align", "after", 6.0, SCRIPT))
+    troubled(run)
     invented_run(Path(site.runs) / "day", override(recipe, ["stages.align.ema=0.9"]), "running")
     other = compare(site, ["night", "day"]).write(tmp_path / "compare.html")
     options = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}"]
@@ -77,6 +79,8 @@ def test_a_browser_draws_its_charts(site: Site, recipe: Recipe, tmp_path: Path) 
             shown = subprocess.run([*words, page], capture_output=True, text=True, timeout=120)
             assert shown.stdout.count("<svg") >= 2, shown.stderr[-500:]
             assert "vega-embed" in shown.stdout
+            assert "taken over</title>" not in shown.stdout, "nothing that came from data runs"
+            assert "Vega-Lite" not in shown.stderr, shown.stderr[-500:]
 
 
 def test_differences_of_recipes_are_told_by_the_names_that_change_them(recipe: Recipe) -> None:

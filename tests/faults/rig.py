@@ -96,7 +96,7 @@ class Rig:
         """Start `mllm train` on the rig's site; `again` where it was started before."""
         changes = ["-s", *self.changes] if self.changes else []
         site = ["--site", str(self.site_file())]
-        command = [sys.executable, "-m", "cluster.cli", "train", self.recipe, *site, *words, *changes]
+        command = [sys.executable, "-m", "cluster.cli", "train", self.recipe, *site, "--unchecked", *words, *changes]
         with self.log.open("ab" if again else "wb") as out:
             run = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, start_new_session=True)
         self.run = run
