@@ -147,14 +147,21 @@ def _two_small_nodes(rig: Rig) -> None:
 
 def _resized(rig: Rig, stage: str, what: str, world: int, act: Callable[[], object], rng: random.Random) -> Overcome:
     rig.wait_for_step(stage, rng.randint(8, 12), 300)
+    rig.wait_for(lambda: rig.steps(stage)[-1].world != world)
     before, lines, began = last(rig, stage), len(read_lines(rig.results.steps_file(stage))), time.time()
     act()
-    rig.wait_for(lambda: rig.steps(stage)[-1].world == world and rig.steps(stage)[-1].step > before, 300, SELDOM)
-    written = _written(rig, stage)[lines:]
-    known = max([before, *(r.step for r in written if r.world != world)])
-    further = next(r.time for r in written if r.world == world and r.step > known)
+
+    def new() -> tuple[list[StepRecord], int, StepRecord | None]:
+        """What was written since, the last step of a group of another size, and the first after it of the new group."""
+        written = _written(rig, stage)[lines:]
+        known = max([before, *(r.step for r in written if r.world != world)])
+        return written, known, next((r for r in written if r.world == world and r.step > known), None)
+
+    rig.wait_for(lambda: new()[2] is not None, 300, SELDOM)
+    written, known, further = new()
+    assert further
     redone = sum(r.step <= known for r in written if r.world == world)
-    return Overcome(what, stage, known, further - began, redone, None)
+    return Overcome(what, stage, known, further.time - began, redone, None)
 
 
 RESTARTS = 3
