@@ -84,7 +84,10 @@ class Plan:
             for part in stage.parts:
                 print(f"  {part.line()}")
             whole = f", {flop_words(stage.total_flops)} in all" if stage.total_flops is not None else ""
-            print(f"  {stage.unknown}" if stage.flops is None else f"  {flop_words(stage.flops)} a full step{whole}")
+            if stage.flops is not None:
+                print(f"  {flop_words(stage.flops)} a full step{whole}")
+            if stage.unknown:
+                print(f"  {stage.unknown}")
             print(f"  {'workers':>10} {'packs each':>11} {'memory a GPU (estimate)':>25}")
             for world, packs in stage.accumulation.items():
                 bytes_ = stage.memory.get(world)

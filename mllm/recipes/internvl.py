@@ -83,7 +83,7 @@ def internvl_g() -> Recipe:
     """The generative stage: 96 queries and their cross-attention learn BLIP-2's three tasks; all that was there is frozen."""
     rate = 5e-5
     tune: dict[str, Tuning] = {
-        "net.middle.queries": Full(lr=rate, weight_decay=0.05),
+        "net.*.queries": Full(lr=rate, weight_decay=0.05),
         "net.middle.layers.*.look.*": Full(lr=rate, weight_decay=0.05),
         "head": Full(lr=rate, weight_decay=0.05),
         "*temperature": Full(lr=rate),
