@@ -38,7 +38,8 @@ from torch import Tensor, nn
 from benchmarks.common import CACHE, HERE, Row, Section, alone, number, peak_bytes, ratios, scratch, table
 from cluster.checkpoint import Manifest, TrainState
 from cluster.engines import build_engine, finite
-from cluster.memory import fullest, memory
+from cluster.fullest import fullest
+from cluster.memory import memory
 from cluster.mfu import peak_flops
 from cluster.recompute import recompute
 from cluster.saver import Saver

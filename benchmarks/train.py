@@ -39,7 +39,7 @@ from torch import Tensor, nn
 
 from benchmarks.common import Section, alone, cores, in_child, on_ranks, peak_bytes, ratios, scratch
 from cluster.engines import Engine, build_engine
-from cluster.memory import fullest
+from cluster.fullest import fullest
 from cluster.site import EXAMPLE, load_site
 from mllm.objectives import NextToken
 from mllm.recipe import FSDP, Full, Recipe, Stage

@@ -50,6 +50,8 @@ def tree(recipe: Recipe) -> RenderableType:
             ("optimizer", f"{_value(stage.optimizer)}, {_value(stage.schedule)}; {_value(stage.parallel)}"),
         ):
             branch.add(Text(f"{word:<10} {value}"))
+        if stage.tiling is not None:
+            branch.add(Text(f"{'tiling':<10} {_value(stage.tiling)}"))
     return root
 
 
@@ -82,8 +84,9 @@ def page() -> str:
             sources = ", ".join(_source(source) for source in stage.mixture)
             trained = ", ".join(f"{part} ({_tuning(how)})" for part, how in stage.tune.items())
             lines.append(
-                f"- **{stage.name}**, {duration(stage)}, {stage.tokens_per_step:,} tokens a step in packs of {stage.context:,}: "
-                f"trains {trained}; {_value(stage.objective)}; reads {sources}"
+                f"- **{stage.name}**, {duration(stage)}, {stage.tokens_per_step:,} tokens a step in packs of {stage.context:,}"
+                + (": " if stage.tiling is None else f", pictures by {_value(stage.tiling)}: ")
+                + f"trains {trained}; {_value(stage.objective)}; reads {sources}"
             )
     return "\n".join(lines) + "\n"
 

@@ -36,7 +36,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from cluster.fsdp import FSDPEngine
-from mllm.annotators import FrozenFeatures
+from cluster.fullest import fullest, takes_features
+from cluster.stacks import Depths, layer_weights, shortened, stacks_of
 from mllm.encoders import Encoder
 from mllm.recipe import (
     DDP,
@@ -58,12 +59,6 @@ from mllm.recipe import (
 from mllm.tune import apply_tuning
 from mllm.vlm import VLM, VisionLanguageModel
 from pipelines.corpora import TextOnly
-from pipelines.types import IMAGE_TOKEN, Pack, Position
-
-DEPTH = 3
-"""Layers that are built of a deeper stack, and one more to see what a layer adds: two at either end, which differ by what is
-gathered ahead of them and still sent behind them; between them memory goes straight.
-"""
 
 RANKS = 8
 """Ranks of the simulated world where a copy is shared, from which other worlds follow but one rank, which gathers nothing."""
@@ -86,11 +81,6 @@ def memory(recipe: Recipe, stage: Stage, worlds: Sequence[int]) -> dict[int, int
         return apart.submit(ask).result()
 
 
-def takes_features(stage: Stage) -> bool:
-    """Whether a stage's packs carry the encoder's features."""
-    return any(isinstance(annotator, FrozenFeatures) for annotator in stage.annotators)
-
-
 def _plain(recipe: Recipe, stage: Stage) -> Recipe:
     """The recipe with one stage and only what memory depends on, so that stages alike are simulated once."""
     parallel = stage.parallel
@@ -103,6 +93,7 @@ def _plain(recipe: Recipe, stage: Stage) -> Recipe:
         ema=None,
         attention=None,
         rope_theta=None,
+        tiling=None,
         context=-(-stage.context // share),
         max_tiles=-(-stage.max_tiles // share),
         tokens_per_step=stage.context,
@@ -117,7 +108,15 @@ def _plain(recipe: Recipe, stage: Stage) -> Recipe:
         save_every=1,
     )
     return replace(
-        recipe, name="plain", paper="", model=_whole(recipe.vlm.bare()), stages=(plain,), held_out=(), shots=(), seed=0
+        recipe,
+        name="plain",
+        paper="",
+        model=_whole(recipe.vlm.bare()),
+        tiling=recipe.tiling_of(stage),
+        stages=(plain,),
+        held_out=(),
+        shots=(),
+        seed=0,
     )
 
 
@@ -184,25 +183,24 @@ def _peak(words: str, features: bool, ranks: int, alone: bool) -> float:
     stage = recipe.stages[0]
     simulated, world = _simulated(stage.parallel, ranks, alone)
     built = dump(replace(recipe, stages=(replace(stage, parallel=simulated),)))
-    full = _depths(recipe.vlm)
-    small = _small(recipe.vlm, stage)
+    stacks = stacks_of(recipe.vlm, stage)
+    small = {where: stack.built for where, stack in stacks.items()}
 
-    def peaks(depths: _Depths) -> dict[str, float]:
-        course = _course(built, features, depths, world)
+    def peaks(layers: dict[str, int]) -> dict[str, float]:
+        course = _course(built, features, tuple(layers.items()), world)
         return {label: float((whole + shared / ranks).max()) for label, (whole, shared) in course.items()}
 
     base = peaks(small)
     found = dict(base)
-    for part, layers in full.items():
-        added = layers - small[part]
+    for where, stack in stacks.items():
+        added = stack.layers - stack.built
         if not added:
             continue
-        if part == "encoder" and not _encoder_learns(stage):
-            extra = {label: 4 * _layer(_shortened(recipe.vlm, small)) / ranks for label in base}  # it only lies there
+        if stack.lies:
+            extra = dict.fromkeys(base, 4 * layer_weights(recipe.vlm, where) / ranks)
         else:
-            step = _step(recipe.vlm, part)
-            deeper = peaks(_Depths(small | {part: small[part] + step}))
-            extra = {label: (deeper[label] - base[label]) / step for label in base}
+            deeper = peaks(small | {where: stack.built + stack.period})
+            extra = {label: (deeper[label] - base[label]) / stack.period for label in base}
         found = {label: peak + added * extra[label] for label, peak in found.items()}
     return _adjusted(found, recipe, ranks)
 
@@ -222,61 +220,6 @@ def _adjusted(found: dict[str, float], recipe: Recipe, ranks: int) -> float:
     return max(found.values())
 
 
-class _Depths(dict[str, int]):
-    """Layers by part, "encoder" and "lm", of those parts that have equal layers; usable as a key."""
-
-    def __hash__(self) -> int:  # type: ignore[override] -- a dict has none, and this one never changes
-        return hash(tuple(sorted(self.items())))
-
-
-def _depths(model: VLM) -> _Depths:
-    """Layers of the stacks that can be shortened: a tower only where the layer that is read counts from its end."""
-    depths = _Depths(lm=model.lm.arch.layers)
-    if isinstance(model.encoder, Encoder) and model.encoder.layer in (-1, -2):
-        layers = getattr(model.encoder.arch, "layers", None)
-        if layers is not None:
-            depths["encoder"] = layers
-    return depths
-
-
-def _small(model: VLM, stage: Stage) -> _Depths:
-    unread = 1 if isinstance(model.encoder, Encoder) and model.encoder.layer == -2 else 0
-    period = model.fusion.period
-    least = {
-        "lm": DEPTH + (model.lm.arch.layers - DEPTH) % period,  # as many patterns of the fusion are left out as added
-        "encoder": unread + (DEPTH if _encoder_learns(stage) else 2),
-    }
-    return _Depths(
-        {
-            part: layers if layers <= least[part] + _step(model, part) else least[part]
-            for part, layers in _depths(model).items()
-        }
-    )
-
-
-def _step(model: VLM, part: str) -> int:
-    """Layers after which a stack repeats itself."""
-    return model.fusion.period if part == "lm" else 1
-
-
-def _encoder_learns(stage: Stage) -> bool:
-    return any(part.split(".")[0] == "encoder" for part in stage.tune)
-
-
-def _shortened(model: VLM, depths: _Depths) -> VLM:
-    encoder = model.encoder
-    if "encoder" in depths and isinstance(encoder, Encoder):
-        encoder = replace(encoder, arch=replace(encoder.arch, layers=depths["encoder"]))
-    return replace(model, encoder=encoder, lm=replace(model.lm, arch=replace(model.lm.arch, layers=depths["lm"])))
-
-
-def _layer(model: VLM) -> int:
-    """Parameters of a tower's layer."""
-    with torch.device("meta"):
-        encoder = model.encoder.build(str)
-    return sum(p.numel() for p in encoder.units()[0].parameters())
-
-
 @cache
 def _counts(words: str) -> tuple[int, int]:
     """Parameters of the model, all and trained."""
@@ -292,7 +235,7 @@ _Course = dict[str, tuple[NDArray[np.float64], NDArray[np.float64]]]
 
 
 @cache
-def _course(words: str, features: bool, depths: _Depths, world: int) -> _Course:
+def _course(words: str, features: bool, depths: Depths, world: int) -> _Course:
     """Simulate the second step of a run on rank 0 of `world`."""
     recipe = load(words)
     stage = recipe.stages[0]
@@ -302,7 +245,7 @@ def _course(words: str, features: bool, depths: _Depths, world: int) -> _Course:
     with _nobody(world), FakeTensorMode(allow_non_fake_inputs=True), held:
         with patch.object(torch.nn.init, "_no_grad_trunc_normal_", lambda tensor, *_, **__: tensor):
             # It draws until no number lies outside, which of numbers that are not there nobody can say.
-            model = _shortened(recipe.vlm, depths).build()
+            model = shortened(recipe.vlm, depths).build()
         engine = FSDPEngine(model, stage, stage.parallel, 1, CPU)
         engine.whole = {}  # of rank 0's weights, which are spread before the first step
         (optimizer,) = engine.optimizers
@@ -317,42 +260,6 @@ def _course(words: str, features: bool, depths: _Depths, world: int) -> _Course:
             warnings.filterwarnings("ignore", "Full backward hook is firing")
             engine.train_step([pack, pack], 1.0)  # the second meets the gradients of the first
         return held.course(world // engine.copies)
-
-
-def fullest(recipe: Recipe, stage: Stage, features: bool = False) -> Pack:
-    """The pack that takes the most memory: one document, as many tiles as fit, everything else learned."""
-    layout = recipe.vlm.layout(recipe.tiling)
-    tokens = stage.context
-    tiling = recipe.tiling
-    large = 16 * tiling.size
-    cut = tiling.cut(tiling.size, tiling.size, single=True) if tiling.join == "tiles" else tiling.cut(large, large)
-    each = layout.tokens(cut)
-    pictures = min(stage.max_tiles // cut.tiles, (tokens - 1) // each)
-    tiles = pictures * cut.tiles
-    ids = np.ones(tokens, np.int32)
-    ids[: pictures * each] = IMAGE_TOKEN
-    labels = np.where(ids == IMAGE_TOKEN, np.int32(-100), np.int32(1))
-    made = None
-    if features:
-        tower = recipe.vlm.tower  # features are those of one
-        made = np.zeros((tiles, tower.tokens(tiling.size), tower.width), np.uint16)
-    return Pack(
-        at=Position(),
-        of=1,
-        input_ids=ids,
-        labels=labels,
-        positions=np.arange(tokens, dtype=np.int32),
-        cu_seqlens=np.array([0, tokens], np.int32),
-        sources=np.zeros(1, np.int16),
-        branches=np.zeros(1, np.int8),
-        classes=np.full(1, -1, np.int32),
-        weights=np.ones(1, np.float32),
-        ids=(),
-        tiles=np.zeros((0 if features else tiles, *layout.shape), np.uint8),
-        cuts=np.array([(cut.tiles, each, *cut.numbers)] * pictures, np.int32).reshape(-1, 11),
-        rows=(),
-        features=made,
-    )
 
 
 def _mark(engine: FSDPEngine, optimizer: torch.optim.Optimizer, held: Held) -> None:

@@ -52,7 +52,10 @@ def _stage(stage: StagePlan) -> Iterator[str]:
     yield stage.mixture
     yield from (f"  {part.line()}" for part in stage.parts)
     whole = f", {flop_words(stage.total_flops)} in all" if stage.total_flops is not None else ""
-    yield f"  {stage.unknown}" if stage.flops is None else f"  {flop_words(stage.flops)} a full step{whole}"
+    if stage.flops is not None:
+        yield f"  {flop_words(stage.flops)} a full step{whole}"
+    if stage.unknown:
+        yield f"  {stage.unknown}"
     yield f"  {'workers':>10} {'packs each':>11} {'memory a GPU (estimate)':>25}"
     for world, packs in stage.accumulation.items():
         bytes_ = stage.memory.get(world)

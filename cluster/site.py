@@ -231,12 +231,13 @@ class Site:
                 f"the recipe's tokenizer {words.tokenizer!r} should be a folder with a tokenizer.json and {tokenizer} is none; "
                 "map it under [weights] in the site file"
             )
+        tiling = recipe.tiling_of(stage)
         return Stream(
             order=order,
             corpora=corpora,
-            tiling=recipe.tiling,
+            tiling=tiling,
             template=words.chat,
-            layout=recipe.model.layout(recipe.tiling),
+            layout=recipe.model.layout(tiling),
             budget=stage.budget,
             tokenizer=tokenizer,
             bos=words.bos,

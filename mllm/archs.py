@@ -76,6 +76,27 @@ class Qwen2(Decoder):
 
 
 @spec
+class Phi3(Decoder):
+    """Phi-3 (arXiv:2404.14219): Llama's shape with queries, keys and values in one matrix, and gate and up in another."""
+
+    family: ClassVar[str] = "Phi3ForCausalLM"
+    kind: Literal["phi3"] = "phi3"
+
+    def config(self) -> Any:
+        """transformers' configuration, all of a document in view."""
+        from transformers import Phi3Config
+
+        ids: dict[str, Any] = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
+        return Phi3Config(
+            **_common(self),
+            **ids,
+            rms_norm_eps=self.norm_eps,
+            sliding_window=None,
+            original_max_position_embeddings=self.context,
+        )
+
+
+@spec
 class Mistral(Decoder):
     """Mistral (arXiv:2310.06825), all of a document in view: as published within the 4,096 positions of v0.1's window."""
 
@@ -372,7 +393,7 @@ class T5:
 
 
 TextArch = Annotated[
-    Llama | Qwen2 | Mistral | Gemma | MiniCPM | GLM | GPTNeoX | OPT | MPT | T5, Field(discriminator="kind")
+    Llama | Qwen2 | Mistral | Phi3 | Gemma | MiniCPM | GLM | GPTNeoX | OPT | MPT | T5, Field(discriminator="kind")
 ]
 
 

@@ -1,6 +1,7 @@
 """A trained model as a folder that others read.
 
-llava, llava_next, llava_next_video, internvl   models that transformers has: one folder of its class, see `mllm.folders`
+llava, llava_next, llava_next_video, internvl,  models that transformers has: one folder of its class, see `mllm.folders`
+    idefics
 parts: any other vision-language model          encoder/, lm/ (transformers), connector.safetensors
                                                 and, where a fusion has weights, fusion.safetensors;
                                                 BLIP-2 and InstructBLIP besides whole/, as one model
@@ -30,7 +31,7 @@ from mllm.lm import CausalLM
 from mllm.model import Model
 from mllm.recipe import Recipe, dump, load
 from mllm.vlm import VLM, VisionLanguageModel
-from pipelines.tiling import Pad, Resize
+from pipelines.tiling import AnyTiling, Pad, Resize
 
 
 def format_of(recipe: Recipe) -> str:
@@ -48,7 +49,7 @@ def export(recipe: Recipe, model: Model, tokenizer: str | None, out: Path) -> Pa
     scratch.mkdir(parents=True)
     if not isinstance(model, VisionLanguageModel) or not isinstance(recipe.model, VLM):
         if format_of(recipe) == "transformers":
-            families.write(recipe.model, model, recipe.tiling, Path(tokenizer) if tokenizer else None, scratch)
+            families.write(recipe.model, model, _tiling(recipe), Path(tokenizer) if tokenizer else None, scratch)
         else:
             save_file(
                 {name: value.clone() for name, value in model.state_dict().items()}, scratch / "model.safetensors"
@@ -74,9 +75,14 @@ def export(recipe: Recipe, model: Model, tokenizer: str | None, out: Path) -> Pa
     return out
 
 
+def _tiling(recipe: Recipe) -> AnyTiling:
+    """How pictures are cut at the end."""
+    return recipe.tiling_of(recipe.stages[-1])
+
+
 def _whole(form: Form, recipe: Recipe, model: VisionLanguageModel, tokenizer: str, out: Path) -> None:
     text = _tokenizer(tokenizer, recipe.vlm.lm, form.words)
-    whole(form, recipe.vlm, model, recipe.tiling, text).save_pretrained(out)
+    whole(form, recipe.vlm, model, _tiling(recipe), text).save_pretrained(out)
     processor = _processor(form, recipe, text)
     (text if processor is None else processor).save_pretrained(out)
 
@@ -87,7 +93,7 @@ def _processor(form: Form, recipe: Recipe, text: Any) -> Any:
     from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
     from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 
-    encoder, tiling = recipe.vlm.encoder, recipe.tiling
+    encoder, tiling = recipe.vlm.encoder, _tiling(recipe)
     assert isinstance(encoder, Encoder)
     side = tiling.size
     numbers: Any = {"image_mean": list(encoder.mean), "image_std": list(encoder.std)}

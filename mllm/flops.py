@@ -12,8 +12,9 @@ addition being two.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import replace
 from functools import partial
 from typing import Any, Literal, get_args
 from unittest.mock import patch
@@ -26,13 +27,19 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import flop_registry
 
-from mllm.objectives import Objective
+from mllm.model import Model
+from mllm.objectives import Gathered, Objective, OneOf, Sum
 from mllm.recipe import Recompute
 from mllm.vlm import VisionLanguageModel
 from pipelines.types import IMAGE_TOKEN, NOT_LEARNED, Batch, Cut, Pack, VisionLayout, spec
 
-TOKENS, TILES, LEARNED, DOCUMENTS = (1_000_003, 1_000_033), (1009, 1013), (101, 103), (13, 17, 19, 23, 29)
-"""Sizes of the pack that is counted: primes, the first of each that divides no size of the model."""
+TOKENS, TILES, LEARNED, DOCUMENTS = (1_000_003, 1_000_033), (1009, 1013), (101, 103, 107, 109), (13, 17, 19, 23, 29)
+"""Sizes of the pack that is counted: primes, the first of each that divides no size of the model. A size that only comes about on
+the way, such as a tile's features and a connector's queries together, may be a multiple all the same: then others are tried.
+"""
+
+TURNS = 3
+"""How often."""
 
 
 Grows = Literal["tiles", "tokens", "pairs", "learned", "shown", "documents", "text", "image"]
@@ -149,9 +156,29 @@ def cost_of(
     kernel for one that passes over what is masked. Raises ValueError where a product grows with something else than tiles,
     positions, pairs or learned positions.
     """
-    sizes = {size for parameter in model.parameters() for size in parameter.shape}
-    tokens, tiles, learned, documents = (_free(primes, sizes) for primes in (TOKENS, TILES, LEARNED, DOCUMENTS))
     cut = cut or Cut(height=layout.tile, width=layout.tile, rows=1, cols=1, canvas=(layout.tile, layout.tile))
+    for turn in range(TURNS - 1):
+        with suppress(_UnplacedError):
+            return _counted(model, objective, layout, recompute, patches, cut, turn)
+    return _counted(model, objective, layout, recompute, patches, cut, TURNS - 1)
+
+
+class _UnplacedError(ValueError):
+    """A product that grows with what no size tells, or seems to."""
+
+
+def _counted(
+    model: VisionLanguageModel,
+    objective: Objective,
+    layout: VisionLayout,
+    recompute: Recompute,
+    patches: int | None,
+    cut: Cut,
+    turn: int,
+) -> Cost:
+    sizes = {size for parameter in model.parameters() for size in parameter.shape}
+    tokens, tiles = (_free(primes, sizes) for primes in (TOKENS, TILES))
+    learned, documents = (_free(primes[turn:] + primes[:turn], sizes) for primes in (LEARNED, DOCUMENTS))
     batch = _batch(model, layout, tokens, tiles, learned, documents, patches, cut)
     count = _Count(tokens, tiles, learned, documents, cut.tiles, model.fusion.routed(batch))
     with _computed_again(model, count) if recompute == "full" else ExitStack(), count:
@@ -211,6 +238,93 @@ def _batch(
     )
 
 
+def pack_flops(model: Model, objective: Objective, batch: Batch) -> float:
+    """Model FLOPs of one forward and backward on `batch`, counted as a whole; `model` is on the meta device.
+
+    For kinds whose packs differ in more than `Work` tells, and objectives that see a step's packs together: these are asked as if
+    the step had no other. What is collected for them first is not counted, since it is computed again. Attention counts whole
+    where a mask hides half of it. An objective that has one of several terms a step counts as all of them. Raises UncountedError
+    where what is computed hangs on numbers that a model without memory has not.
+    """
+    try:
+        return _pack_flops(model, objective, batch)
+    except (NotImplementedError, RuntimeError) as error:  # as torch says so
+        raise UncountedError(
+            f"FLOPs are not predicted: what {objective.kind!r} computes with {type(model).__name__} hangs on its numbers"
+        ) from error
+
+
+class UncountedError(ValueError):
+    """FLOPs that shapes alone do not tell."""
+
+
+def _pack_flops(model: Model, objective: Objective, batch: Batch) -> float:
+    count = _Total()
+    for module in model.modules():  # whole numbers are known, and begin at nothing
+        for name, buffer in module.named_buffers(recurse=False):
+            if not buffer.is_floating_point():
+                module.register_buffer(name, torch.zeros(buffer.shape, dtype=buffer.dtype))
+    if batch.tiles.ndim == 4:  # pictures, which are large; what says something of regions is looked at
+        batch = replace(batch, tiles=batch.tiles.to("meta"))
+    learned_by: Any = Sum(terms=objective.terms) if isinstance(objective, OneOf) else objective
+    with count:
+        told: Any = None
+        if isinstance(learned_by, Gathered):
+            with torch.no_grad():
+                found = learned_by.collect(model, batch)  # type: ignore[arg-type]  # a kind that can, as a recipe makes sure
+                count.on = True
+                told = learned_by.whole([tree_map_only(Tensor, _somewhere, found)], None)[0]
+        count.on = True
+        output = learned_by(model, batch) if told is None else learned_by.again(model, batch, told)
+        output.sum.backward()
+    for parameter in model.parameters():
+        parameter.grad = None
+    return count.sum
+
+
+def _somewhere(x: Tensor) -> Tensor:
+    """Numbers to choose by, in place of those that nobody knows."""
+    return torch.zeros(x.shape, dtype=x.dtype) if x.is_meta else x
+
+
+class _Total(TorchDispatchMode):
+    """Adds up products while it is `on`. What is on the meta device draws the rest after it; whole numbers are computed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sum = 0.0
+        self.on = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result, flops = _shaped(func, args, kwargs or {})
+        if self.on:
+            self.sum += flops
+        return result
+
+
+def _shaped(func: Any, args: Any, kwargs: Any) -> tuple[Any, int]:
+    """What `func` gives, on the meta device where any of its tensors is, and its FLOPs by torch's own formulas."""
+    there = {x.is_meta for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
+    if len(there) == 2:
+        if func._overloadpacket in (torch.ops.aten.index, torch.ops.aten.index_put, torch.ops.aten.index_put_):
+            args = (args[0], _numbered(args[1]), *args[2:])
+        args, kwargs = tree_map_only(
+            Tensor, lambda x: x if x.is_meta else torch.empty_like(x, device="meta"), (args, kwargs)
+        )
+    result = func(*args, **kwargs)
+    formula = flop_registry.get(func._overloadpacket)
+    return result, formula(*args, **kwargs, out_val=result) if formula is not None else 0
+
+
+def _numbered(indices: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """Indices with places in place of truths, which on the meta device nobody could count."""
+    found: list[Tensor | None] = []
+    for index in indices:
+        known = index is not None and index.dtype == torch.bool and not index.is_meta
+        found += index.nonzero().unbind(1) if known and index is not None else [index]
+    return found
+
+
 class _Sums:
     """FLOPs by what they grow with."""
 
@@ -257,16 +371,8 @@ class _Count(TorchDispatchMode):
         self.again = False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        there = {x.is_meta for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
-        if len(there) == 2:
-            args, kwargs = tree_map_only(
-                Tensor, lambda x: x if x.is_meta else torch.empty_like(x, device="meta"), (args, kwargs)
-            )
-        result = func(*args, **kwargs)
-        formula = flop_registry.get(func._overloadpacket)
-        if formula is not None:
-            flops = formula(*args, **kwargs, out_val=result)
+        result, flops = _shaped(func, args, kwargs or {})
+        if flops:
             self._add(func, flops, self._grows_with(func, flops))
         return result
 
@@ -292,13 +398,11 @@ class _Count(TorchDispatchMode):
                 return "shown"
             case (0, 0, 0, 1):
                 return "documents"
-        if not flops:
-            return "tokens"
         for what, rows in self.routed.items():
             if rows and flops % rows == 0:
                 return what
         grown = ", ".join(f"{name} to the power of {power}" for name, power in powers.items() if power) or "nothing"
-        raise ValueError(
+        raise _UnplacedError(
             f"{func} makes {flops:,} operations that grow with {grown}; this counter knows products that grow with tiles, "
             "tokens, pairs of tokens, learned tokens or documents, so give it a place for this one"
         )

@@ -4,9 +4,10 @@ llava              an MLP of two matrices beside CLIP or SigLIP            Llava
 llava_next         the same of CLIP, tiles without their padding           LlavaNextForConditionalGeneration
 llava_next_video   frames pooled before the MLP                            LlavaNextVideoForConditionalGeneration
 internvl           InternViT, 2 x 2 features as one                        InternVLForConditionalGeneration
+idefics            a perceiver, gated blocks of cross-attention            IdeficsForVisionText2Text (`mllm.idefics`)
 
-Each before a Llama, Qwen2 or Mistral whose visual tokens stand in the sequence. To add one: its line in `form_of`, what its
-config says in `config_of`, and names that differ in `theirs`.
+Each but the last before a Llama, Qwen2 or Mistral whose visual tokens stand in the sequence. To add one: its line in `form_of`,
+what its config says in `config_of`, and names that differ in `theirs`.
 """
 
 from __future__ import annotations
@@ -18,10 +19,11 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
+from mllm import idefics
 from mllm.archs import Llama, Mistral, Qwen2
 from mllm.connectors import MLP, PixelShuffle, Pool
 from mllm.encoders import ClipVision, Encoder, InternViT, SiglipVision
-from mllm.fusion import Splice
+from mllm.fusion import CrossAttention, Splice
 from mllm.joins import Tiles, Unpad
 from mllm.weights import UntrustedCode, refusal
 from pipelines.types import Separators
@@ -39,7 +41,7 @@ CONTEXT, TAGS = "<IMG_CONTEXT>", ("<img>", "</img>")
 class Form:
     """`family` is transformers' class; `words` are tokens that its tokenizer must have, the place of a visual token first."""
 
-    kind: Literal["llava", "llava_next", "llava_next_video", "internvl"]
+    kind: Literal["llava", "llava_next", "llava_next_video", "internvl", "idefics"]
     family: str
     words: tuple[str, ...] = (IMAGE,)
 
@@ -47,6 +49,8 @@ class Form:
 def form_of(spec: VLM) -> Form | None:
     """The form that a model has in transformers, if it has one."""
     encoder = spec.encoder
+    if idefics.fits(spec):
+        return Form("idefics", idefics.FAMILY)
     if not isinstance(encoder, Encoder) or encoder.cls == "keep" or encoder.normed or encoder.interpolate:
         return None
     if spec.fusion != Splice() or not isinstance(spec.lm.arch, Llama | Qwen2 | Mistral):
@@ -78,7 +82,8 @@ def check_form(spec: VLM) -> Form:
     if form is None:
         raise ValueError(
             f"weights={spec.weights!r} are of a whole model of transformers, and none of the classes known here is this one; "
-            "name weights of model.encoder and model.lm, or take the parts of LLaVA, LLaVA-NeXT, LLaVA-NeXT-Video or InternVL"
+            "name weights of model.encoder and model.lm, or take the parts of LLaVA, LLaVA-NeXT, LLaVA-NeXT-Video, InternVL or "
+            "Idefics"
         )
     return form
 
@@ -118,6 +123,10 @@ def config_of(form: Form, spec: VLM, model: VisionLanguageModel, tiling: AnyTili
             )
         case "internvl":
             return transformers.InternVLConfig(image_token_id=ids[0], downsample_ratio=0.5, **shared)
+        case "idefics":
+            raise ValueError(
+                "mllm.idefics says the configuration of an Idefics, whose parts are no models of their own"
+            )
 
 
 def pinpoints(tiling: AnyTiling) -> list[list[int]]:
@@ -150,6 +159,8 @@ def whole(form: Form, spec: VLM, model: VisionLanguageModel, tiling: AnyTiling, 
     """transformers' model with the weights of `model`, ready to be saved; `text` is a tokenizer that has the form's words."""
     import transformers
 
+    if form.kind == "idefics":
+        return idefics.whole(spec, model, text, IMAGE)
     config = config_of(form, spec, model, tiling, text.convert_tokens_to_ids(list(form.words)))
     with torch.device("meta"):
         made = getattr(transformers, form.family)(config)
@@ -183,7 +194,13 @@ def read_into(model: VisionLanguageModel, spec: VLM, folder: str) -> None:
     marks = _marks(form, stored, folder)
     found: dict[str, Tensor] = {}
     for name, own in model.state_dict().items():
-        value = marks if name == "join.marks" else stored.get(theirs(name))
+        if name in ("join.marks", "fusion.mark"):
+            value = marks
+        elif isinstance(spec.fusion, CrossAttention):
+            value = stored.get(idefics.theirs(name, spec.fusion.every))
+            value = value.flatten() if value is not None and name.endswith("_gate") else value
+        else:
+            value = stored.get(theirs(name))
         if value is not None and name.endswith(("embed_tokens.weight", "lm_head.weight")):
             value = value[: len(own)]
         if value is None or value.shape != own.shape:
@@ -213,7 +230,9 @@ def _stored(family: Any, folder: str) -> dict[str, Tensor]:
 
 
 def _marks(form: Form, stored: dict[str, Tensor], folder: str) -> Tensor | None:
-    """The join's marks, (n, D), from where the form has them."""
+    """The join's marks, (n, D), or the fusion's, (D,), from where the form has them."""
+    if form.kind == "idefics":
+        return idefics.mark(stored, folder, IMAGE)
     if form.kind == "llava_next":
         return stored["model.image_newline"][None]
     if form.kind != "internvl" or len(form.words) == 1:

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from mllm.aligned.rows import Rows
 from mllm.depth import DropPath, branch_factors
 from mllm.dual import LARGEST_SCALE
 from mllm.encoders import Folder
@@ -76,7 +77,7 @@ class Multiway(Patched, ModelSpec):
 
     @property
     def learns(self) -> tuple[str, ...]:
-        alike = ("masked_tokens", "matching", "contrastive")
+        alike = ("masked_tokens", "matching", "hard_matching", "contrastive")
         return ("masked_data", *alike) if self.codebook else alike
 
     @property
@@ -349,6 +350,16 @@ class MultiwayEncoder(Model):
             scale=scale,
             bias=scale.new_zeros(1),
         )
+
+    def matched(self, batch: Batch, pairs: Int[Tensor, " n"], rows: Rows) -> Float[Tensor, "S 2"]:
+        """Whether each text belongs to the picture of the batch's pair of that number; of a blank text where n is 0."""
+        own = self.pairs(batch)
+        if not len(pairs):
+            return self.match(self.fuse(batch, own).pooled)
+        places = torch.arange(rows.ids.shape[1], device=rows.ids.device).expand_as(rows.ids)[rows.there]
+        ids = rows.ids[rows.there]
+        texts = laid_out(ids, places, rows.there.sum(1), own.texts.documents[pairs], torch.zeros_like(ids))
+        return self.match(self.fuse(batch, Paired(texts, own.tiles[pairs])).pooled)
 
     def aligned(self, fused: Fused, paired: Paired) -> tuple[Tensor, Tensor]:  # noqa: ARG002 -- pictures are of one size
         """What words are moved onto: patches without CLS, all of which are there."""

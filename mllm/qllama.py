@@ -1,17 +1,25 @@
-"""QLLaMA: a language model as a connector, whose learned queries look at the encoder's features."""
+"""QLLaMA: a language model as a connector, whose learned queries look at the encoder's features.
+
+Its layers read text as well in the stages before any other language model, see `mllm.aligned.qllama`.
+"""
 
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, Literal, Self
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Bool, Float
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from mllm.own import OwnTower
+from mllm.own import FILE, OwnTower
 from pipelines.types import spec
+
+WITHIN = "net.middle."
+"""Where an export of pairs (`mllm.aligned.qllama`) has the weights of the connector."""
 
 
 @spec
@@ -20,7 +28,7 @@ class QLLaMA:
 
     Queries see each other both ways and stand at the first rotary positions; every `every`-th layer, the first among them, looks
     at the encoder's features between its attention and its feed-forward (`modeling_qllama.py`). Two matrices follow with GELU
-    between. `weights` name a folder with a `model.safetensors` under this module's names.
+    between. `weights` name a folder with a `model.safetensors` under this module's names, or what `internvl_g` was exported to.
     """
 
     kind: Literal["qllama"] = "qllama"
@@ -60,35 +68,79 @@ class QLLaMA:
         return Middleware(self, d_in, d_out)
 
 
-class Middleware(OwnTower):
-    """`QLLaMA`."""
+class Middle(OwnTower):
+    """Queries, and the layers that they and texts go through; if nobody `asks`, layers of a LLaMA and no queries."""
 
-    def __init__(self, spec: QLLaMA, d_in: int, d_out: int) -> None:
+    def __init__(self, spec: QLLaMA, d_in: int, asks: bool = True) -> None:
         super().__init__()
         from transformers import LlamaModel
 
         model: Any = LlamaModel._from_config(spec.config(), attn_implementation="sdpa")
-        width = spec.hidden_size
-        self.queries = nn.Parameter(torch.randn(spec.queries, width) * 0.02)
+        self.queries = nn.Parameter(torch.randn(spec.queries, spec.hidden_size) * 0.02) if asks else None
         self.layers = nn.ModuleList(
-            MiddleLayer(layer, Look(spec, d_in) if number % spec.every == 0 else None)
+            MiddleLayer(layer, Look(spec, d_in) if asks and number % spec.every == 0 else None)
             for number, layer in enumerate(model.layers)
         )
         self.rotary = model.rotary_emb
         self.norm = model.norm
-        self.project = nn.ModuleList([nn.Linear(width, d_out), nn.Linear(d_out, d_out)])
 
-    def forward(self, features: Float[Tensor, "N P Dv"]) -> Float[Tensor, "N Q D"]:
-        x = self.queries.to(features.dtype).expand(len(features), -1, -1)
+    def asked(self, features: Float[Tensor, "N P Dv"]) -> Float[Tensor, "N Q D"]:
+        """The queries once for each tile. Raises ValueError where there are none."""
+        if self.queries is None:
+            raise ValueError("this QLLaMA has no queries to ask with; build it with arch.asks")
+        return self.queries.to(features.dtype).expand(len(features), -1, -1)
+
+    def run(
+        self,
+        x: Float[Tensor, "N L D"],
+        features: Float[Tensor, "N P Dv"] | None = None,
+        queries: int = 0,
+        seen: Bool[Tensor, "N 1 L L"] | None = None,
+    ) -> Float[Tensor, "N L D"]:
+        """Layers and the norm over [queries; text], of which the first `queries` look at `features`.
+
+        `seen` says which positions each one sees; all, if nothing is said. Rotary positions count from the first.
+        """
         turn = self.rotary(x, position_ids=torch.arange(x.shape[1], device=x.device)[None])
         for layer in self.layers:
-            x = layer(x, features, turn)
-        first, second = self.project
-        return second(F.gelu(first(self.norm(x)))).clone()
+            x = layer(x, features, turn, queries, seen)
+        return self.norm(x)
 
     def units(self) -> list[nn.Module]:
         """Its layers, one by one: together they are as large as a language model."""
         return list(self.layers)
+
+
+class Middleware(Middle):
+    """`QLLaMA`."""
+
+    def __init__(self, spec: QLLaMA, d_in: int, d_out: int) -> None:
+        super().__init__(spec, d_in)
+        self.project = nn.ModuleList([nn.Linear(spec.hidden_size, d_out), nn.Linear(d_out, d_out)])
+
+    def forward(self, features: Float[Tensor, "N P Dv"]) -> Float[Tensor, "N Q D"]:
+        x = self.asked(features)
+        first, second = self.project
+        return second(F.gelu(first(self.run(x, features, x.shape[1])))).clone()
+
+    def read(self, folder: str) -> None:
+        """Take the weights from `folder`: all of them under this module's names, or an export of `internvl_g`, whose queries and
+        layers are taken and whose matrices are left as they are drawn. Raises ValueError where neither is there.
+        """
+        file = Path(folder) / FILE
+        stored = load_file(file) if file.is_file() else {}
+        inner = {name.removeprefix(WITHIN): value for name, value in stored.items() if name.startswith(WITHIN)}
+        if not inner:
+            return super().read(folder)
+        own = {name: value for name, value in self.state_dict().items() if not name.startswith("project.")}
+        wrong = [name for name, value in own.items() if name not in inner or inner[name].shape != value.shape]
+        if wrong:
+            raise ValueError(
+                f"weights {folder!r} are of another QLLaMA than the recipe's connector: {wrong[:3]} is missing or has another "
+                "shape; mend the connector's numbers"
+            )
+        self.load_state_dict(inner, strict=False)
+        return None
 
 
 class MiddleLayer(nn.Module):
@@ -101,13 +153,19 @@ class MiddleLayer(nn.Module):
         self.look = look
 
     def forward(
-        self, x: Float[Tensor, "N Q D"], features: Float[Tensor, "N P Dv"], turn: tuple[Tensor, Tensor]
-    ) -> Float[Tensor, "N Q D"]:
+        self,
+        x: Float[Tensor, "N L D"],
+        features: Float[Tensor, "N P Dv"] | None,
+        turn: tuple[Tensor, Tensor],
+        queries: int,
+        seen: Bool[Tensor, "N 1 L L"] | None = None,
+    ) -> Float[Tensor, "N L D"]:
         layer = self.layer
-        attended, _ = layer.self_attn(layer.input_layernorm(x), position_embeddings=turn, attention_mask=None)
+        attended, _ = layer.self_attn(layer.input_layernorm(x), position_embeddings=turn, attention_mask=seen)
         x = x + attended
-        if self.look is not None:
-            x = x + self.look(x, features)
+        if self.look is not None and features is not None:
+            asking, rest = x.split([queries, x.shape[1] - queries], dim=1)
+            x = torch.cat([asking + self.look(asking, features), rest], dim=1)
         return x + layer.mlp(layer.post_attention_layernorm(x))
 
 

@@ -303,7 +303,8 @@ class Stage:
 
     The stage goes on from the weights of the stage `after`, by default the one that stands before it, and with
     `carry_optimizer` from its moments too; it begins when its `entry` is open. `guard` judges its steps. `rope_theta` is the base
-    of rotary positions from this stage on, which longer contexts want greater (LWM, arXiv:2402.08268, 3.1).
+    of rotary positions from this stage on, which longer contexts want greater (LWM, arXiv:2402.08268, 3.1), and `tiling` cuts
+    pictures from this stage on in place of the recipe's, for encoders that see larger ones later (Qwen-VL, CogVLM).
     """
 
     name: str
@@ -332,6 +333,7 @@ class Stage:
     carry_optimizer: bool = False
     guard: Guard = Guard()
     rope_theta: Rate | None = None
+    tiling: Tiling | None = None
 
     def __post_init__(self) -> None:
         if not self.mixture:
@@ -392,10 +394,11 @@ class Recipe:
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice or not names:
             raise ValueError(f"recipe {self.name!r}: stages need names of their own, found {names}")
-        layout = self.model.layout(self.tiling)  # tiling and encoder must fit
+        self.model.layout(self.tiling)  # tiling and encoder must fit
         self._stages_follow()
         self._annotators_fit()
         for stage in self.stages:
+            layout = self.model.layout(self.tiling_of(stage))
             if layout.tokens_per_tile >= stage.context:
                 raise ValueError(
                     f"stage {stage.name!r}: one tile is {layout.tokens_per_tile} tokens and a pack holds {stage.context}; "
@@ -436,6 +439,13 @@ class Recipe:
             return self.model
         lm = self.vlm.lm
         return replace(self.vlm, lm=replace(lm, arch=replace(lm.arch, rope_theta=asking.rope_theta)))  # type: ignore[call-arg]  # it has one, see __post_init__
+
+    def tiling_of(self, stage: Stage) -> Tiling:
+        """How `stage` cuts pictures: as it or the last before it says, else as the recipe does."""
+        asking: Stage | None = stage
+        while asking is not None and asking.tiling is None:
+            asking = self.before(asking)
+        return self.tiling if asking is None or asking.tiling is None else asking.tiling
 
     def before(self, stage: Stage) -> Stage | None:
         """The stage whose weights `stage` goes on from; None for one that begins with the model's own."""
@@ -547,7 +557,7 @@ class Recipe:
             raise ValueError(
                 f"stage {stage.name!r}: frozen_features are for a model of kind 'vlm', not {self.model.kind!r}"
             )
-        if self.tiling.join == "slices":
+        if self.tiling_of(stage).join == "slices":
             raise ValueError(
                 f"stage {stage.name!r}: frozen_features are of square tiles, and this tiling cuts slices of any shape; leave the "
                 "annotator away"
@@ -615,6 +625,8 @@ def fingerprint(recipe: Recipe, stage: Stage, before: str) -> str:
     # These change nothing of what is learned.
     for how in ("save_every", "save_minutes", "evaluate_every", "attention", "entry", "after"):
         del mine[how]
+    if mine["tiling"] is None:
+        del mine["tiling"]
     mine["parallel"] = [mine["parallel"]["dtype"], mine["parallel"].get("float8", False)]
     for annotator in mine["annotators"]:
         annotator.pop("cache", None)  # nor does where features are kept

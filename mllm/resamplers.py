@@ -118,7 +118,8 @@ class Perceiver:
     """Flamingo's resampler (arXiv:2204.14198, 3.1, app. A.1.1), in OpenFlamingo's form: latents attend [features; latents].
 
     As wide as the features, then one matrix to the language model's width. Frames of a video are resampled one by one, without
-    embeddings of their time. `activation` is GELU as in OpenFlamingo, or ReLU as in transformers' Idefics.
+    embeddings of their time. Idefics (arXiv:2306.16527, as transformers has it) has ReLU for `activation`, LayerNorm of each
+    head's queries and keys (`qk_norm`), and no matrix behind (`projected`): its latents leave as wide as the features are.
     """
 
     kind: Literal["perceiver"] = "perceiver"
@@ -127,6 +128,8 @@ class Perceiver:
     heads: int = 8
     head_size: int = 64
     activation: Literal["gelu", "relu"] = "gelu"
+    qk_norm: bool = False
+    projected: bool = True
 
     def tokens(self, patches: int) -> int:  # noqa: ARG002 -- as many as there are latents
         """Visual tokens of a tile."""
@@ -147,7 +150,7 @@ class Resampler(nn.Module):
         self.latents = nn.Parameter(torch.randn(spec.queries, d_in))
         self.layers = nn.ModuleList(ResamplerLayer(spec, d_in) for _ in range(spec.depth))
         self.norm = nn.LayerNorm(d_in)
-        self.project = nn.Linear(d_in, d_out)
+        self.project = nn.Linear(d_in, d_out) if spec.projected else nn.Identity()
 
     def forward(self, features: Float[Tensor, "N P Dv"]) -> Float[Tensor, "N Q D"]:
         latents = self.latents.to(features.dtype).expand(len(features), -1, -1)
@@ -170,6 +173,9 @@ class ResamplerLayer(nn.Module):
         self.key = nn.Linear(width, inner, bias=False)
         self.value = nn.Linear(width, inner, bias=False)
         self.out = nn.Linear(inner, width, bias=False)
+        self.norm_query, self.norm_key = (
+            nn.LayerNorm(spec.head_size) if spec.qk_norm else nn.Identity() for _ in range(2)
+        )
         self.norm = nn.LayerNorm(width)
         self.up = nn.Linear(width, 4 * width, bias=False)
         self.down = nn.Linear(4 * width, width, bias=False)
@@ -177,7 +183,11 @@ class ResamplerLayer(nn.Module):
     def forward(self, features: Float[Tensor, "N P D"], latents: Float[Tensor, "N Q D"]) -> Float[Tensor, "N Q D"]:
         queries = self.norm_latents(latents)
         keys = torch.cat([self.norm_features(features), queries], dim=1)
-        latents = latents + self.out(attend(self.query(queries), self.key(keys), self.value(keys), self.heads))
+        q, k = (
+            norm(x.unflatten(2, (self.heads, -1))).flatten(2)
+            for norm, x in ((self.norm_query, self.query(queries)), (self.norm_key, self.key(keys)))
+        )
+        latents = latents + self.out(attend(q, k, self.value(keys), self.heads))
         return latents + self.down(self.activation(self.up(self.norm(latents))))
 
 
@@ -201,8 +211,9 @@ class CrossPool:
     queries: int = 256
     head_size: int = 128
 
-    def tokens(self, patches: int) -> int:  # noqa: ARG002 -- as many as there are queries
-        """Visual tokens of a tile or slice."""
+    def tokens(self, patches: int) -> int:
+        """Visual tokens of a tile or slice. Raises ValueError when a tile has no square grid of features, which have places."""
+        side_of(patches)
         return self.queries
 
     def tiny(self) -> Self:

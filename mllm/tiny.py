@@ -57,15 +57,23 @@ def tiny(recipe: Recipe) -> Recipe:
         model, encoder=encoder, connector=model.connector.tiny(), lm=_lm(model.lm), fusion=fusion, weights=None
     )
     tiling = _tiling(recipe.tiling, model.encoder, encoder)
-    layout = small.layout(tiling)
     return replace(
         recipe,
         model=small,
         tiling=tiling,
-        stages=tuple(_stage(stage, layout, tiling) for stage in recipe.stages),
+        stages=tuple(_of_vlm(recipe, stage, small, tiling) for stage in recipe.stages),
         held_out=_held_out(recipe),
         shots=(0,),
     )
+
+
+def _of_vlm(recipe: Recipe, stage: Stage, small: VLM, tiling: AnyTiling) -> Stage:
+    """A stage whose pictures are cut as small as the model is; those of a tiling of its own in the same proportion."""
+    own = recipe.tiling_of(stage)
+    if own != recipe.tiling:
+        tiling = _tiling(own, recipe.vlm.encoder, small.encoder)
+    made = _stage(stage, small.layout(tiling), tiling)
+    return made if stage.tiling is None else replace(made, tiling=tiling)
 
 
 def _of_another_kind(recipe: Recipe) -> Recipe:

@@ -12,15 +12,18 @@ from torch import Tensor, nn
 from mllm.archs import T5, Llama, Mistral, Qwen2
 from mllm.chance import tile_seeds
 from mllm.connectors import (
+    MLP,
     SVA,
-    Abstractor,
-    Branches,
     Connector,
+    ConvGLU,
     CrossPool,
     FirstFeature,
+    Linear,
     PatchMining,
     Perceiver,
-    QFormer,
+    PixelShuffle,
+    Pool,
+    Transformer,
     bare,
     read_weights,
 )
@@ -68,10 +71,24 @@ class VLM(ModelSpec):
                 f"join {self.join.kind!r} is for one tower, and the encoder has {len(self.encoder.towers)}"
             )
 
-        if self.join.kind == "unpad" and isinstance(self.connector, QFormer | Perceiver | Abstractor | Branches):
+        marked = isinstance(self.connector, ConvGLU) and self.connector.marks  # which stand on no grid
+        grid = Linear | MLP | PixelShuffle | Pool | Transformer | ConvGLU | PatchMining
+        if self.join.kind == "unpad" and (marked or not isinstance(self.connector, grid)):
             raise ValueError(
                 f"join 'unpad' cuts margins off a grid of features, and connector {self.connector.kind!r} keeps none; take one "
                 "that does (linear, mlp, pixel_shuffle, pool), or a tiling of tiles"
+            )
+        if isinstance(self.connector, FirstFeature) and any(tower.cls == "drop" for tower in self.encoder.towers):
+            raise ValueError(
+                "connector 'first_feature' makes a picture's tokens of the tower's CLS, and encoder.cls is 'drop'; set it to "
+                "'keep'"
+            )
+        width = self.encoder.towers[0].width
+        wanted = self.fusion.width(width, self.lm.arch.hidden_size)
+        if isinstance(self.connector, Perceiver) and not self.connector.projected and wanted != width:
+            raise ValueError(
+                f"connector 'perceiver' is not projected, so its tokens are as wide as the features, {width}, and fusion "
+                f"{self.fusion.kind!r} takes {wanted}; set connector.projected, or take cross_attention"
             )
         if isinstance(self.fusion, RoutedExperts) and not isinstance(self.lm.arch, Llama | Qwen2 | Mistral | T5):
             raise ValueError(

@@ -134,6 +134,10 @@ class Aligning(nn.Module, ABC):
         """Names of modules that a twin has no use for."""
         return ()
 
+    def begun_as(self, name: str) -> str | None:
+        """What the language model that it begins from calls the weight that it calls `name`; None for one of its own."""
+        return None
+
     @abstractmethod
     def units(self) -> list[nn.Module]:
         """Modules to be sharded (and recomputed) one by one."""
@@ -228,6 +232,18 @@ class _Bert(Aligning):
 
     def embed_texts(self, read: Tensor) -> Tensor:
         return unit(self.text_proj(read[:, 0]))
+
+    def begun_as(self, name: str) -> str | None:
+        """What BERT calls it; a decoder's self-attention begins as the encoder's."""
+        part, _, rest = name.partition(".")
+        match part:
+            case "embeddings":
+                return name
+            case "layers" if "crossattention" not in rest:
+                return f"encoder.layer.{rest.replace('decoder_attention', 'attention')}"
+            case "words":
+                return f"cls.predictions.{rest}"
+        return None
 
     def units(self) -> list[nn.Module]:
         return list(self.layers)

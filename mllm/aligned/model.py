@@ -12,8 +12,10 @@ from jaxtyping import Bool, Float, Int
 from pydantic import Field
 from torch import Tensor, nn
 
+from mllm.aligned.begin import begin
 from mllm.aligned.bert import ALBEF, BLIP, Aligning
 from mllm.aligned.coca import CoCa
+from mllm.aligned.qllama import QLLaMAPairs, go_on
 from mllm.aligned.querying import QFormerPairs
 from mllm.aligned.rows import Embedded, Given, Rows, given
 from mllm.aligned.twin import Queue, as_buffers, follow, shed
@@ -26,7 +28,7 @@ from pipelines.types import Batch, VisionLayout, spec
 
 T = TypeVar("T")
 
-Arch = Annotated[ALBEF | BLIP | CoCa | QFormerPairs, Field(discriminator="kind")]
+Arch = Annotated[ALBEF | BLIP | CoCa | QFormerPairs | QLLaMAPairs, Field(discriminator="kind")]
 
 LEAST, MOST = 0.001, 0.5
 """Bounds of the temperature, beyond which it has no gradient; ALBEF clips its value (its published code)."""
@@ -51,7 +53,8 @@ class Aligned(ModelSpec):
 
     A pair's picture is its document's first. A text begins with `bos` and ends with `eos`. `temperature` is where the learned
     one begins. `weights` name a folder in the form of transformers' class of the kind (BLIP, BLIP-2); those of ALBEF and CoCa
-    have none.
+    have none, and QLLaMA's are what such a recipe was exported to. `begins` names the folder of a language model whose layers and
+    words it begins from: BERT, for QLLaMA a LLaMA.
     """
 
     kind: Literal["aligned"] = "aligned"
@@ -59,6 +62,7 @@ class Aligned(ModelSpec):
     arch: Arch
     twin: Twin | None = None
     weights: str | None = None
+    begins: str | None = None
     tokenizer: str | None = None
     bos: str = "[CLS]"
     eos: str = "[SEP]"
@@ -73,6 +77,10 @@ class Aligned(ModelSpec):
             raise ValueError(
                 f"{self.arch.kind!r} is trained without a twin; set model.twin to null, or take albef or blip"
             )
+        if self.begins is not None and isinstance(self.arch, CoCa):
+            raise ValueError(
+                f"{self.arch.kind!r} has no language model's layers to begin with; set model.begins to null"
+            )
         if self.weights is not None and isinstance(self.arch, ALBEF | CoCa):
             raise ValueError(f"no class of transformers has weights of {self.arch.kind!r}; leave model.weights away")
 
@@ -83,7 +91,7 @@ class Aligned(ModelSpec):
 
     @property
     def reads(self) -> tuple[str, ...]:
-        return tuple(name for name in (self.encoder.weights, self.weights) if name)
+        return tuple(name for name in (self.encoder.weights, self.weights, self.begins) if name)
 
     @property
     def learns(self) -> tuple[str, ...]:
@@ -95,7 +103,13 @@ class Aligned(ModelSpec):
 
     def tiny(self) -> Self:
         twin = None if self.twin is None else replace(self.twin, momentum=0.5, queue=min(self.twin.queue, 16))
-        small = {"weights": None, "tokenizer": "example-bpe", "bos": "<|im_start|>", "eos": "<|im_end|>"}
+        small: dict[str, Any] = {
+            "weights": None,
+            "begins": None,
+            "tokenizer": "example-bpe",
+            "bos": "<|im_start|>",
+            "eos": "<|im_end|>",
+        }
         return replace(self, encoder=self.encoder.tiny(), arch=self.arch.tiny(), twin=twin, **small)
 
     def layout(self, tiling: Tiling) -> VisionLayout:
@@ -106,7 +120,7 @@ class Aligned(ModelSpec):
         return Aligner(self, folder)
 
     def bare(self) -> Self:
-        return replace(self, encoder=self.encoder.bare(), weights=None, tokenizer=self.words.tokenizer)
+        return replace(self, encoder=self.encoder.bare(), weights=None, begins=None, tokenizer=self.words.tokenizer)
 
 
 class Aligner(Model):
@@ -120,7 +134,11 @@ class Aligner(Model):
         self.context = spec.arch.context
         self.vocabulary = spec.arch.vocab_size
         self.mask = getattr(spec.arch, "mask", 0)
-        if spec.weights is not None:
+        if spec.begins is not None:
+            begin(self.net, folder(spec.begins))
+        if spec.weights is not None and isinstance(spec.arch, QLLaMAPairs):
+            go_on(self, folder(spec.weights))
+        elif spec.weights is not None:
             from mllm.aligned.folders import read
 
             read(self, spec, folder(spec.weights))

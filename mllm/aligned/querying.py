@@ -129,6 +129,18 @@ class QFormerNet(Aligning):
         table: Any = self.embeddings
         return self.words(x[:, self.queries :], table.word_embeddings.weight)
 
+    def begun_as(self, name: str) -> str | None:
+        """What BERT calls it; the feed-forward of queries begins as that of texts."""
+        part, _, rest = name.partition(".")
+        if part == "words":
+            return f"cls.predictions.{rest}"
+        if part == "embeddings":
+            return name
+        if part != "qformer" or "crossattention" in rest:
+            return None
+        rest = rest.replace("intermediate_query", "intermediate").replace("output_query", "output")
+        return rest.replace("attention.attention", "attention.self").replace("layernorm.", "embeddings.LayerNorm.")
+
     def units(self) -> list[nn.Module]:
         former: Any = self.qformer
         return list(former.encoder.layer)

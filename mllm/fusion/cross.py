@@ -30,6 +30,11 @@ class CrossAttention:
     Where no image is seen the attention adds nothing. The published block passes such text through its feed-forward layer all
     the same (`everywhere`); without that, text alone stays what the frozen language model makes of it, for ever.
     `visual_width` is that of the visual tokens; the encoder's, if nothing is said.
+
+    `first` is the layer that the first block precedes, the last of the first `every` if nothing is said. `block` is the form of
+    the blocks: OpenFlamingo's LayerNorm and GELU, or those of Idefics (arXiv:2306.16527; transformers), which are of the same
+    form as the language model's own layers: RMSNorm and a SwiGLU, both of its sizes. `qk_norm` norms each head's queries and
+    keys in the same way; `gates` are one number for a branch, or one for each of its channels.
     """
 
     shares: ClassVar[bool] = False
@@ -41,6 +46,17 @@ class CrossAttention:
     feed_forward: Positive = 4
     everywhere: bool = False
     visual_width: Positive | None = None
+    first: Annotated[int, Field(ge=0)] | None = None
+    block: Literal["flamingo", "idefics"] = "flamingo"
+    qk_norm: bool = False
+    gates: Literal["scalar", "vector"] = "scalar"
+
+    def __post_init__(self) -> None:
+        if self.first is not None and self.first >= self.every:
+            raise ValueError(
+                f"fusion.first={self.first}: every {self.every} layers have a block, so the first precedes layer 0 to "
+                f"{self.every - 1}; take one of those"
+            )
 
     @property
     def period(self) -> int:
@@ -57,10 +73,14 @@ class CrossAttention:
 
     def tiny(self) -> CrossAttention:
         """The same structure in a toy's size."""
-        return replace(self, every=min(self.every, 2), heads=2, head_size=16)
+        every = min(self.every, 2)
+        first = None if self.first is None else min(self.first, every - 1)
+        if self.block == "idefics":  # heads are the language model's, of which a toy has four
+            return replace(self, every=every, first=first, heads=4, head_size=16)
+        return replace(self, every=every, first=first, heads=2, head_size=16)
 
     def build(self, lm: CausalLM, vision_width: int) -> CrossAttended:
-        return CrossAttended(self, lm.arch.hidden_size, lm.arch.layers, vision_width)
+        return CrossAttended(self, lm, vision_width)
 
 
 class CrossAttended(Fused):
@@ -68,11 +88,12 @@ class CrossAttended(Fused):
 
     sees_pictures = True
 
-    def __init__(self, spec: CrossAttention, width: int, layers: int, visual_width: int) -> None:
+    def __init__(self, spec: CrossAttention, lm: CausalLM, visual_width: int) -> None:
         super().__init__()
-        self.mark = nn.Parameter(torch.randn(width) * 0.02)
-        places = [number for number in range(layers) if (number + 1) % spec.every == 0]
-        self.blocks = nn.ModuleDict({str(number): GatedBlock(spec, width, visual_width) for number in places})
+        self.mark = nn.Parameter(torch.randn(lm.arch.hidden_size) * 0.02)
+        first = spec.every - 1 if spec.first is None else spec.first
+        places = range(first, lm.arch.layers, spec.every)
+        self.blocks = nn.ModuleDict({str(number): GatedBlock(spec, lm, visual_width) for number in places})
 
     def forward(
         self, lm: LanguageModel, text: Float[Tensor, "T D"], visual: Float[Tensor, "V Dv"], batch: Batch
@@ -96,23 +117,29 @@ class CrossAttended(Fused):
 
 
 class GatedBlock(nn.Module):
-    """x + tanh(gate) * attention, then x + tanh(gate) * feed-forward; no biases, LayerNorm before each."""
+    """x + tanh(gate) * attention, then x + tanh(gate) * feed-forward; no biases, a norm before each."""
 
-    def __init__(self, spec: CrossAttention, width: int, visual_width: int) -> None:
+    def __init__(self, spec: CrossAttention, lm: CausalLM, visual_width: int) -> None:
         super().__init__()
-        inner = spec.heads * spec.head_size
+        width, inner = lm.arch.hidden_size, spec.heads * spec.head_size
+        gates = 1 if spec.gates == "scalar" else width
         self.head_size = spec.head_size
         self.everywhere = spec.everywhere
-        self.norm = nn.LayerNorm(width)
+        self.norm = _norm(spec, lm, width)
         self.to_q = nn.Linear(width, inner, bias=False)
         self.to_k = nn.Linear(visual_width, inner, bias=False)
         self.to_v = nn.Linear(visual_width, inner, bias=False)
         self.to_out = nn.Linear(inner, width, bias=False)
-        self.attention_gate = nn.Parameter(torch.zeros(1))
-        self.feed_norm = nn.LayerNorm(width)
-        self.up = nn.Linear(width, spec.feed_forward * width, bias=False)
-        self.down = nn.Linear(spec.feed_forward * width, width, bias=False)
-        self.feed_gate = nn.Parameter(torch.zeros(1))
+        self.norm_q, self.norm_k = (
+            _norm(spec, lm, spec.head_size) if spec.qk_norm else nn.Identity() for _ in range(2)
+        )
+        self.attention_gate = nn.Parameter(torch.zeros(gates))
+        self.feed_norm = _norm(spec, lm, width)
+        hidden = lm.arch.intermediate_size if spec.block == "idefics" else spec.feed_forward * width
+        self.up = nn.Linear(width, hidden, bias=False)
+        self.up_gate = nn.Linear(width, hidden, bias=False) if spec.block == "idefics" else None
+        self.down = nn.Linear(hidden, width, bias=False)
+        self.feed_gate = nn.Parameter(torch.zeros(gates))
 
     def forward(
         self, x: Float[Tensor, "T D"], visual: Float[Tensor, "V Dv"], sight: Sight, backend: Backend | None
@@ -121,9 +148,22 @@ class GatedBlock(nn.Module):
             y.unflatten(1, (-1, self.head_size))
             for y in (self.to_q(self.norm(x)), self.to_k(visual), self.to_v(visual))
         )
-        attended = x + self.attention_gate.tanh() * self.to_out(told(q, k, v, sight, backend))
-        fed = attended + self.feed_gate.tanh() * self.down(nn.functional.gelu(self.up(self.feed_norm(attended))))
+        seen = told(self.norm_q(q), self.norm_k(k), v, sight, backend)
+        attended = x + self.attention_gate.tanh() * self.to_out(seen)
+        fed = attended + self.feed_gate.tanh() * self.down(self._fed(self.feed_norm(attended)))
         return fed if self.everywhere else torch.where(sight.seeing.unsqueeze(1), fed, x)
+
+    def _fed(self, x: Float[Tensor, "T D"]) -> Float[Tensor, "T F"]:
+        if self.up_gate is None:
+            return nn.functional.gelu(self.up(x))
+        return nn.functional.silu(self.up_gate(x)) * self.up(x)
+
+
+def _norm(spec: CrossAttention, lm: CausalLM, width: int) -> nn.Module:
+    """A norm of the block's form; RMSNorm is as careful as the language model's."""
+    if spec.block == "flamingo":
+        return nn.LayerNorm(width)
+    return nn.RMSNorm(width, eps=getattr(lm.arch, "norm_eps", 1e-6))
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,8 +13,10 @@ from jaxtyping import Bool, Float, Int
 from pydantic import Field
 from torch import Tensor
 
-from mllm.aligned import Aligner, Rows, likeness, unfilled
+from mllm.aligned import Aligner, Embedded, Given, Rows, likeness, unfilled
+from mllm.aligned.rows import given
 from mllm.chance import chosen
+from mllm.multiway import MultiwayEncoder
 from mllm.objectives.base import Collected, Gathered, LossOutput, no_documents
 from mllm.objectives.fused import MaskedTokens, Share
 from mllm.streams import Paired
@@ -162,12 +164,13 @@ class HardMatching(Gathered):
 
     kind: Literal["hard_matching"] = "hard_matching"
 
-    def collect(self, model: Aligner, batch: Batch) -> Collected:
-        own, keys, known = model.embedded(batch), model.keys(batch), model.given(batch)
+    def collect(self, model: Aligner | MultiwayEncoder, batch: Batch) -> Collected:
+        known = _given(model, batch)
+        own, keys, warmth = _likened(model, batch)
         count = len(known.documents)
         ids = known.rows.filled(model.context)[:count]
         often = batch.weights[known.documents]
-        return own.images, own.texts, keys.images, keys.texts, ids, known.seeds, often, model.warmth()
+        return own.images, own.texts, keys.images, keys.texts, ids, known.seeds, often, warmth
 
     def whole(self, packs: Sequence[Collected], group: dist.ProcessGroup | None) -> list[Asked]:
         step = Step([pack[5] for pack in packs], group)
@@ -190,12 +193,12 @@ class HardMatching(Gathered):
             asked.append(Asked(number[shown[mine]], ids[beside[mine]], belongs[mine], factor))
         return asked
 
-    def counted(self, model: Aligner, batch: Batch) -> Tensor:
+    def counted(self, model: Aligner | MultiwayEncoder, batch: Batch) -> Tensor:
         """The weight, without asking the model."""
-        return batch.weights[model.given(batch).documents].sum()
+        return batch.weights[_given(model, batch).documents].sum()
 
-    def again(self, model: Aligner, batch: Batch, told: Asked) -> LossOutput:
-        rows = model.given(batch).documents
+    def again(self, model: Aligner | MultiwayEncoder, batch: Batch, told: Asked) -> LossOutput:
+        rows = _given(model, batch).documents
         scores = model.matched(batch, told.pairs, unfilled(told.ids)).float()
         logits = scores[: len(told.pairs)]
         each = F.cross_entropy(logits, told.belongs, reduction="none") * told.often
@@ -207,6 +210,20 @@ class HardMatching(Gathered):
         often = batch.weights
         value = (each * often[of]).sum() + 0 * scores.sum()
         return LossOutput(sum=value, weight=often[rows].sum(), documents=documents)
+
+
+def _given(model: Aligner | MultiwayEncoder, batch: Batch) -> Given:
+    """The batch's pairs; a model that aligns remembers them."""
+    return given(batch, model.context) if isinstance(model, MultiwayEncoder) else model.given(batch)
+
+
+def _likened(model: Aligner | MultiwayEncoder, batch: Batch) -> tuple[Embedded, Embedded, Float[Tensor, " 1"]]:
+    """Embeddings of the batch's pairs, what they are compared with, and the temperature."""
+    if not isinstance(model, MultiwayEncoder):
+        return model.embedded(batch), model.keys(batch), model.warmth()
+    pairs = model.embedded(batch)
+    own = Embedded(pairs.images[:, None].float(), pairs.texts.float())
+    return own, Embedded(own.images.detach(), own.texts.detach()), 1 / pairs.scale.float()
 
 
 def _alike(ids: Int[Tensor, "A L"]) -> Bool[Tensor, "A A"]:

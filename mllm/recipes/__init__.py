@@ -20,6 +20,7 @@ from mllm.recipes.flamingo import (
     flamingo_3b,
     flamingo_9b,
     flamingo_80b,
+    idefics_9b,
     openflamingo_3b,
     openflamingo_4b,
     openflamingo_9b,
@@ -32,7 +33,7 @@ from mllm.recipes.interleave import (
     llava_next_interleave_7b,
     llava_next_interleave_14b,
 )
-from mllm.recipes.internvl import internvl_10_13b, internvl_12_40b, internvl_15_26b
+from mllm.recipes.internvl import internvl_10_13b, internvl_12_40b, internvl_15_26b, internvl_c, internvl_g
 from mllm.recipes.llava import (
     llava_7b,
     llava_15_7b,
@@ -127,6 +128,7 @@ FUSED = (
     openflamingo_4b,
     openflamingo_9b,
     otter_9b,
+    idefics_9b,
     llama_adapter_7b,
     cogvlm_17b,
     cogvlm2_19b,
@@ -151,7 +153,7 @@ RECIPES: dict[str, Callable[[], Recipe]] = {
         *(mae_b16, mae_l16, beit_b16),
         *(vilt_b32, uniter_base, uniter_large, vl_bert_base, vl_bert_large, pixel_bert_r50, pixel_bert_x152, lxmert),
         *(vlmo_base, vlmo_large, vl_beit_base, beit3_base, beit3_large, beit3_giant),
-        *(albef, blip_base, blip_large, coca_base, coca_large, blip2_stage1, fromage),
+        *(albef, blip_base, blip_large, coca_base, coca_large, blip2_stage1, internvl_c, internvl_g, fromage),
         *(lwm_text_7b, lwm_text_chat_7b, lwm_7b),
     )
 }

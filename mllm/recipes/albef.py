@@ -4,8 +4,8 @@ ALBEF: 512 pairs a step, rate 1e-4 down to 1e-5 by half a cosine after 1,000 ste
 BLIP: 2,880 pairs a step with ViT-B and 2,400 with ViT-L, rates 3e-4 and 2e-4 after 3,000 steps, times 0.9 an epoch, decay 0.05,
 20 epochs. Deviations: negatives are the step's pairs of all ranks and the queue, where ALBEF and BLIP take one GPU's; the queue
 begins empty, where theirs begins with random vectors; no dropout; pictures are cut to their middle square, where theirs are
-cropped at random and, in ALBEF, changed by RandAugment; what begins from ImageNet's ViT and BERT there begins from nothing
-here, unless `model.encoder.weights` and `model.weights` name some.
+cropped at random and, in ALBEF, changed by RandAugment; what begins from ImageNet's ViT there begins from nothing here, unless
+`model.encoder.weights` names some.
 """
 
 from dataclasses import replace
@@ -59,6 +59,7 @@ def albef() -> Recipe:
         ),
         arch=ALBEF(text=BERT, fusion=6),
         twin=Twin(momentum=0.995, queue=65_536),
+        begins="bert-base-uncased",
         tokenizer="bert-base-uncased",
     )
     return Recipe(name="albef", paper="arXiv:2107.07651", model=model, tiling=Resize(size=256), stages=(stage,))
@@ -96,6 +97,7 @@ def blip_base() -> Recipe:
         ),
         arch=BLIP(text=BERT),
         twin=Twin(momentum=0.995, queue=57_600),
+        begins="bert-base-uncased",
         tokenizer=TOKENIZER,
     )
     return Recipe(name="blip_base", paper="arXiv:2201.12086", model=model, tiling=Resize(size=224), stages=(stage,))

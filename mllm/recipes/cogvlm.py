@@ -1,8 +1,9 @@
 """CogVLM (arXiv:2311.03079), CogVLM2 (arXiv:2408.16500), CogAgent (arXiv:2312.08914) and GLM-4V (arXiv:2406.12793).
 
 EVA2-CLIP-E, a SwiGLU between two learned marks, and visual experts in every layer of a language model: weights of their own for
-image positions, copies of the language model's at first; GLM-4V has none. Differs from the papers: one size of pictures for all
-stages (CogVLM's first have 224 pixels), and learning rates, which the sources at hand do not tell.
+image positions, copies of the language model's at first; GLM-4V has none. CogVLM sees pictures of 224 pixels first and of 490 in
+the second half of its second stage, which is a stage of its own here. Differs from the papers: CogVLM2 and GLM-4V have one size
+for all stages, and learning rates, which the sources at hand do not tell.
 """
 
 from dataclasses import replace
@@ -23,14 +24,15 @@ EVA_ANY_SIZE = Encoder(arch=EVA_E, weights="eva2-clip-e", layer=-1, interpolate=
 
 
 def cogvlm_17b() -> Recipe:
-    """Vicuna-7B, pictures of 490 pixels: 1,225 features and two marks."""
+    """Vicuna-7B, pictures of 224 pixels (256 features and two marks), then of 490 (1,225 and two)."""
     pairs = Stage(
         name="pairs",
         mixture=(Source(corpus=Pairs(name="laion-2b")), Source(corpus=Pairs(name="coyo-700m"))),
         tune={"connector": Full(lr=1e-4, weight_decay=0.05), "fusion": Full(lr=1e-4, weight_decay=0.05)},  # not certain
         context=4096,
-        tokens_per_step=8192 * 1280,
-        max_tiles=3,
+        tokens_per_step=8192 * 320,
+        max_tiles=15,
+        tiling=Resize(size=224, mode="squash"),
         duration=Steps(count=120_000),
         optimizer=AdamW(betas=(0.9, 0.95)),
     )
@@ -39,12 +41,21 @@ def cogvlm_17b() -> Recipe:
         name="grounding",
         mixture=(*pairs.mixture, Source(corpus=Regions(name="visual-grounding-40m"))),
         tune={"connector": Full(lr=1e-5, weight_decay=0.05), "fusion": Full(lr=1e-5, weight_decay=0.05)},  # not certain
+        tokens_per_step=1024 * 320,
+        tiling=None,
+        duration=Steps(count=30_000),
+    )
+    larger = replace(
+        grounding,
+        name="larger",
         tokens_per_step=1024 * 1280,
-        duration=Steps(count=60_000),
+        max_tiles=3,
+        tiling=Resize(size=490, mode="squash"),
     )
     sft = replace(
-        grounding,
+        larger,
         name="sft",
+        tiling=None,
         mixture=(
             Source(corpus=Conversations(name="llava-instruct-158k")),
             Source(corpus=Conversations(name="vqa-instructions")),
@@ -66,7 +77,7 @@ def cogvlm_17b() -> Recipe:
             fusion=RoutedExperts(),
         ),
         tiling=Resize(size=490, mode="squash"),
-        stages=(pairs, grounding, sft),
+        stages=(pairs, grounding, larger, sft),
     )
 
 
@@ -84,7 +95,13 @@ def cogvlm2_19b() -> Recipe:
             eos="<|end_of_text|>",
         ),
     )
-    stages = tuple(replace(stage, context=8192, tokens_per_step=2 * stage.tokens_per_step) for stage in base.stages)
+    pairs, _, larger, sft = base.stages
+    pairs = replace(pairs, tokens_per_step=8192 * 1280, max_tiles=3)
+    grounding = replace(larger, name="grounding", duration=Steps(count=60_000))
+    stages = tuple(
+        replace(stage, tiling=None, context=8192, tokens_per_step=2 * stage.tokens_per_step)
+        for stage in (pairs, grounding, sft)
+    )
     return replace(
         base,
         name="cogvlm2_19b",
@@ -113,6 +130,7 @@ def cogagent_18b() -> Recipe:
             Source(corpus=Regions(name="ccs400k-gui")),
         ),
         tune={"fusion.side": rate},
+        tiling=None,
         tokens_per_step=4608 * 512,
         max_tiles=8,
         duration=Steps(count=20_000),

@@ -8,6 +8,9 @@ MPT-1B has no norms of queries and keys, and Otter's embeddings stay frozen.
 Flamingo's own parts were never published: an NFNet-F6 without its last convolution, and Chinchillas in GPT-NeoX's form, with
 LayerNorm and rotary positions for RMSNorm and relative ones. Its batches, shares and steps are not certain; the gated layers have
 GELU, and a video's frames are resampled one by one, without embeddings of their time, and each is seen as an image.
+
+Idefics (arXiv:2306.16527) is the Flamingo that transformers has, read from its folders and written as they are: gated layers in
+the form of LLaMA's own, norms of queries and keys. Pictures here have no <fake_token_around_image> beside them.
 """
 
 from dataclasses import replace
@@ -17,11 +20,11 @@ from mllm.connectors import Perceiver
 from mllm.encoders import Encoder, NFNet
 from mllm.fusion import CrossAttention
 from mllm.lm import CausalLM
-from mllm.recipe import AdamW, Constant, Cosine, Epochs, Full, Recipe, Source, Stage, Steps, Tokens
-from mllm.recipes.shapes import CLIP_L_224
+from mllm.recipe import AdamW, Constant, Cosine, Epochs, Full, Linear, Recipe, Source, Stage, Steps, Tokens
+from mllm.recipes.shapes import CLIP_H_224, CLIP_L_224, LLAMA_7B
 from mllm.vlm import VLM
 from pipelines.chat import Vicuna
-from pipelines.corpora import Conversations, Interleaved, Pairs, Videos
+from pipelines.corpora import Conversations, Interleaved, Obelics, Pairs, TextOnly, Videos
 from pipelines.tiling import Resize
 
 MPT_7B = MPT(hidden_size=4096, layers=32, heads=32)
@@ -157,3 +160,38 @@ def flamingo_9b() -> Recipe:
 def flamingo_80b() -> Recipe:
     """Chinchilla 70B with gated layers before every seventh."""
     return _flamingo("flamingo_80b", _chinchilla(8192, 80), 7)
+
+
+def idefics_9b() -> Recipe:
+    """CLIP-H, LLaMA-7B and gated layers before every fourth of its own; pages of OBELICS above all."""
+    rate = Full(lr=1e-5, weight_decay=0.1)
+    pretrain = Stage(
+        name="pretrain",
+        mixture=(  # shares of tokens as its card has them, as remembered
+            Source(corpus=Obelics(name="obelics"), weight=0.7385),
+            Source(corpus=Pairs(name="laion-2b-en"), weight=0.1718),
+            Source(corpus=TextOnly(name="wikipedia"), weight=0.0615),
+            Source(corpus=Pairs(name="pmd"), weight=0.0282),
+        ),
+        tune={"connector": rate, "fusion": rate},
+        context=1024,
+        tokens_per_step=1280 * 1024,  # not certain
+        max_tiles=32,
+        duration=Steps(count=200_000),  # not certain
+        optimizer=AdamW(betas=(0.9, 0.999)),
+        schedule=Linear(warmup=0.01, floor=0.6),  # 2,000 steps; not certain
+    )
+    return Recipe(
+        name="idefics_9b",
+        paper="arXiv:2306.16527",
+        model=VLM(
+            encoder=Encoder(arch=CLIP_H_224, weights="laion/CLIP-ViT-H-14-laion2B-s32B-b79K", layer=-1, cls="keep"),
+            connector=Perceiver(heads=16, head_size=96, activation="relu", qk_norm=True, projected=False),
+            lm=CausalLM(arch=LLAMA_7B, weights="huggyllama/llama-7b", chat=Vicuna(), bos="<s>", eos="</s>"),
+            fusion=CrossAttention(
+                every=4, first=0, heads=32, head_size=128, everywhere=True, block="idefics", qk_norm=True
+            ),
+        ),
+        tiling=Resize(size=224, mode="squash"),
+        stages=(pretrain,),
+    )

@@ -1,18 +1,23 @@
 """InternVL-Chat 1.0 (arXiv:2312.14238), 1.2 and 1.5 (arXiv:2404.16821): InternViT-6B before ever larger language models.
 
-1.0 asks it by QLLaMA, the later ones take 2 x 2 features as one, 1.5 of pictures in up to twelve tiles.
+1.0 asks it by QLLaMA, the later ones take 2 x 2 features as one, 1.5 of pictures in up to twelve tiles. The two stages before any
+language model are recipes of their own: `internvl_c` contrasts InternViT with a LLaMA, `internvl_g` gives that LLaMA queries, and
+what they are exported to is what the next one calls `internvl-c` and `internvl-g`.
 
 Differs from the release: a model has one share of branches that are left out, where 1.5's second stage has 0.4; and `<img>` and
-`</img>` are two learned tokens of the model in place of words of the vocabulary.
+`</img>` are two learned tokens of the model in place of words of the vocabulary. Of 1.0 the rates, batches and steps are those
+remembered, and its pairs were never published.
 """
 
 from dataclasses import replace
 
+from mllm.aligned import Aligned, QLLaMAPairs
 from mllm.connectors import PixelShuffle, QLLaMA
 from mllm.encoders import Encoder
 from mllm.joins import Tiles
 from mllm.lm import CausalLM
-from mllm.recipe import Cosine, Full, Recipe, Source, Stage
+from mllm.objectives import Captioning, Contrastive, HardMatching, MomentumContrast, Sum, Term
+from mllm.recipe import AdamW, Cosine, Full, Recipe, Source, Stage, Steps, Tuning
 from mllm.recipes.llava import HERMES_2_YI_34B, VICUNA_13B_V15
 from mllm.recipes.shapes import INTERNLM2_20B, INTERNVIT_6B, INTERNVIT_6B_V15
 from mllm.vlm import VLM
@@ -25,10 +30,94 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 TAGS = Tiles(separators=Separators(picture=2))
 
 
+PAIRS = Pairs(name="internvl-pairs-5b")
+TEXT = 30
+"""Tokens of a caption, about."""
+A_PAIR = 257 + TEXT
+
+
+def _pairs(asks: bool) -> Aligned:
+    """InternViT-6B at 224 pixels with a LLaMA of 7B, whose words are those of a multilingual vocabulary."""
+    tower = Encoder(arch=replace(INTERNVIT_6B, image=224), layer=-1, cls="keep", mean=MEAN, std=STD)
+    llama = "llama-7b-multilingual"
+    return Aligned(
+        encoder=tower,
+        arch=QLLaMAPairs(asks=asks),
+        weights="internvl-c" if asks else None,
+        begins=None if asks else llama,
+        tokenizer=llama,
+        bos="<s>",
+        eos="</s>",
+    )
+
+
+def internvl_c() -> Recipe:
+    """The contrastive stage: InternViT-6B from nothing and a LLaMA, both trained, 164 thousand pairs a step."""
+    stage = Stage(
+        name="contrast",
+        mixture=(Source(corpus=PAIRS),),
+        tune={
+            "vision": Full(lr=1e-3, weight_decay=0.1),
+            "text": Full(lr=1e-4, weight_decay=0.1),
+            "head": Full(lr=1e-3, weight_decay=0.1),
+            "*temperature": Full(lr=1e-3),
+        },
+        context=64 * A_PAIR,
+        max_tiles=64,
+        tokens_per_step=163_840 * A_PAIR,
+        duration=Steps(count=175_000),
+        objective=Contrastive(),
+        optimizer=AdamW(betas=(0.9, 0.95)),
+        schedule=Cosine(warmup=0.03),
+    )
+    return Recipe(
+        name="internvl_c",
+        paper="arXiv:2312.14238",
+        model=_pairs(asks=False),
+        tiling=Resize(size=224, mode="squash"),
+        stages=(stage,),
+    )
+
+
+def internvl_g() -> Recipe:
+    """The generative stage: 96 queries and their cross-attention learn BLIP-2's three tasks; all that was there is frozen."""
+    rate = 5e-5
+    tune: dict[str, Tuning] = {
+        "net.*.queries": Full(lr=rate, weight_decay=0.05),
+        "net.middle.layers.*.look.*": Full(lr=rate, weight_decay=0.05),
+        "head": Full(lr=rate, weight_decay=0.05),
+        "*temperature": Full(lr=rate),
+    }
+    stage = Stage(
+        name="generate",
+        mixture=(Source(corpus=Pairs(name="internvl-pairs-1b")),),
+        tune=tune,
+        context=64 * A_PAIR,
+        max_tiles=64,
+        tokens_per_step=20_480 * A_PAIR,
+        duration=Steps(count=80_000),
+        objective=Sum(
+            terms=(
+                Term(objective=MomentumContrast()),
+                Term(objective=HardMatching()),
+                Term(objective=Captioning()),
+            )
+        ),
+        optimizer=AdamW(betas=(0.9, 0.98)),
+        schedule=Cosine(warmup=0.025),  # 2,000 steps
+    )
+    return Recipe(
+        name="internvl_g",
+        paper="arXiv:2312.14238",
+        model=_pairs(asks=True),
+        tiling=Resize(size=224, mode="squash"),
+        stages=(stage,),
+    )
+
+
 def internvl_10_13b() -> Recipe:
     """InternViT-6B at 224 pixels, QLLaMA's 96 tokens, Vicuna-13B: the supervised stage of 1.0, on four million samples.
 
-    The contrastive and the generative stage before it, of the encoder and QLLaMA alone, are not here: their weights are read.
     Rates and batches are not certain, nor that QLLaMA moves only after its two matrices.
     """
     align = Stage(
@@ -51,7 +140,7 @@ def internvl_10_13b() -> Recipe:
     return Recipe(
         name="internvl_10_13b",
         paper="arXiv:2312.14238",
-        model=VLM(encoder=encoder, connector=QLLaMA(weights="internvl-14b-qllama"), lm=VICUNA_13B_V15),
+        model=VLM(encoder=encoder, connector=QLLaMA(weights="internvl-g"), lm=VICUNA_13B_V15),
         tiling=Resize(size=224, mode="squash"),
         stages=(align, sft),
     )

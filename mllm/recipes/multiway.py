@@ -6,15 +6,14 @@ VL-BEiT and BEiT-3: nothing but masked data, as many pictures as texts as pairs 
 
 Deviations: positions are learned vectors, as in the papers, where VLMo's code has relative biases, which attention over packs
 has not; codes are those of Chameleon's VQ encoder, where the papers have the tokenizers of DALL-E and BEiT v2; pictures are the
-middle square without augmentation; single tokens are masked where VLMo masks whole words; torn pairs have a text by chance where
-VLMo takes one that is alike; VLMo's second contrast behind its fused layers is left away. A text of more than 196 tokens (128)
-is cut: let rows of the corpora of texts be paragraphs.
+middle square without augmentation; single tokens are masked where VLMo masks whole words; VLMo's second contrast behind its
+fused layers is left away. A text of more than 196 tokens (128) is cut: let rows of the corpora of texts be paragraphs.
 """
 
 from mllm.dual import Layers
 from mllm.masked import Codebook
 from mllm.multiway import Multiway
-from mllm.objectives import Contrastive, MaskedData, MaskedTokens, Matching, Sum, Term
+from mllm.objectives import Contrastive, HardMatching, MaskedData, MaskedTokens, Sum, Term
 from mllm.recipe import AdamW, Cosine, Epochs, Linear, Recipe, Source, Stage, Steps, Tuning
 from mllm.recipes.shared import decayed
 from pipelines.corpora import Corpus, Labelled, Pairs, TextOnly
@@ -88,7 +87,7 @@ def _vlmo(name: str, shape: Layers, fused: int, text_lr: float, lr: float) -> Re
         tokens_per_step=1024 * (picture + CAPTION),
         duration=Steps(count=200_000),
         objective=Sum(
-            terms=(Term(objective=Contrastive()), Term(objective=Matching()), Term(objective=MaskedTokens()))
+            terms=(Term(objective=Contrastive()), Term(objective=HardMatching()), Term(objective=MaskedTokens()))
         ),
         optimizer=adamw,
         schedule=Linear(warmup=0.1),

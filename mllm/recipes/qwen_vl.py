@@ -1,9 +1,9 @@
 """Qwen-VL (arXiv:2308.12966): OpenCLIP's bigG, one layer of attention from 256 queries, Qwen-7B, three stages.
 
 Boxes are words of the text, whole thousandths between `<box>` and `</box>` behind the phrase between `<ref>` and `</ref>`; a
-picture stands between two learned marks. Differs from the paper: one size of pictures, 448 pixels, for all stages (the first
-has 224); the encoder keeps CLIP's CLS while it computes; same-task samples are packed with all others; `Picture 1:` before one
-is the data's to write. Batches and rates of the second and third stage are not certain.
+picture stands between two learned marks. The first stage sees pictures of 224 pixels, the others of 448, by stretched positions.
+Differs from the paper: the encoder keeps CLIP's CLS while it computes; same-task samples are packed with all others;
+`Picture 1:` before one is the data's to write. Batches and rates of the second and third stage are not certain.
 """
 
 from dataclasses import replace
@@ -49,6 +49,7 @@ def qwen_vl_7b() -> Recipe:
         tune={**rates(2e-4, "encoder", "connector")},
         context=2048,
         max_tiles=8,
+        tiling=Resize(size=224, mode="squash"),
         tokens_per_step=30_720 * A_PAIR,
         duration=Steps(count=50_000),
         optimizer=AdamW(betas=(0.9, 0.98), eps=1e-6),
@@ -66,6 +67,7 @@ def qwen_vl_7b() -> Recipe:
             Source(corpus=TextOnly(name="qwen-text-8m")),
         ),
         tune={**rates(5e-5, "encoder", "connector", "lm")},
+        tiling=Resize(size=448, mode="squash"),
         tokens_per_step=4096 * 2048,
         duration=Steps(count=19_000),
         schedule=Cosine(warmup=0.021, floor=0.2),
@@ -78,6 +80,7 @@ def qwen_vl_7b() -> Recipe:
             Source(corpus=TextOnly(name="qwen-chat-text")),
         ),
         tune={**rates(1e-5, "connector", "lm")},
+        tiling=None,
         tokens_per_step=128 * 2048,
         duration=Steps(count=8000),
         schedule=Cosine(warmup=0.375, floor=0.1),

@@ -6,6 +6,9 @@ from mllm.lm import Llama
 
 CLIP_L_224 = ClipVision(hidden_size=1024, layers=24, heads=16, intermediate_size=4096, patch=14, image=224)
 CLIP_L_336 = ClipVision(hidden_size=1024, layers=24, heads=16, intermediate_size=4096, patch=14, image=336)
+CLIP_H_224 = ClipVision(
+    hidden_size=1280, layers=32, heads=16, intermediate_size=5120, patch=14, image=224, activation="gelu"
+)
 OPENCLIP_BIGG = ClipVision(
     hidden_size=1664, layers=48, heads=16, intermediate_size=8192, patch=14, image=224, activation="gelu"
 )

@@ -11,7 +11,8 @@ import torch.distributed as dist
 
 from benchmarks.common import on_ranks
 from cluster.engines import build_engine
-from cluster.memory import fullest, memory
+from cluster.fullest import fullest
+from cluster.memory import memory
 from mllm.encoders import ClipVision
 from mllm.recipe import DDP, FSDP, Full, Parallel, Recipe, Stage, ZeRO
 from mllm.recipes import by_name
@@ -38,7 +39,7 @@ def _measured(recipe: Recipe, stage: Stage, packs: int) -> int:
     gc.collect()
     pack = fullest(recipe, stage)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        engine = build_engine(recipe.vlm.build(), stage, 1, torch.device("cpu"))
+        engine = build_engine(recipe.model.build(), stage, 1, torch.device("cpu"))
         engine.train_step([pack] * packs, 1.0)  # weights that were spread, whole on rank 0, have gone by then
         for step in STEPS:
             with torch.profiler.record_function(step):

@@ -28,7 +28,7 @@ from ops.images import normalize
 from pipelines.types import Batch, Pack, Rejected, Sample
 from pipelines.windows import PackWindows
 
-ALL = ("albef", "blip_base", "coca_base", "blip2_stage1")
+ALL = ("albef", "blip_base", "coca_base", "blip2_stage1", "internvl_g")
 CPU = torch.device("cpu")
 
 
@@ -160,7 +160,75 @@ def test_blip2s_first_stage_is_transformers_and_the_second_takes_it_over(site: S
         torch.testing.assert_close(model.net.look(features), queries.last_hidden_state, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["blip_base", "coca_base", "blip2_stage1"])
+@torch.no_grad()
+def test_internvls_stages_go_on_from_one_another(site: Site, tmp_path: Path) -> None:
+    """LLaMA, then the contrast, then queries, then the connector before another language model: each takes what was there."""
+    from transformers import LlamaForCausalLM
+
+    first, second = recipe_of("internvl_c"), recipe_of("internvl_g")
+    words = spec_of(second).arch.connector.config()  # type: ignore[union-attr]  # QLLaMA's
+    words.vocab_size = 2048
+    llama = LlamaForCausalLM(words).eval()
+    llama.save_pretrained(tmp_path / "llama")
+    contrast: Any = replace(spec_of(first), begins="llama").build(lambda name: str(tmp_path / name))
+    batch = batch_of(site, first, 3)
+    rows = contrast.given(batch).rows
+    for text, there, read in zip(rows.ids, rows.there, contrast.net.read(rows), strict=True):
+        states = llama.model(text[None, there]).last_hidden_state[0]
+        torch.testing.assert_close(read[0], states[-1], rtol=1e-4, atol=1e-4)
+    tokenizer = tokenizer_of(site, first)
+    export(replace(first, model=spec_of(first)), contrast, tokenizer, tmp_path / "internvl-c")
+    asking: Any = replace(spec_of(second), weights="internvl-c").build(lambda name: str(tmp_path / name))
+    own = dict(asking.named_parameters())
+    same = [n for n, p in contrast.named_parameters() if "picture_pool" not in n and torch.equal(p, own[n])]
+    assert len(same) == len([n for n, _ in contrast.named_parameters() if "picture_pool" not in n])
+    assert any(name.startswith("net.middle.layers.0.look.") and name not in same for name in own)
+    torch.testing.assert_close(asking.net.read(rows), contrast.net.read(rows))
+    out = export(second, asking, tokenizer, tmp_path / "internvl-g")
+    connector: Any = spec_of(second).arch.connector.build(spec_of(second).encoder.width, 64)  # type: ignore[union-attr]
+    connector.read(str(out))
+    features = asking.features(batch)
+    queries = connector.run(connector.asked(features), features, len(connector.queries))
+    torch.testing.assert_close(asking.net.look(features), queries)
+    with pytest.raises(ValueError, match="hold nothing of encoder"):
+        replace(spec_of(second), weights="llama").build(lambda name: str(tmp_path / name))
+
+
+@pytest.mark.parametrize("name", ["albef", "blip_base", "blip2_stage1"])
+@torch.no_grad()
+def test_texts_are_read_as_by_the_bert_that_they_begin_from(site: Site, name: str, tmp_path: Path) -> None:
+    from transformers import BertConfig, BertForMaskedLM
+
+    recipe = recipe_of(name)
+    spec, known = spec_of(recipe), batch_of(site, recipe, 3)
+    config = BertConfig(
+        vocab_size=2000,  # fewer than the recipe has, which adds words of its own
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2 if name != "blip2_stage1" else 4,
+        intermediate_size=64,
+        max_position_embeddings=32,
+        type_vocab_size=1,
+        attn_implementation="eager",
+    )
+    bert = BertForMaskedLM(config).eval()
+    bert.bert.embeddings.token_type_embeddings.weight.zero_()  # of which ours have none
+    bert.save_pretrained(tmp_path)
+    model = replace(spec, begins="bert").build(lambda _: str(tmp_path)).eval()
+    rows = model.given(known).rows
+    rows = Rows(rows.ids.clamp(max=1999), rows.there)
+    read = model.net.read(rows)
+    layers = 1 if name == "albef" else 2  # the rest look at pictures
+    for text, there, states in zip(rows.ids, rows.there, read, strict=True):
+        theirs = bert(text[None, there], output_hidden_states=True).hidden_states[layers][0]
+        torch.testing.assert_close(states[: len(theirs)], theirs, rtol=1e-4, atol=1e-4)
+    config.num_hidden_layers = 1
+    BertForMaskedLM(config).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="name a folder of the language model that this kind begins from"):
+        replace(spec, begins="bert").build(lambda _: str(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["blip_base", "coca_base", "blip2_stage1", "internvl_g"])
 def test_a_caption_sees_its_picture_and_what_was_written(site: Site, name: str) -> None:
     recipe = recipe_of(name)
     model = model_of(recipe)

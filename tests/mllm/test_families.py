@@ -45,6 +45,8 @@ SIZES = {
     "coca_base": 86_001_408 + 247_677_696 + 54_080_257,
     "coca_large": 303_571_968 + 418_317_312 + 74_204_161,
     "blip2_stage1": 985_952_256 + 185_684_736 + 1_017_918,
+    "internvl_c": 5_902_793_600 + 6_680_883_200 + 36_352_897,
+    "internvl_g": 5_902_793_600 + 7_842_306_048 + 56_668_931,
     "uniter_base": 114_110_333,
     "uniter_large": 342_087_037,
     "vl_bert_base": 114_492_283,
@@ -75,9 +77,8 @@ def test_it_is_as_large_as_the_original_and_round_trips(name: str, site: Site) -
     assert recipe.name == name
     assert load(dump(recipe)) == recipe
     assert sum(p.numel() for p in recipe.model.meta().parameters()) == SIZES[name]
-    planned = plan(recipe, site, (1, 8))
-    assert planned.stages[0].unknown
-    assert planned.stages[0].memory == {}
+    planned = plan(recipe, site, ())
+    assert all(stage.flops or stage.unknown for stage in planned.stages)
     assert sum(part.trained + part.frozen for part in planned.stages[0].parts) == SIZES[name]
 
 

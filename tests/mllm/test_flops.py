@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from functools import cache
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,13 +11,14 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from cluster.memory import fullest
+from cluster.fullest import fullest
 from cluster.recompute import recompute as computed_again
 from mllm.encoders import Encoder, MobileNetV2
-from mllm.flops import Cost, Flops, Work, cost_of, work_of
-from mllm.objectives import NextToken
+from mllm.flops import Cost, Flops, UncountedError, Work, cost_of, pack_flops, work_of
+from mllm.objectives import Gathered, NextToken, OneOf, Sum
 from mllm.recipe import Full, Recipe, Recompute, Stage
 from mllm.recipes import by_name
+from mllm.tiny import tiny
 from mllm.tune import apply_tuning
 from mllm.vlm import VLM
 from pipelines.tiling import Pad
@@ -174,3 +176,53 @@ def test_a_product_that_grows_with_something_else_is_named() -> None:
     model.connector = Odd(128, model.lm.width, device="meta")
     with pytest.raises(ValueError, match="grow with nothing"):
         cost_of(model, recipe.stages[0].objective, recipe.vlm.layout(recipe.tiling))
+
+
+KINDS = (
+    *(
+        "clip_b32",
+        "siglip_b16",
+        "eva_clip_g14",
+        "vit_b16",
+        "resnet50",
+        "mae_b16",
+        "beit_b16",
+        "vilt_b32",
+        "uniter_base",
+    ),
+    *("vl_bert_base", "pixel_bert_r50", "lxmert", "vlmo_base", "beit3_base", "albef", "blip_base", "coca_base"),
+    *("blip2_stage1", "internvl_c", "internvl_g"),
+)
+
+
+def test_what_hangs_on_numbers_is_not_counted() -> None:
+    recipe = tiny(by_name("beit3_base"))
+    with pytest.raises(UncountedError, match="what 'masked_data' computes with MultiwayEncoder hangs on its numbers"):
+        pack_flops(recipe.model.meta(), recipe.stages[0].objective, Batch.of(fullest(recipe, recipe.stages[0])))
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_a_pack_of_another_kind_is_counted_as_a_whole(name: str) -> None:
+    """Of each of its stages, beside torch's counter on the same pack with numbers in it."""
+    recipe = tiny(by_name(name))
+    for stage in recipe.stages:
+        batch = Batch.of(fullest(recipe, stage))
+        shapes = recipe.model.meta()
+        apply_tuning(shapes, stage.tune)
+        told = pack_flops(shapes, stage.objective, batch)
+        torch.manual_seed(0)
+        model = recipe.model.build()
+        apply_tuning(model, stage.tune)
+        objective: Any = Sum(terms=stage.objective.terms) if isinstance(stage.objective, OneOf) else stage.objective
+        with sdpa_kernel(SDPBackend.MATH), torch.no_grad():
+            found = objective.collect(model, batch) if isinstance(objective, Gathered) else None
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            if found is None:
+                output = objective(model, batch)
+            else:
+                with torch.no_grad():
+                    told_it = objective.whole([found], None)[0]
+                output = objective.again(model, batch, told_it)
+            output.sum.backward()
+        assert told == pytest.approx(counter.get_total_flops(), rel=0.02)  # who is hard, numbers say
+        assert told > 0

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mllm.archs import GLM, MPT, OPT, T5, Gemma, GPTNeoX, Llama, MiniCPM, Mistral, Qwen2, TextArch
+from mllm.archs import GLM, MPT, OPT, T5, Gemma, GPTNeoX, Llama, MiniCPM, Mistral, Phi3, Qwen2, TextArch
 from mllm.fusion import CrossAttention, PromptAdapter
 from mllm.mpt import alibi_slopes
 from mllm.objectives import NextToken
@@ -27,6 +27,10 @@ FULL: dict[str, tuple[TextArch, int]] = {
     "mistral-7b": (
         Mistral(vocab_size=32_000, hidden_size=4096, layers=32, heads=32, kv_heads=8, intermediate_size=14_336),
         7_241_732_096,
+    ),
+    "phi-3-mini": (
+        Phi3(vocab_size=32_064, hidden_size=3072, layers=32, heads=32, kv_heads=32, intermediate_size=8192),
+        3_821_079_552,
     ),
     "gemma-2b": (
         Gemma(

@@ -11,11 +11,12 @@ import torch.distributed as dist
 from benchmarks.common import on_ranks
 from cluster.engines import alone, build_engine
 from cluster.site import load_site
+from mllm.aligned import unfilled
 from mllm.chance import tile_seeds
 from mllm.depth import branch_factors
 from mllm.dual import Layers
 from mllm.multiway import Multiway, MultiwayEncoder
-from mllm.objectives import MaskedData
+from mllm.objectives import HardMatching, MaskedData
 from mllm.recipe import FSDP, Recipe, Source
 from mllm.recipes import by_name
 from mllm.tiny import tiny
@@ -124,6 +125,24 @@ def test_pairs_are_seen_whole_for_matching_and_apart_for_contrast() -> None:
     tile = batch.tiles.clone()
     tile[paired.tiles[1]] = 0
     torch.testing.assert_close(model.embedded(replace(batch, tiles=tile)).texts, pairs.texts)
+
+
+def test_texts_that_look_alike_are_asked_about_on_the_rank_of_their_picture() -> None:
+    """VLMo's hard negatives: of each picture another's text, of each text another's picture, and each pair itself."""
+    model, objective = built(small("vlmo_base")).eval(), HardMatching()
+    pairs = samples()[1]["pairs"][:4]
+    batch = batch_of([pairs[0], samples()[1]["texts"][0], *pairs[1:]])
+    (asked,) = objective.whole([objective.collect(model, batch)], None)
+    assert asked.belongs.tolist() == [1] * 4 + [0] * 8
+    scores = model.matched(batch, asked.pairs, unfilled(asked.ids))
+    own = model.fuse(batch, model.pairs(batch)).pooled
+    torch.testing.assert_close(scores[:4], model.match(own)[asked.pairs[:4]], rtol=1e-4, atol=1e-5)
+    output: Any = objective(model, batch)
+    assert float(output.weight) == 4
+    assert output.documents[:, 1].tolist() == [1, 0, 1, 1, 1]
+    nothing: Any = objective(model, batch_of(samples()[1]["texts"][:2]))
+    assert float(nothing.weight) == 0
+    nothing.sum.backward()
 
 
 def test_positions_go_through_the_experts_of_what_they_are() -> None:

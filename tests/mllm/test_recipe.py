@@ -9,6 +9,7 @@ from cluster.plan import plan
 from cluster.site import load_site
 from mllm.recipe import Full, Recipe, RecipeError, Steps, dump, fingerprint, load, override
 from mllm.recipes import RECIPES, by_name
+from mllm.tiny import tiny
 from mllm.tune import peak_rate
 from tests.conftest import ROOT
 
@@ -120,6 +121,21 @@ def test_a_stage_is_named_by_all_that_decides_it() -> None:
     assert not set(prints(override(recipe, ["seed=1"]))) & set(base)
 
 
+def test_a_stage_cuts_pictures_larger_for_all_that_come_after_it() -> None:
+    for name, sizes in (("qwen_vl_7b", [224, 448, 448]), ("cogvlm_17b", [224, 224, 490, 490])):
+        recipe = by_name(name)
+        tilings = [recipe.tiling_of(stage) for stage in recipe.stages]
+        assert [tiling.size for tiling in tilings] == sizes
+        assert recipe.vlm.tower.arch.image == 224  # type: ignore[union-attr]  # whose positions are stretched
+    assert [recipe.vlm.layout(tiling).tokens_per_tile for tiling in tilings] == [258, 258, 1227, 1227]
+    changed = override(by_name("cogvlm_17b"), ['stages.grounding.tiling={"kind": "pad", "size": 378}'])
+    small = tiny(changed)
+    assert [SITE.stream(small, stage).tiling.size for stage in small.stages] == [32, 56, 72, 72]
+    assert [SITE.stream(small, stage).tiling.kind for stage in small.stages] == ["resize", "pad", "resize", "resize"]
+    with pytest.raises(RecipeError, match="tiles of 64 pixels and the encoder takes 96"):
+        override(by_name("vila_smoke"), ['stages.sft.tiling={"kind": "resize", "size": 64}'])
+
+
 def test_an_unknown_recipe_names_the_nearest() -> None:
     with pytest.raises(RecipeError, match="did you mean vila_smoke"):
         by_name("vila_smok")
@@ -133,6 +149,7 @@ OWN = {
     "llava_next_interleave_7b": "arXiv:2407.07895",
     "openflamingo_9b": "arXiv:2308.01390",
     "otter_9b": "arXiv:2305.03726",
+    "idefics_9b": "arXiv:2306.16527",
     "minigpt4_7b": "arXiv:2304.10592",
     "instructblip_7b": "arXiv:2305.06500",
     "bliva_7b": "arXiv:2308.09936",

@@ -1,0 +1,93 @@
+"""The fullest pack of a stage, told from the recipe alone: what memory and FLOPs are foretold of."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from mllm.annotators import FrozenFeatures
+from mllm.recipe import Recipe, Stage
+from mllm.vlm import VLM
+from pipelines.corpora import TextOnly
+from pipelines.types import IMAGE_TOKEN, NOT_LEARNED, Pack, Position
+
+WORDS = 1009
+"""Ids that texts are made of: a prime, so that no two documents have the same text."""
+
+LONGEST = 128
+"""Tokens of a document without a picture, for kinds that read texts as rows of a rectangle and cut what is longer."""
+
+
+def takes_features(stage: Stage) -> bool:
+    """Whether a stage's packs carry the encoder's features."""
+    return any(isinstance(annotator, FrozenFeatures) for annotator in stage.annotators)
+
+
+def fullest(recipe: Recipe, stage: Stage, features: bool = False) -> Pack:
+    """The pack that takes the most: of a vision-language model one document, as many tiles as fit, everything else learned; of
+    other kinds as many documents of a picture and text as fit.
+    """
+    if not isinstance(recipe.model, VLM):
+        return _of_documents(recipe, stage)
+    tiling = recipe.tiling_of(stage)
+    layout = recipe.vlm.layout(tiling)
+    tokens = stage.context
+    large = 16 * tiling.size
+    cut = tiling.cut(tiling.size, tiling.size, single=True) if tiling.join == "tiles" else tiling.cut(large, large)
+    each = layout.tokens(cut)
+    pictures = min(stage.max_tiles // cut.tiles, (tokens - 1) // each)
+    tiles = pictures * cut.tiles
+    ids = np.ones(tokens, np.int32)
+    ids[: pictures * each] = IMAGE_TOKEN
+    labels = np.where(ids == IMAGE_TOKEN, np.int32(-100), np.int32(1))
+    made = None
+    if features:
+        tower = recipe.vlm.tower  # features are those of one
+        made = np.zeros((tiles, tower.tokens(tiling.size), tower.width), np.uint16)
+    return Pack(
+        at=Position(),
+        of=1,
+        input_ids=ids,
+        labels=labels,
+        positions=np.arange(tokens, dtype=np.int32),
+        cu_seqlens=np.array([0, tokens], np.int32),
+        sources=np.zeros(1, np.int16),
+        branches=np.zeros(1, np.int8),
+        classes=np.full(1, -1, np.int32),
+        weights=np.ones(1, np.float32),
+        ids=(),
+        tiles=np.zeros((0 if features else tiles, *layout.shape), np.uint8),
+        cuts=np.array([(cut.tiles, each, *cut.numbers)] * pictures, np.int32).reshape(-1, 11),
+        rows=(),
+        features=made,
+    )
+
+
+def _of_documents(recipe: Recipe, stage: Stage) -> Pack:
+    """Documents alike, each a picture and text, or text alone where the stage reads nothing else. All have the first class."""
+    tiling = recipe.tiling_of(stage)
+    layout = recipe.model.layout(tiling)
+    cut = tiling.cut(tiling.size, tiling.size)
+    pictured = not all(isinstance(source.corpus, TextOnly) for source in stage.mixture)
+    each = layout.tokens(cut) if pictured else 0
+    tiles = cut.tiles if pictured else 0
+    count = stage.context // (each + 2) if pictured else -(-stage.context // LONGEST)
+    count = max(1, min(count, stage.max_tiles // tiles if tiles else count))
+    length = stage.context // count
+    ids = 1 + np.arange(count * length, dtype=np.int32) % WORDS
+    ids.reshape(count, length)[:, :each] = IMAGE_TOKEN
+    return Pack(
+        at=Position(),
+        of=1,
+        input_ids=ids,
+        labels=np.where(ids == IMAGE_TOKEN, np.int32(NOT_LEARNED), ids),
+        positions=np.tile(np.arange(length, dtype=np.int32), count),
+        cu_seqlens=np.arange(count + 1, dtype=np.int32) * length,
+        sources=np.zeros(count, np.int16),
+        branches=np.zeros(count, np.int8),
+        classes=np.zeros(count, np.int32),
+        weights=np.ones(count, np.float32),
+        ids=(),
+        tiles=np.zeros((count * tiles, *layout.shape), np.uint8),
+        cuts=np.array([(tiles, each, *cut.numbers)] * (count if pictured else 0), np.int32).reshape(-1, 11),
+        rows=(),
+    )
