@@ -88,7 +88,10 @@ def test_a_local_task_is_evaluated_offline(folder: Path, tmp_path: Path) -> None
     harness = Harness.open(folder)
     manager = TaskManager(include_path=str(tmp_path), include_defaults=False)
     told = lm_eval.simple_evaluate(model=harness, tasks=["toy_choose"], task_manager=manager, bootstrap_iters=0)
-    pairs = [
-        [harness.loglikelihood([asks(row["question"], f" {row[choice]}")])[0][0] for choice in "ab"] for row in rows
-    ]
-    assert told["results"]["toy_choose"]["acc,none"] == pytest.approx(sum(a > b for a, b in pairs) / len(pairs))
+    samples = told["samples"]["toy_choose"]
+    assert len(samples) == len(rows)
+    for sample in samples:
+        asked = [asks(*arguments) for arguments in sample["arguments"]]
+        ours = [value for value, _ in harness.loglikelihood(asked)]
+        assert [float(value) for value, _ in sample["filtered_resps"]] == pytest.approx(ours, abs=1e-3)
+        assert sample["acc"] == float(ours[0] >= max(ours))
