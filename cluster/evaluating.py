@@ -99,7 +99,8 @@ def evaluate_run(
     for one in retention:
         console.print(
             f"{one.source:<32} text alone: {one.before:.4f} before the first stage, {one.after:.4f} now "
-            f"({one.after - one.before:+.4f} nats a token)"
+            f"({one.after - one.before:+.4f} nats a token)",
+            soft_wrap=True,
         )
     return Scores(
         run=folder.name,

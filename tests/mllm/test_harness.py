@@ -81,12 +81,17 @@ def test_a_local_task_is_evaluated_offline(folder: Path, tmp_path: Path) -> None
 
     from mllm.harness import Harness
 
-    rows = [{"question": f"{n} and {n} is", "a": f" {2 * n}", "b": f" {3 * n}"} for n in range(1, 7)]
+    rows = [{"question": f"{n} and {n} is", "a": f"{2 * n}", "b": f"{3 * n}"} for n in range(1, 7)]
     file = tmp_path / "toy.jsonl"
     file.write_text("\n".join(map(json.dumps, rows)))
     (tmp_path / "toy_choose.yaml").write_text(CHOOSE.format(file=file))
     harness = Harness.open(folder)
     manager = TaskManager(include_path=str(tmp_path), include_defaults=False)
     told = lm_eval.simple_evaluate(model=harness, tasks=["toy_choose"], task_manager=manager, bootstrap_iters=0)
-    pairs = [[harness.loglikelihood([asks(row["question"], row[choice])])[0][0] for choice in "ab"] for row in rows]
-    assert told["results"]["toy_choose"]["acc,none"] == pytest.approx(sum(a > b for a, b in pairs) / len(pairs))
+    samples = told["samples"]["toy_choose"]
+    assert len(samples) == len(rows)
+    for sample in samples:
+        asked = [asks(*arguments) for arguments in sample["arguments"]]
+        ours = [value for value, _ in harness.loglikelihood(asked)]
+        assert [float(value) for value, _ in sample["filtered_resps"]] == pytest.approx(ours, abs=1e-3)
+        assert sample["acc"] == float(ours[0] >= max(ours))
