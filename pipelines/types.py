@@ -627,7 +627,9 @@ class Batch:
                 else np.zeros(len(cu_seqlens) - 1, np.int64)
             ),
             features=None if pack.features is None else on(_lively(pack.features).view(np.int16)).view(torch.bfloat16),
-            references=None if pack.references is None else on(np.zeros((1, 2)) if blank else pack.references),
+            references=None
+            if pack.references is None
+            else on(np.zeros((1, 2), np.float32) if blank else pack.references),
             instructions=None
             if pack.instructions is None
             else on(np.full((1, 1), NOT_LEARNED) if blank else pack.instructions).long(),
