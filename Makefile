@@ -23,8 +23,13 @@ PLACE := import sysconfig; print(sysconfig.get_path("purelib"))
 demo: $(VENV)/.installed
 	$(BIN)/mllm train vila_smoke --workers $(WORKERS)
 
+# What starts no Ray is shared by two processes of one thread each; the rest has the machine for itself.
+ALONE := tests/benchmarks tests/cluster tests/journeys tests/pipelines/test_stream.py
+SHARED := tests/house tests/mllm tests/ops tests/pipelines --deselect tests/pipelines/test_stream.py
+
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal $(SHARED)
+	$(BIN)/python -m pytest $(ALONE)
 
 faults: $(VENV)/.installed-dev
 	$(BIN)/python -m tests.faults
