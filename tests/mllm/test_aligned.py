@@ -201,6 +201,7 @@ def test_texts_are_read_as_by_the_bert_that_they_begin_from(site: Site, name: st
 
     recipe = recipe_of(name)
     spec, known = spec_of(recipe), batch_of(site, recipe, 3)
+    plain: dict[str, Any] = {"attn_implementation": "eager"}
     config = BertConfig(
         vocab_size=2000,  # fewer than the recipe has, which adds words of its own
         hidden_size=32,
@@ -209,6 +210,7 @@ def test_texts_are_read_as_by_the_bert_that_they_begin_from(site: Site, name: st
         intermediate_size=64,
         max_position_embeddings=32,
         type_vocab_size=1,
+        **plain,
     )
     bert = BertForMaskedLM(config).eval()
     bert.bert.embeddings.token_type_embeddings.weight.zero_()  # of which ours have none
