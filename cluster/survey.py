@@ -97,17 +97,24 @@ def survey(nodes: Sequence[dict[str, Any]], errand: Errand, seconds: float = ANS
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     tasks = []
-    for node in nodes:
+    names = [name_of(node, nodes) for node in nodes]
+    for node, name in zip(nodes, names, strict=True):
         there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
         work = ray.remote(report).options(num_cpus=0, max_retries=0, scheduling_strategy=there)
-        tasks.append(work.remote(node["NodeManagerAddress"], errand))
+        tasks.append(work.remote(name, errand))
     done, late = ray.wait(tasks, num_returns=len(tasks), timeout=seconds)
     for task in late:
         ray.cancel(task, force=True)
     return [
-        _answer(task, node["NodeManagerAddress"]) if task in done else _none(node["NodeManagerAddress"], seconds)
-        for task, node in zip(tasks, nodes, strict=True)
+        _answer(task, name) if task in done else _none(name, seconds) for task, name in zip(tasks, names, strict=True)
     ]
+
+
+def name_of(node: dict[str, Any], nodes: Sequence[dict[str, Any]]) -> str:
+    """A node's address; with Ray's id where several nodes share one, as those of one machine do."""
+    address = node["NodeManagerAddress"]
+    alone = sum(other["NodeManagerAddress"] == address for other in nodes) == 1
+    return address if alone else f"{address} ({node['NodeID'][:8]})"
 
 
 def _answer(task: Any, node: str) -> NodeReport:

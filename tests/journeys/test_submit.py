@@ -32,8 +32,10 @@ from tests.heads import HERE, environment, example_site, head, node
 from tests.prometheus import ABSENT, PROMETHEUS, Prometheus, scraping
 from tests.s3 import BUCKET, Server, free_port
 
+pytestmark = pytest.mark.timeout(900)  # the first test to ask for it waits for the whole journey
+
 HELD_OUT = json.dumps([{"kind": "pairs", "name": "example-pairs-heldout"}])
-STEPS = 80
+STEPS = 60
 
 CHANGES = [
     word
@@ -51,7 +53,7 @@ CHANGES = [
 ]
 
 
-def mllm(*words: str, timeout: float = 240) -> subprocess.CompletedProcess[str]:
+def mllm(*words: str, timeout: float = 800) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "cluster.cli", *words]
     return subprocess.run(command, env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=timeout)
 
@@ -138,7 +140,7 @@ def journey(cluster: Cluster, monitor: Prometheus | None) -> Journey:  # noqa: A
     folder = cluster.folder
     wait(
         lambda: folder.recipe.is_file() and len(folder.steps("align")) > 2,
-        120,
+        300,
         lambda: mllm("logs", "one", "--site", site).stdout,
     )
     twice = mllm(*words)
