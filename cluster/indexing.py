@@ -42,7 +42,8 @@ def index_corpus(site: Site, corpus: Corpus, planned: Planned, console: Console,
     """Scan the plan's missing shards and write them to `home`. Raises ValueError for a shard not in the corpus's format."""
     for uri, words in planned.changed.items():
         console.print(
-            f"{corpus.name}: {uri} has changed: {words}; it is indexed again, and runs begun before will not go on"
+            f"{corpus.name}: {uri} has changed: {words}; it is indexed again, and runs begun before will not go on",
+            soft_wrap=True,
         )
     scanned: list[Shard] = []
     with _progress(console) as progress:
