@@ -365,9 +365,10 @@ def _stat(info: dict[str, Any]) -> Stat:
 
 
 def exists(uri: str) -> bool:
+    """Whether a file is there; none lies below another file."""
     try:
         stat(uri)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return False
     return True
 

@@ -43,6 +43,7 @@ def test_ranges_listings_and_whole_files(root: str) -> None:
     assert [name.rsplit("/", 1)[1] for name in storage.glob(f"{root}/*.bin")] == ["a.bin", "b.bin"]
     assert storage.exists(f"{root}/deep/c.bin")
     assert not storage.exists(f"{root}/deep/d.bin")
+    assert not storage.exists(f"{root}/deep/c.bin/below")
 
 
 def test_many_ranges_come_back_in_order_and_what_is_not_there_as_none(root: str) -> None:
