@@ -342,6 +342,8 @@ class Training:
             outcomes = []
             if self.first:
                 self._fault("checkpoint", str(error))
+        for outcome in outcomes:
+            self.board.set(gauges.STALL, outcome.stall, rank=str(self.rank))
         for outcome in outcomes if self.first else ():
             self.unwritten = self.unwritten + 1 if outcome.sick else 0
             if outcome.trouble:

@@ -233,9 +233,10 @@ def test_the_cluster_s_nodes_are_asked_and_what_would_stop_a_run_is_told_at_once
     assert not any((site.parent / "runs").glob(".doctor-*")), "nothing is left behind"
 
     wrong = replace(s3.storage, secret="not-the-secret")
-    keys = f'ray_address = "{cluster.address}"\nray_token_file = "{cluster.token}"\nworkers = 9\n'
+    keys = f'ray_address = "{cluster.address}"\nray_token_file = "{cluster.token}"\n'
     bad = example_site(tmp_path, keys)
     words = re.sub(r"(?m)^runs = .*$", f'runs = "s3://{BUCKET}/runs"', bad.read_text())
+    words = re.sub(r"(?m)^workers = .*$", "workers = 9", words)
     words = re.sub(r"(?m)^example-pages = .*$", f'example-pages = "{tmp_path}/gone.jsonl"', words)
     words = words.replace("[corpora]", f"[storage]\n{toml(wrong)}\n[corpora]")
     bad.write_text(words)
