@@ -46,7 +46,8 @@ def _checked(recipe: Recipe | None, site: Site) -> list[Finding]:
         reports = survey(nodes, Errand(storage=storage.in_use(), folders=folders, seen=seen, corpora=shards))
     found = [_nodes(nodes, total), *silent(reports), *differing(reports, versions(), code())]
     found += [*cpus(site, recipe, gpus, total), *devices(site, gpus, total)]
-    found += [*mine, *storages(reports, site), *lacking, *corpora(reports, shards), *_indexed(recipe, site, lacking)]
+    unread = [*lacking, *corpora(reports, shards)]
+    found += [*mine, *storages(reports, site), *unread, *_indexed(recipe, site, unread)]
     if gpus and recipe is not None:
         found += memory_of(recipe, site, [gpu.memory for report in reports for gpu in report.gpus])
     if not any(one.fatal and one.what.startswith("node ") for one in found):
@@ -88,11 +89,13 @@ def first_shards(recipe: Recipe | None, site: Site) -> tuple[dict[str, str], lis
     return shards, lacking
 
 
-def _indexed(recipe: Recipe | None, site: Site, lacking: Sequence[Finding]) -> Iterator[Finding]:
-    """Shards of the recipe's corpora that nobody has indexed yet: a run does it before it begins."""
+def _indexed(recipe: Recipe | None, site: Site, told: Sequence[Finding]) -> Iterator[Finding]:
+    """Shards of the recipe's corpora that nobody has indexed yet: a run does it before it begins. Nothing where `told` says that
+    a corpus cannot be read.
+    """
     from cluster.indexing import corpora_of
 
-    if recipe is None or lacking:
+    if recipe is None or any(one.fatal for one in told):
         return
     wanting = {}
     try:

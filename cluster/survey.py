@@ -176,7 +176,7 @@ def rights(folder: str, seen: str = "") -> Rights:
             return Rights(folder=folder, trouble="what was read is not what was written")
         shared = not seen or Place(seen).is_file()
     except OSError as error:
-        return Rights(folder=folder, trouble=_words(error))
+        return Rights(folder=folder, trouble=_words(error).replace(probe.uri, folder))  # the same words from every node
     return Rights(
         folder=folder,
         exclusive=exclusive,
