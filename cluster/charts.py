@@ -62,7 +62,8 @@ GAUGES = (
 
 def gauges_of(view: StageView) -> list[Gauge]:
     """The gauges that a stage's steps can fill: FLOPs are not known of every run."""
-    return [gauge for gauge in GAUGES if gauge.column not in ("flops", "mfu") or view.mfu() is not None]
+    known = view.mfu() is not None
+    return [gauge for gauge in GAUGES if known or gauge.column not in ("flops", "mfu")]
 
 
 def charts_of(
