@@ -139,7 +139,8 @@ def test_a_token_is_drawn_from_the_nucleus(values: list[float], top_p: float, se
     logits = torch.tensor(values)
     how = Sampling(temperature=1.0, top_p=top_p, seed=seed)
     token = choose(logits, how, torch.Generator().manual_seed(seed))
-    likelier = logits.softmax(0)[logits > logits[token]].sum()
+    shares = logits.softmax(0)  # in which logits may be alike that are not
+    likelier = shares[shares > shares[token]].sum()
     assert likelier < top_p + 1e-6
     assert choose(logits, Sampling(), torch.Generator()) == int(logits.argmax())
 
