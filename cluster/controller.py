@@ -454,10 +454,17 @@ def _signals() -> Iterator[list[str]]:
 
 
 def _all_left(pulse: Any) -> bool:
-    """Whether no rank is at work; those that were asked to stop have saved before they leave."""
-    import ray
+    """Whether no rank is at work; those that were asked to stop have saved before they leave.
 
-    return not ray.get(pulse.look.remote())[0]
+    A cluster that does not answer soon says nothing: who asks has a deadline of its own to keep.
+    """
+    import ray
+    import ray.exceptions
+
+    try:
+        return not ray.get(pulse.look.remote(), timeout=1)[0]
+    except (ray.exceptions.RayError, ConnectionError, TimeoutError):
+        return False
 
 
 def _of_the_cluster(error: BaseException | None) -> bool:
