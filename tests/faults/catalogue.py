@@ -34,7 +34,8 @@ Death = Literal["worker", "node", "drain", "driver", "SIGTERM", "head"]
 class Fault:
     """`what` names it in the table. `restarts` tells those after which a new group of workers must begin; `ends` is the exit code
     of those that end the whole run, which then is started again by who started it. `like` is the death of which a plain Ray
-    Train restart is measured beside it, and `groups` how many groups of workers must begin before one gets on.
+    Train restart is measured beside it, and `groups` how many groups of workers must begin before one gets on. `lasts` are the
+    seconds that the fault itself takes; of one that `hides`, nothing shows until it is looked for, and Ray Train never looks.
     """
 
     what: str
@@ -44,6 +45,8 @@ class Fault:
     ends: int | None = None
     like: Death = "worker"
     groups: int = 1
+    lasts: float = 0.0
+    hides: bool = False
 
 
 def kill_worker(rig: Rig, rng: random.Random, _: str) -> None:
@@ -215,15 +218,15 @@ LONG_RUN: tuple[Fault, ...] = (
     Fault("SIGKILL of the driver", kill_driver, like="driver"),
     Fault("SIGKILL of Ray Train's controller", kill_ray_controller, like="driver"),
     Fault("head killed, new cluster", new_cluster, like="head"),
-    Fault("SIGSTOP of a worker", stop_worker),
-    Fault("S3 refuses connections, 20 s", refuse, restarts=False),
-    Fault("S3 answers 503 to two thirds, 20 s", storm, restarts=False),
-    Fault("S3 answers a second late, 20 s", slow, restarts=False),
-    Fault("S3 cuts bodies short, 10 s", truncate, restarts=False),
-    Fault("S3 refuses in a checkpoint, 20 s", refuse_checkpoint, restarts=False),
+    Fault("SIGSTOP of a worker", stop_worker, hides=True),
+    Fault("S3 refuses connections, 20 s", refuse, restarts=False, lasts=20),
+    Fault("S3 answers 503 to two thirds, 20 s", storm, restarts=False, lasts=20),
+    Fault("S3 answers a second late, 20 s", slow, restarts=False, lasts=20),
+    Fault("S3 cuts bodies short, 10 s", truncate, restarts=False, lasts=10),
+    Fault("S3 refuses in a checkpoint, 20 s", refuse_checkpoint, restarts=False, lasts=20),
     Fault("newest checkpoint corrupt, worker killed", corrupt_checkpoint, groups=2),
     Fault("two controllers", second_controller, restarts=False),
     Fault("a worker has no more memory", starve_worker),
-    Fault("object store nearly full, 15 s", fill_store, restarts=False),
+    Fault("object store nearly full, 15 s", fill_store, restarts=False, lasts=15),
 )
 """What one run goes through in each of its stages, in an order drawn anew for each."""
