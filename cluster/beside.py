@@ -44,7 +44,7 @@ def evaluate(job: StageJob, folder: Place, step: int) -> Evaluation:
     device = torch.device("cpu")  # GPUs are the trainers'
     how = replace(job.stage, parallel=FSDP(dtype=job.stage.parallel.dtype), ema=None)
     with alone():
-        model = checkpoint.read_model(job.recipe, job.stage, folder, job.place)
+        model = checkpoint.read_model(job.recipe, job.stage, folder)
         engine = build_engine(model, how, len(job.stage.mixture), device)
         found = evaluation_of(engine, job.held_out, job.recipe, job.stage.name, "during")
     found = replace(found, step=step)
@@ -56,7 +56,7 @@ def parts(job: StageJob, folder: Place, out: Place) -> None:
     """Write the stage's weights, adapters merged, as safetensors."""
     storage.use(job.stream.storage)
     trust.use(job.stream.trust_remote_code)
-    write_parts(out, checkpoint.read_model(job.recipe, job.stage, folder, job.place).state_dict())
+    write_parts(out, checkpoint.read_model(job.recipe, job.stage, folder).state_dict())
 
 
 class Beside:

@@ -22,14 +22,12 @@ from dataclasses import field, replace
 from functools import cache
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from pydantic import TypeAdapter, ValidationError
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 
 from cluster.shards import INDEX, CorruptCheckpoint, Index, LoadPlanner, ShardReader, digest, parse_index
-from mllm.encoders import Folder
 from mllm.model import Model
 from mllm.recipe import Recipe, Stage
 from mllm.tune import add_adapters, merge_adapters
@@ -345,13 +343,12 @@ def _cause(error: CheckpointException) -> BaseException:
     return next((cause for cause in causes if isinstance(cause, CorruptCheckpoint)), causes[0])
 
 
-def read_model(recipe: Recipe, stage: Stage, folder: Place, weights: Folder, merge: bool = True) -> Model:
+def read_model(recipe: Recipe, stage: Stage, folder: Place, merge: bool = True) -> Model:
     """The model that `stage` left in the checkpoint `folder`, whole, on CPU, float32, its adapters merged if that is wished.
 
-    `weights` finds what the recipe's parts name, for whatever the checkpoint does not hold.
+    A checkpoint holds all weights, frozen ones too: those that the recipe's parts name need not be there.
     """
-    torch.manual_seed(recipe.seed)
-    model = recipe.model_of(stage).build(weights)
+    model = recipe.model_of(stage).empty()
     adapted = add_adapters(model, stage.tune)
     state = {"model": model.state_dict()}
     load(folder, state, alone=True)

@@ -169,7 +169,7 @@ def _stage(recipe: Recipe, stage: Stage, planned: StagePlan, site: Site, speed: 
 
     counted = planned.counted
     if counted is None:
-        return unknown(planned.unknown)
+        return unknown(planned.uncounted)
     shape = shape_of(recipe, stage, site)
     if isinstance(shape, str):
         return unknown(shape)

@@ -114,14 +114,19 @@ def local(tensor: Tensor) -> Tensor:
         return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()
 
 
-def build_engine(model: Model, stage: Stage, sources: int, device: torch.device) -> Engine:
-    """The engine that the stage asks for. Its weights are those that rank 0 brings, whatever the others bring."""
+def build_engine(model: Model, stage: Stage, sources: int, device: torch.device, restored: bool = False) -> Engine:
+    """The engine that the stage asks for. Its weights are those that rank 0 brings, whatever the others bring.
+
+    One that is to be `restored` from a checkpoint has none before that: nobody need bring any, and none are sent around.
+    """
     match stage.parallel:
         case FSDP() | DDP() as parallel:
             from cluster.fsdp import FSDPEngine
 
             engine = FSDPEngine(model, stage, parallel, sources, device)
-            if engine.world > 1:
+            if restored:
+                engine.whole = {}
+            elif engine.world > 1:
                 engine.spread()
             return engine
         case ZeRO() as parallel:

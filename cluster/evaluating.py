@@ -88,7 +88,7 @@ def evaluate_run(
     recipe = replace(recipe, held_out=(*recipe.held_out, *more))
     if not recipe.held_out:
         raise RunError(f"recipe {recipe.name!r} holds no corpus out, so there is nothing to evaluate on")
-    after = _evaluated(site, recipe, stage, trained_model(site, recipe, folder))
+    after = _evaluated(site, recipe, stage, trained_model(recipe, folder))
     for score in after.scores:
         console.print(
             f"{score.source:<32} loss {score.loss:7.4f}   accuracy {score.accuracy:6.1%}   {score.tokens:,} tokens"
@@ -161,7 +161,7 @@ def evaluate_task(
     quieten(folder.logs)
     mark = last_finished(folder)
     words = recipe.model.words.tokenizer
-    model = trained_model(site, recipe, folder)
+    model = trained_model(recipe, folder)
     if torch.cuda.is_available():
         model = model.cuda()
     speaker = Speaker(recipe, model, site.folder(words) if words else "")

@@ -55,7 +55,7 @@ def export_of(site: Site, recipe: Recipe, folder: RunFolder, out: Place, adapter
     mark = last_finished(folder)
     stage = recipe.stage(mark.stage)
     place = folder.root / mark.checkpoint
-    model = checkpoint.read_model(recipe, stage, place, site.folder, merge=not adapter).eval()
+    model = checkpoint.read_model(recipe, stage, place, merge=not adapter).eval()
     recipe = replace(recipe, model=recipe.model_of(stage))
     before = _seen(site, recipe, stage, model)
     adapters = take_off(recipe, model) if adapter else None

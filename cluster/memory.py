@@ -28,7 +28,13 @@ import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensor,
+    FakeTensorMode,
+    unset_fake_temporarily,
+)
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._sharding_prop import ShardingPropagator
 from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -39,6 +45,7 @@ from cluster.fsdp import FSDPEngine
 from cluster.fullest import fullest, takes_features
 from cluster.stacks import Depths, layer_weights, shortened, stacks_of
 from mllm.encoders import Encoder
+from mllm.objectives import DPO, Gathered
 from mllm.recipe import (
     DDP,
     FSDP,
@@ -66,6 +73,10 @@ RANKS = 8
 CPU = torch.device("cpu")
 
 
+class Unforetold(ValueError):
+    """Why a stage's memory is not foretold, in words for a person."""
+
+
 def memory(recipe: Recipe, stage: Stage, worlds: Sequence[int]) -> dict[int, int]:
     """Peak bytes on each rank by world size, from the second step on, when the optimiser has its states.
 
@@ -73,7 +84,13 @@ def memory(recipe: Recipe, stage: Stage, worlds: Sequence[int]) -> dict[int, int
     taken for them, stage 2 adds the weights in the compute type and stage 1 the gradients too, both whole. A model whose
     states are `offload`ed leaves out shards of weights, gradients and moments. Ranks that share a pack (`context`) are taken
     to hold equal parts of its positions and tiles. Worlds that are no whole number of groups are left out.
+
+    Raises Unforetold where what a step computes hangs on numbers that only data tells.
     """
+    if isinstance(recipe.model, VLM) and isinstance(stage.objective, Gathered | DPO):
+        raise Unforetold(
+            f"memory is not predicted: packs are taken one by one and by one model, and {stage.objective.kind!r} is not"
+        )
     ask = partial(_memory, dump(_plain(recipe, stage)), takes_features(stage), tuple(worlds))
     if not dist.is_initialized():
         return ask()
@@ -85,6 +102,12 @@ def _plain(recipe: Recipe, stage: Stage) -> Recipe:
     """The recipe with one stage and only what memory depends on, so that stages alike are simulated once."""
     parallel = stage.parallel
     share = parallel.context if isinstance(parallel, FSDP) else 1
+    if not isinstance(recipe.model, VLM):
+        plain = replace(stage, name="stage", ema=None, duration=Steps(count=1), optimizer=AdamW(), schedule=Constant())
+        plain = replace(plain, sampling=None, tokens_per_step=stage.context, window=1, chunk=1, save_every=1)
+        return replace(
+            recipe, name="plain", paper="", model=recipe.model.bare(), stages=(plain,), held_out=(), shots=(), seed=0
+        )
     plain = replace(
         stage,
         name="stage",
@@ -183,7 +206,7 @@ def _peak(words: str, features: bool, ranks: int, alone: bool) -> float:
     stage = recipe.stages[0]
     simulated, world = _simulated(stage.parallel, ranks, alone)
     built = dump(replace(recipe, stages=(replace(stage, parallel=simulated),)))
-    stacks = stacks_of(recipe.vlm, stage)
+    stacks = stacks_of(recipe.vlm, stage) if isinstance(recipe.model, VLM) else {}
     small = {where: stack.built for where, stack in stacks.items()}
 
     def peaks(layers: dict[str, int]) -> dict[str, float]:
@@ -224,7 +247,7 @@ def _adjusted(found: dict[str, float], recipe: Recipe, ranks: int) -> float:
 def _counts(words: str) -> tuple[int, int]:
     """Parameters of the model, all and trained."""
     recipe = load(words)
-    module = recipe.vlm.meta()
+    module = recipe.model.meta()
     groups = apply_tuning(module, recipe.stages[0].tune)
     trained = sum(p.numel() for group in groups for p in group.parameters)
     return sum(p.numel() for p in module.parameters()), trained
@@ -245,7 +268,7 @@ def _course(words: str, features: bool, depths: Depths, world: int) -> _Course:
     with _nobody(world), FakeTensorMode(allow_non_fake_inputs=True), held:
         with patch.object(torch.nn.init, "_no_grad_trunc_normal_", lambda tensor, *_, **__: tensor):
             # It draws until no number lies outside, which of numbers that are not there nobody can say.
-            model = shortened(recipe.vlm, depths).build()
+            model = (shortened(recipe.vlm, depths) if depths else recipe.model).build()
         engine = FSDPEngine(model, stage, stage.parallel, 1, CPU)
         engine.whole = {}  # of rank 0's weights, which are spread before the first step
         (optimizer,) = engine.optimizers
@@ -258,14 +281,21 @@ def _course(words: str, features: bool, depths: Depths, world: int) -> _Course:
         held.moment("begin")
         with warnings.catch_warnings():  # torch wonders at hooks of a layer before which nothing learns
             warnings.filterwarnings("ignore", "Full backward hook is firing")
-            engine.train_step([pack, pack], 1.0)  # the second meets the gradients of the first
+            try:
+                engine.train_step([pack, pack], 1.0)  # the second meets the gradients of the first
+            except (DataDependentOutputException, DynamicOutputShapeException) as error:
+                raise Unforetold(
+                    f"memory is not predicted: what {stage.objective.kind!r} computes hangs on its numbers ({error})"
+                ) from error
         return held.course(world // engine.copies)
 
 
 def _mark(engine: FSDPEngine, optimizer: torch.optim.Optimizer, held: Held) -> None:
     """Name the moments of a step: which pack, forward or backward, at which end of which stack."""
     model = engine.module.model
-    assert isinstance(model, VisionLanguageModel)
+    stacks = (
+        [("encoder", model.encoder.units()), ("lm", model.lm.units())] if isinstance(model, VisionLanguageModel) else []
+    )
     packs = 0
 
     def begin(*_: object) -> None:
@@ -277,7 +307,7 @@ def _mark(engine: FSDPEngine, optimizer: torch.optim.Optimizer, held: Held) -> N
         return lambda *_: held.moment(*(f"pack {packs} {place}" for place in places))
 
     engine.module.register_forward_pre_hook(begin)
-    for part, units in (("encoder", model.encoder.units()), ("lm", model.lm.units())):
+    for part, units in stacks:
         for number, unit in enumerate(units):
             ends = [end for end in (number, number - len(units)) if -2 <= end < 2]
             unit.register_forward_pre_hook(at(*(f"forward {part} {end}" for end in ends)))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from cluster.fullest import fullest, takes_features
-from cluster.memory import memory
+from cluster.memory import Unforetold, memory
 from cluster.preflight import refusals, this_machine, untrusted
 from cluster.schedule import accumulation, planned_steps
 from cluster.site import Site, SiteError
@@ -30,8 +30,8 @@ def meta_model(model: ModelSpec) -> Model:
 class StagePlan:
     """One stage. `rows` and `windows` are None when its corpora are not on the site; `memory` is the peak bytes a GPU by world
     size, without sizes that cannot be; `flops` are the model's in a step of full packs, which is the most, and `total_flops`
-    those of all steps where their number is known. `unknown` says why memory and FLOPs are not predicted, where they are not;
-    `counted` are a pack's FLOPs by what is in it, where they are.
+    those of all steps where their number is known. `unknown` says why memory or FLOPs are not predicted, where they are not;
+    `counted` are a pack's FLOPs by what is in it, and `uncounted` says why they are not told, where they are not.
     """
 
     name: str
@@ -46,6 +46,7 @@ class StagePlan:
     total_flops: float | None
     unknown: str = ""
     counted: Cost | None = None
+    uncounted: str = ""
 
 
 @spec
@@ -79,14 +80,18 @@ def _stage(recipe: Recipe, stage: Stage, site: Site, worlds: tuple[int, ...], co
     apply_tuning(model, stage.tune)
     trained = tuple(name for name, parameter in model.named_parameters() if parameter.requires_grad)
     key = (trained, stage.objective, stage.parallel.recompute, takes_features(stage), recipe.tiling_of(stage))
-    unknown, uncounted = unpredicted(recipe, stage), ""
+    uncounted = unpredicted(recipe, stage)
+    foretold, unknown = _memory(recipe, stage, worlds)
+    unknown = [unknown] if unknown else []
     flops = cost = None
     if not isinstance(recipe.model, VLM):
         try:
             flops = stage.packs_per_step * pack_flops(model, stage.objective, Batch.of(fullest(recipe, stage)))
         except UncountedError as error:
-            uncounted = str(error)
-    elif not unknown:
+            unknown.append(str(error))
+    elif uncounted:
+        unknown.append(uncounted)
+    else:
         cost = costs.get(key) or costs.setdefault(key, _cost(model, recipe, stage))
         flops = stage.packs_per_step * cost.model_flops(work_of(fullest(recipe, stage, takes_features(stage))))
     count = planned_steps(stage)
@@ -107,20 +112,29 @@ def _stage(recipe: Recipe, stage: Stage, site: Site, worlds: tuple[int, ...], co
         steps=_steps(stage, rows),
         packs_per_step=stage.packs_per_step,
         accumulation={world: accumulation(stage.packs_per_step, world) for world in worlds},
-        memory={} if unknown else memory(recipe, stage, worlds),
+        memory=foretold,
         flops=flops,
         total_flops=None if count is None or flops is None else count * flops,
-        unknown="; ".join(filter(None, (unknown, uncounted))),
+        unknown="; ".join(unknown),
         counted=cost,
+        uncounted=uncounted,
     )
 
 
+def _memory(recipe: Recipe, stage: Stage, worlds: tuple[int, ...]) -> tuple[dict[int, int], str]:
+    """Peak bytes by world size, or none and why."""
+    try:
+        return memory(recipe, stage, worlds), ""
+    except Unforetold as error:
+        return {}, str(error)
+
+
 def unpredicted(recipe: Recipe, stage: Stage) -> str:
-    """Why a stage's memory, and the FLOPs of its packs one by one, are not predicted; an empty word where they are."""
+    """Why the FLOPs of a stage's packs are not told pack by pack; an empty word where they are."""
     if not isinstance(recipe.model, VLM):
-        return f"memory is not predicted: it is reckoned for kind 'vlm', and the model is {recipe.model.kind!r}"
+        return f"packs' FLOPs are not told one by one: they are counted for kind 'vlm', and the model is {recipe.model.kind!r}"
     if isinstance(stage.objective, Gathered | DPO):
-        return f"memory and FLOPs are not predicted: they are reckoned for single packs and models, not {stage.objective.kind!r}"
+        return f"FLOPs are not predicted: they are counted for single packs and models, not {stage.objective.kind!r}"
     return ""
 
 

@@ -59,7 +59,7 @@ def _stage(stage: StagePlan) -> Iterator[str]:
     yield f"  {'workers':>10} {'packs each':>11} {'memory a GPU (estimate)':>25}"
     for world, packs in stage.accumulation.items():
         bytes_ = stage.memory.get(world)
-        words = ("not predicted" if stage.unknown else "cannot be") if bytes_ is None else bytes_words(bytes_)
+        words = ("cannot be" if stage.memory else "not predicted") if bytes_ is None else bytes_words(bytes_)
         yield f"  {world:>10} {packs:>11} {words:>25}"
 
 

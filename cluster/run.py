@@ -165,14 +165,14 @@ def profile_run(site: Site, name: str, rank: int, steps: int, seconds: float, co
     console.print(f"stacks   {_near(answer.stacks)}", soft_wrap=True)
 
 
-def trained_model(site: Site, recipe: Recipe, folder: RunFolder) -> Model:
+def trained_model(recipe: Recipe, folder: RunFolder) -> Model:
     """The model with the weights of the run's last finished stage, on CPU, float32.
 
     Raises RunError when no stage is finished.
     """
     last = last_finished(folder)
     stage = recipe.stage(last.stage)
-    return checkpoint.read_model(recipe, stage, folder.root / last.checkpoint, site.folder).eval()
+    return checkpoint.read_model(recipe, stage, folder.root / last.checkpoint).eval()
 
 
 def last_finished(folder: RunFolder) -> StageFinished:

@@ -180,8 +180,7 @@ def corpora(reports: Sequence[NodeReport], shards: Mapping[str, str]) -> Iterato
 
 def memory_of(recipe: Recipe, site: Site, gpus: Sequence[int]) -> Iterator[Finding]:
     """What a step is foretold to take beside the smallest GPU's memory."""
-    from cluster.memory import memory
-    from cluster.plan import unpredicted
+    from cluster.memory import Unforetold, memory
     from cluster.stats import bytes_words
 
     if not gpus:
@@ -190,10 +189,11 @@ def memory_of(recipe: Recipe, site: Site, gpus: Sequence[int]) -> Iterator[Findi
     room = min(gpus)
     for stage in recipe.stages:
         name = f"memory of {stage.name}"
-        if why := unpredicted(recipe, stage):
-            yield Finding(what=name, found=why)
+        try:
+            peaks = memory(recipe, stage, (fewest, most))
+        except Unforetold as error:
+            yield Finding(what=name, found=str(error))
             continue
-        peaks = memory(recipe, stage, (fewest, most))
         worst = max(peaks.values(), default=None)
         if worst is None:
             continue  # which `refusals` tells

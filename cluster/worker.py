@@ -159,7 +159,8 @@ def _train(job: StageJob, beats: Beats, tables: Iterable[pa.Table]) -> None:
         control,
     )
 
-    engine = build_engine(_build_model(job, resumed), job.stage, len(job.stage.mixture), _device())
+    model = _build_model(job, resumed)
+    engine = build_engine(model, job.stage, len(job.stage.mixture), _device(), restored=resumed is not None)
     _restore(engine, job, resumed)
     if job.held_out and job.folder.evaluation(job.stage.name, "before") is None:
         beats("evaluate", state.step)
@@ -478,17 +479,19 @@ def _device() -> torch.device:
 
 
 def _build_model(job: StageJob, resumed: Place | None) -> Model:
-    """The model to train: rank 0 reads weights, and the engine hands them on to the others."""
+    """The model to train: rank 0 reads weights, and the engine hands them on to the others. A checkpoint holds all of them, and
+    where there is one to go on from nobody reads what it replaces.
+    """
     if not torch.cuda.is_available():  # ranks of one machine share its cores instead of each taking all
         local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // local))
     torch.manual_seed(job.recipe.seed)
     model = job.recipe.model_of(job.stage)
-    if dist.get_rank() != 0:
+    if resumed or dist.get_rank() != 0:
         return model.empty()
-    if job.previous and not resumed and job.adapted:
+    if job.previous and job.adapted:
         assert job.before is not None  # whose checkpoint `previous` is
-        return checkpoint.read_model(job.recipe, job.before, Place(job.previous), job.place)
+        return checkpoint.read_model(job.recipe, job.before, Place(job.previous))
     return model.build(job.place)
 
 

@@ -316,13 +316,6 @@ class CrossModal(ModelSpec):
         arch = replace(self.arch, tower_weights=None) if isinstance(self.arch, PixelBERT) else self.arch
         return replace(self, arch=arch, weights=None, tokenizer=self.words.tokenizer)
 
-    def empty(self) -> Model:
-        model = self.meta().to_empty(device="cpu")
-        assert isinstance(model, Model)
-        net: Any = model.net
-        net.tie_weights()  # which memory of their own has parted
-        return model
-
 
 def answer_head(width: int, answers: int) -> nn.Module:
     """Scores of answers from a pooled pair: LXMERT's two matrices (arXiv:1908.07490, app.), UNITER's too."""

@@ -10,6 +10,7 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from mllm.encoders import Folder
 from ops.attention import Backend
@@ -86,8 +87,24 @@ class ModelSpec:
             return self.bare().build()
 
     def empty(self) -> Model:
-        """The module in memory that nobody has written to, for weights that come from elsewhere. Nothing is read."""
-        return self.meta().to_empty(device="cpu")
+        """The module in memory, float32, for weights that come from elsewhere: none are read, drawn or written, and memory that
+        nobody writes to costs none. Buffers are as built, and what is tied is one tensor.
+        """
+        with _Unwritten():
+            return self.bare().build()
+
+
+FILLS = {"normal_", "uniform_", "fill_", "zero_", "copy_", "erfinv_", "mul_", "add_", "div_", "clamp_"}
+"""What `torch.nn.init` and copying from another parameter come down to."""
+
+
+class _Unwritten(TorchFunctionMode):
+    """Within, parameters are made and never filled."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if args and isinstance(args[0], nn.Parameter) and getattr(func, "__name__", "") in FILLS:
+            return args[0]
+        return func(*args, **(kwargs or {}))
 
 
 RGB = tuple[float, float, float]

@@ -97,12 +97,6 @@ class SingleStream(PictureModel):
     def bare(self) -> Self:
         return replace(self, weights=None, tokenizer=self.words.tokenizer)
 
-    def empty(self) -> PairEncoder:
-        model = self.meta().to_empty(device="cpu")
-        assert isinstance(model, PairEncoder)
-        model.net.tie_weights()  # which memory of their own has parted
-        return model
-
 
 @dataclass(slots=True)
 class Paired:

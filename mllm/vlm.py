@@ -219,12 +219,6 @@ class VLM(ModelSpec):
         with torch.device("meta"):
             return self.bare().build()
 
-    def empty(self) -> VisionLanguageModel:
-        """The module in memory that nobody has written to, for weights that come from elsewhere. Nothing is read."""
-        model = self.meta().to_empty(device="cpu")
-        model.lm.model.tie_weights()  # which memory of their own has parted
-        return model
-
     def bare(self) -> VLM:
         """The same without what must be read: no weights, no tokenizer."""
         lm = replace(self.lm, weights=None, tokenizer=self.lm.text_codec)

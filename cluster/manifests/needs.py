@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
+from contextlib import suppress
 from dataclasses import replace
 
 from cluster.manifests.words import Deploy, Node, bytes_of
-from cluster.plan import unpredicted
 from cluster.preflight import Machine, refusals
 from cluster.site import Site, SiteError
 from mllm.recipe import Recipe
@@ -129,12 +129,12 @@ def _trainable(recipe: Recipe, site: Site, deploy: Deploy) -> None:
         raise SiteError(f"recipe {recipe.name!r} cannot be trained by {_words(fewest, most)}: {'; '.join(whys)}")
     if node.gpu_memory is None:
         return
-    from cluster.memory import memory
+    from cluster.memory import Unforetold, memory
 
     for stage in recipe.stages:
-        if unpredicted(recipe, stage):
-            continue
-        peak = memory(recipe, stage, (fewest,)).get(fewest)
+        peak = None
+        with suppress(Unforetold):
+            peak = memory(recipe, stage, (fewest,)).get(fewest)
         if peak is not None and peak > bytes_of(node.gpu_memory):
             raise SiteError(
                 f"stage {stage.name!r} takes {peak / 2**30:.0f} GiB of each GPU with {fewest} workers, and a GPU of the trainers "

@@ -144,7 +144,7 @@ def trained_with(
         run="r", stage=stage.name, fingerprint="f", order="o", step=1, world=1, final=False, versions={}
     )
     path = save(Place(folder), engine.state(), TrainState(step=1), manifest)
-    fresh = engine_of(recipe, stage)
+    fresh = build_engine(recipe.vlm.empty(), stage, 2, CPU, restored=True)
     state = fresh.state()
     checkpoint.load(Place(other) / path.name if other else path, state)
     fresh.load_state(state)

@@ -76,7 +76,7 @@ def test_it_begins_where_nothing_is_preferred_and_moves_away(
         ]
         assert any(pack.references is not None and pack.references[:, 1].any() for pack in packs)
 
-        model = read_model(recipe, sft, previous, str)
+        model = read_model(recipe, sft, previous)
         engine = build_engine(model, job.stage, 1, torch.device("cpu"))
         share_of = share([*packs, empty_pack(job.stream)], 4, 0)
         first = engine.train_step(share_of, 1.0)

@@ -144,7 +144,7 @@ def _marks(rig: Rig, name: str, whole: Rig, site: Site) -> list[str]:
             found.append(f"{name}, {stage}: {lost} packs lost, {repeated} repeated")
     storage.use(site.storage)
     recipe = load(broken.recipe.read_bytes())
-    ours, theirs = (trained_model(one, recipe, run) for one, run in ((site, broken), (whole.site, whole.results)))
+    ours, theirs = (trained_model(recipe, run) for run in (broken, whole.results))
     for (part, one), other in zip(ours.state_dict().items(), theirs.state_dict().values(), strict=True):
         if not torch.allclose(one, other, rtol=1e-3, atol=1e-4):
             found.append(f"{name}: weights of {part} differ by up to {(one - other).abs().max():.2g}")

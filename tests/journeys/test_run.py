@@ -110,12 +110,12 @@ def test_held_out_loss_falls(unbroken: tuple[RunFolder, str]) -> None:
     assert losses[2] > losses[3] + 0.2
 
 
-def test_the_export_is_the_trained_model(unbroken: tuple[RunFolder, str], short: Recipe, here: Site) -> None:
+def test_the_export_is_the_trained_model(unbroken: tuple[RunFolder, str], short: Recipe) -> None:
     from transformers import LlavaForConditionalGeneration
 
     folder, _ = unbroken
     llava = LlavaForConditionalGeneration.from_pretrained(folder.export)
-    ours: Any = trained_model(here, short, folder)
+    ours: Any = trained_model(short, folder)
     torch.testing.assert_close(llava.lm_head.weight, ours.lm.head)
     theirs = llava.model.language_model.layers[0].self_attn.q_proj.weight
     torch.testing.assert_close(theirs, ours.lm.model.model.layers[0].self_attn.q_proj.weight)
@@ -190,11 +190,11 @@ def test_a_run_is_evaluated_as_one_asks(
     assert "--task and --file go together" in capsys.readouterr().err
 
 
-def test_frozen_parts_keep_their_first_weights(unbroken: tuple[RunFolder, str], short: Recipe, here: Site) -> None:
+def test_frozen_parts_keep_their_first_weights(unbroken: tuple[RunFolder, str], short: Recipe) -> None:
     folder, _ = unbroken
     torch.manual_seed(short.seed)
     first: Any = short.model.build()
-    last: Any = trained_model(here, short, folder)
+    last: Any = trained_model(short, folder)
     assert all(torch.equal(a, b) for a, b in zip(first.encoder.parameters(), last.encoder.parameters(), strict=True))
     assert not torch.equal(first.lm.head, last.lm.head)
 

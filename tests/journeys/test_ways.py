@@ -15,7 +15,7 @@ from cluster import checkpoint
 from cluster.evaluating import evaluate_run
 from cluster.journal import Journal
 from cluster.run import train, trained_model
-from cluster.site import Site, load_site
+from cluster.site import load_site
 from mllm.recipe import DDP, FSDP, Full, LoRA, Muon, Recipe, Stage, Steps, ZeRO
 from pipelines.place import Place
 from tests.conftest import ROOT
@@ -40,10 +40,10 @@ def ways(small: Recipe) -> Recipe:
     return replace(small, name="ways", stages=stages, held_out=small.held_out[:1], shots=(0,))
 
 
-def left(recipe: Recipe, stage: Stage, site: Site, root: Place) -> dict[str, torch.Tensor]:
+def left(recipe: Recipe, stage: Stage, root: Place) -> dict[str, torch.Tensor]:
     """The weights that a stage left, adapters merged."""
     done = next(event for event in Journal(root).state().finished_stages if event.stage == stage.name)
-    return checkpoint.read_model(recipe, stage, Place(root / done.checkpoint), site.folder).state_dict()
+    return checkpoint.read_model(recipe, stage, Place(root / done.checkpoint)).state_dict()
 
 
 @pytest.mark.timeout(600)
@@ -51,7 +51,7 @@ def left(recipe: Recipe, stage: Stage, site: Site, root: Place) -> dict[str, tor
 def test_each_stage_goes_on_from_what_the_last_has_made(ways: Recipe, tmp_path: Path) -> None:
     site = replace(load_site(str(ROOT / "examples" / "site.toml"), 2), runs=str(tmp_path))
     folder = train(ways, site, None, Console(file=io.StringIO(), width=140))
-    align, pretrain, sft = (left(ways, stage, site, folder.root) for stage in ways.stages)
+    align, pretrain, sft = (left(ways, stage, folder.root) for stage in ways.stages)
     for name in align:
         after_adapters, at_the_end = (
             not torch.equal(pretrain[name], align[name]),
@@ -59,9 +59,7 @@ def test_each_stage_goes_on_from_what_the_last_has_made(ways: Recipe, tmp_path: 
         )
         assert after_adapters == ("_proj.weight" in name and name.startswith("lm.")), name
         assert at_the_end == name.startswith("connector."), name
-    for (name, exported), ours in zip(
-        trained_model(site, ways, folder).state_dict().items(), sft.values(), strict=True
-    ):
+    for (name, exported), ours in zip(trained_model(ways, folder).state_dict().items(), sft.values(), strict=True):
         assert torch.equal(exported, ours), name
     # Each stage's weights are there as other programs read them, adapters merged.
     for stage, weights in (("pretrain", pretrain), ("sft", sft)):
