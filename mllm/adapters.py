@@ -15,7 +15,7 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from mllm.folders import form_of, theirs
+from mllm.folders.wholes import form_of, theirs
 from mllm.model import Model
 from mllm.recipe import Recipe
 from mllm.vlm import VLM

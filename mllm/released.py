@@ -21,7 +21,7 @@ from torch import Tensor
 
 from mllm.adapters import ADAPTER, put_on
 from mllm.export import read_back
-from mllm.folders import TAGS, Form, form_of
+from mllm.folders.wholes import TAGS, Form, form_of
 from mllm.model import Model
 from mllm.recipe import Recipe
 from mllm.vlm import VLM, VisionLanguageModel

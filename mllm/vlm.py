@@ -28,7 +28,7 @@ from mllm.connectors import (
     read_weights,
 )
 from mllm.encoders import Encoder, Encoders, Folder, VisionEncoder
-from mllm.folders import check_form, read_into
+from mllm.folders.wholes import check_form, read_into
 from mllm.fusion import Fusion, InLMSampler, PreLMAdapter, RoutedExperts, SideAttention, Splice, UnifiedVocabulary
 from mllm.instructed import InstructedQuerying, asked_of_tiles
 from mllm.joins import Joined, Joining, Tiles, cuts_of, slice_grids, with_scales
@@ -44,7 +44,7 @@ from pipelines.types import Batch, Cut, VisionLayout, spec
 class VLM(ModelSpec):
     """The model's axes as values. Building it needs no network when nothing names weights.
 
-    `weights` name a folder of the whole model as transformers has it (`mllm.folders`), in place of those that its parts name.
+    `weights` name a folder of the whole model as transformers has it (`mllm.folders.wholes`), in place of what its parts name.
     """
 
     kind: Literal["vlm"] = "vlm"

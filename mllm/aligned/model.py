@@ -139,7 +139,7 @@ class Aligner(Model):
         if spec.weights is not None and isinstance(spec.arch, QLLaMAPairs):
             go_on(self, folder(spec.weights))
         elif spec.weights is not None:
-            from mllm.aligned.folders import read
+            from mllm.folders.blip import read
 
             read(self, spec, folder(spec.weights))
         self.momentum = 0.0 if spec.twin is None else spec.twin.momentum

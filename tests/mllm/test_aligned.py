@@ -15,10 +15,10 @@ from benchmarks.common import on_ranks
 from cluster.engines import Engine, alone, build_engine
 from cluster.site import Site
 from mllm.aligned import Aligned, Aligner, Rows, likeness
-from mllm.aligned.folders import write
 from mllm.annotators import Recaption, ScoreFilter
 from mllm.connectors import QFormer
 from mllm.export import export, read_back
+from mllm.folders.blip import write
 from mllm.objectives import HardMatching, Sum
 from mllm.objectives.aligned import drawn
 from mllm.recipe import FSDP, Recipe

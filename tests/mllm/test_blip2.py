@@ -15,9 +15,9 @@ from cluster.engines import alone, build_engine
 from cluster.plan import plan
 from cluster.site import Site, load_site
 from mllm.aligned import QFormerPairs
-from mllm.composed import composed
 from mllm.connectors import InstructedQFormer, QFormer
 from mllm.export import export
+from mllm.folders.blip2 import composed
 from mllm.instructed import Instructions
 from mllm.objectives import RetrievalToken, Sum
 from mllm.recipe import Recipe, override

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from mllm.connectors import MLP
-from mllm.export import export, format_of, read_back
+from mllm.export import export, form_of, read_back
 from mllm.fusion import CrossAttention, Fusion, PreLMAdapter, RoutedExperts
 from mllm.recipe import Recipe
 from mllm.recipes import by_name
@@ -90,7 +90,7 @@ def test_a_model_that_is_no_llava_is_exported_in_parts(tmp_path: Path) -> None:
 def test_what_was_written_is_read_back(recipe: Recipe, tmp_path: Path, depth: int) -> None:
     """As one LLaVA folder, and part by part."""
     changed = replace(recipe, model=replace(recipe.vlm, connector=MLP(depth=depth)))
-    assert format_of(changed) == {1: "parts", 2: "llava"}[depth]
+    assert form_of(changed).kind == {1: "parts", 2: "llava"}[depth]
     torch.manual_seed(0)
     model = changed.vlm.build()
     again = read_back(export(changed, model, TOKENIZER, tmp_path / "export"))
@@ -105,7 +105,7 @@ def test_a_fusions_weights_are_written_and_read_back(recipe: Recipe, tmp_path: P
     from transformers import AutoModelForCausalLM
 
     changed = replace(recipe, model=replace(recipe.model, fusion=fusion))
-    assert format_of(changed) == "parts"
+    assert form_of(changed).kind == "parts"
     torch.manual_seed(0)
     model = changed.model.build()
     for parameter in model.parts()["fusion"]:
@@ -122,7 +122,7 @@ def test_a_fusions_weights_are_written_and_read_back(recipe: Recipe, tmp_path: P
 def test_parts_of_any_system_are_read_back(name: str, tmp_path: Path) -> None:
     """Several towers, separators, branches."""
     small = tiny(by_name(name))
-    assert format_of(small) == "parts"
+    assert form_of(small).kind == "parts"
     torch.manual_seed(0)
     model = small.model.build()
     again = read_back(export(small, model, TOKENIZER, tmp_path / "export"))

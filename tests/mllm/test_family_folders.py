@@ -11,7 +11,7 @@ from PIL import Image
 from mllm.classify import Classifier, ResNet
 from mllm.dual import DualEncoder
 from mllm.encoders import ClipVision, Encoder
-from mllm.export import export, format_of, read_back
+from mllm.export import export, form_of, read_back
 from mllm.masked import MaskedAutoencoder, MaskedPredictor
 from mllm.objectives import MaskedCodes, MaskedPixels
 from mllm.pairs import texts_of
@@ -53,7 +53,7 @@ def theirs(name: str, folder: Path) -> Any:
 @pytest.mark.parametrize("name", NAMES)
 def test_it_is_read_back_and_begins_another(name: str, tmp_path: Path) -> None:
     recipe, built, folder = exported(name, tmp_path)
-    assert format_of(recipe) == "transformers"
+    assert form_of(recipe).kind == "transformers"
     assert (folder / "config.json").is_file()
     ours, again = built.state_dict(), read_back(folder).state_dict()
     assert ours.keys() == again.keys()
@@ -216,8 +216,8 @@ def test_what_transformers_has_not_is_kept_under_our_names(tmp_path: Path) -> No
     model: Any = recipe.model
     assert isinstance(model.arch, ResNet)
     grouped = replace(recipe, model=replace(model, arch=replace(model.arch, norm="group")))
-    assert format_of(grouped) == "whole"
-    assert format_of(by_name("vlmo_base")) == "whole"
+    assert form_of(grouped).kind == "whole"
+    assert form_of(by_name("vlmo_base")).kind == "whole"
     built = grouped.model.build()
     folder = export(grouped, built, None, tmp_path / "export")
     assert not (folder / "config.json").exists()

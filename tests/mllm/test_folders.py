@@ -13,8 +13,8 @@ from torch import Tensor
 from cluster.site import load_site
 from mllm.archs import Mistral
 from mllm.connectors import Pool
-from mllm.export import export, format_of, read_back
-from mllm.folders import TAGS, form_of
+from mllm.export import export, form_of, read_back
+from mllm.folders import wholes
 from mllm.recipe import Recipe, RecipeError, dump, load, override
 from mllm.recipes import by_name
 from mllm.tiny import tiny
@@ -60,14 +60,14 @@ def asked(recipe: Recipe, model: VisionLanguageModel, tokenizer: Any) -> Asked:
     samples, _ = windows.samples(windows.rows(0))
     sample = max((s for s in samples if s.pictures), key=lambda s: s.tiles)
     batch = Batch.of(Pack.of_samples([sample], windows.pixels([sample])))
-    form = form_of(recipe.vlm)
+    form = wholes.form_of(recipe.vlm)
     assert form is not None
     place = tokenizer.convert_tokens_to_ids(form.words[0])
     ids = torch.where(batch.input_ids == IMAGE_TOKEN, place, batch.input_ids)
     if len(form.words) == 3:  # tags around each picture
         at = (batch.input_ids == IMAGE_TOKEN).nonzero().squeeze(1)
         for run in at.split(batch.cuts[:, 1].tolist()):
-            ids[run[0]], ids[run[-1]] = tokenizer.convert_tokens_to_ids(list(TAGS))
+            ids[run[0]], ids[run[-1]] = tokenizer.convert_tokens_to_ids(list(wholes.TAGS))
     pixels = normalize(batch.tiles, model.encoder.mean, model.encoder.std)  # type: ignore[arg-type]  # one tower
     words: dict[str, Any] = {"input_ids": ids[None]}
     match form.kind:
@@ -106,8 +106,8 @@ def lively(model: torch.nn.Module) -> None:
 @pytest.mark.parametrize("name", FORMS)
 def test_transformers_reads_what_we_write_and_we_read_what_it_writes(name: str, tmp_path: Path) -> None:
     recipe = small(name)
-    assert format_of(recipe) == FORMS[name]
-    form = form_of(recipe.vlm)
+    assert form_of(recipe).kind == FORMS[name]
+    form = wholes.form_of(recipe.vlm)
     assert form is not None
     torch.manual_seed(0)
     model = recipe.vlm.build().eval()
@@ -158,9 +158,9 @@ def test_weights_of_the_whole_must_fit_a_class_and_the_numbers(tmp_path: Path) -
     for change in ("model.connector.depth=1", 'model.fusion={"kind": "cross_attention"}', "model.encoder.cls=keep"):
         with pytest.raises(RecipeError, match="none of the classes known here is this one"):
             override(recipe, ["model.weights=whole", change])
-    assert form_of(replace(recipe.vlm, connector=Pool())) is None  # pooled after, as none of its classes has it
+    assert wholes.form_of(replace(recipe.vlm, connector=Pool())) is None  # pooled after, as none of its classes has it
     mistral = Mistral(vocab_size=2048, hidden_size=64, layers=2, heads=4, kv_heads=2, intermediate_size=96)
-    assert form_of(replace(recipe.vlm, lm=replace(recipe.vlm.lm, arch=mistral))) is not None
+    assert wholes.form_of(replace(recipe.vlm, lm=replace(recipe.vlm.lm, arch=mistral))) is not None
     other = replace(small("internvl_15_26b").vlm, weights=str(folder))
     with pytest.raises(ValueError, match="hold a 'llava' and the recipe's model is a 'internvl'"):
         other.build()

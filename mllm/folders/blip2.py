@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from mllm.aligned.folders import write_picture
 from mllm.encoders import Encoder, EvaClip
+from mllm.folders.processors import write_blip_pictures
 from mllm.fusion import Splice
 from mllm.instructed import InstructedQuerying
 from mllm.joins import Tiles
@@ -72,4 +72,4 @@ def write(spec: VLM, model: VisionLanguageModel, text: Any, image: str, out: Pat
     whole.save_pretrained(out)
     text.save_pretrained(out)
     assert isinstance(spec.encoder, Encoder)
-    write_picture(out, getattr(spec.encoder.arch, "image", 224), spec.encoder)
+    write_blip_pictures(out, getattr(spec.encoder.arch, "image", 224), spec.encoder)

@@ -6,8 +6,6 @@ BLIP has two classes, of which each knows a part: `captioner/` for `BlipForCondi
 
 from __future__ import annotations
 
-import json
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -18,7 +16,7 @@ from torch import Tensor
 
 from mllm.aligned.bert import BLIP, text_config
 from mllm.aligned.querying import QFormerPairs
-from mllm.encoders import Encoder
+from mllm.folders.processors import copy_tokenizer, write_blip_pictures
 from pipelines.encode import TextCodec
 
 if TYPE_CHECKING:
@@ -136,22 +134,8 @@ def write(model: Aligner, spec: Aligned, tokenizer: str, out: Path) -> None:
         theirs.load_state_dict({name: state[name] for name in own}, strict=True, assign=True)
         theirs.tie_weights()
         theirs.save_pretrained(out / name)
-        for file in ("tokenizer.json", "tokenizer_config.json"):
-            if (Path(tokenizer) / file).is_file():
-                shutil.copyfile(Path(tokenizer) / file, out / name / file)
-        write_picture(out / name, spec.side, spec.encoder)
-
-
-def write_picture(folder: Path, side: int, encoder: Encoder) -> None:
-    """Say to transformers how pictures are prepared."""
-    words = {
-        "image_processor_type": "BlipImageProcessor",
-        "do_center_crop": False,
-        "size": {"height": side, "width": side},
-        "image_mean": list(encoder.mean),
-        "image_std": list(encoder.std),
-    }
-    (folder / "preprocessor_config.json").write_text(json.dumps(words, indent=2))
+        copy_tokenizer(tokenizer, out / name)
+        write_blip_pictures(out / name, spec.side, spec.encoder)
 
 
 def _classes(spec: Aligned, last: int) -> dict[str, Any]:

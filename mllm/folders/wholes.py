@@ -4,7 +4,7 @@ llava              an MLP of two matrices beside CLIP or SigLIP            Llava
 llava_next         the same of CLIP, tiles without their padding           LlavaNextForConditionalGeneration
 llava_next_video   frames pooled before the MLP                            LlavaNextVideoForConditionalGeneration
 internvl           InternViT, 2 x 2 features as one                        InternVLForConditionalGeneration
-idefics            a perceiver, gated blocks of cross-attention            IdeficsForVisionText2Text (`mllm.idefics`)
+idefics            a perceiver, gated blocks of cross-attention            IdeficsForVisionText2Text (`mllm.folders.idefics`)
 
 Each but the last before a Llama, Qwen2 or Mistral whose visual tokens stand in the sequence. To add one: its line in `form_of`,
 what its config says in `config_of`, and names that differ in `theirs`.
@@ -13,26 +13,30 @@ what its config says in `config_of`, and names that differ in `theirs`.
 from __future__ import annotations
 
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 
-from mllm import idefics
 from mllm.archs import Llama, Mistral, Qwen2
-from mllm.connectors import MLP, PixelShuffle, Pool
+from mllm.connectors import MLP, PixelShuffle, Pool, bare
 from mllm.encoders import ClipVision, Encoder, InternViT, SiglipVision
+from mllm.folders import idefics
+from mllm.folders.processors import IMAGE, llava_processor, pinpoints, tokenizer_of
 from mllm.fusion import CrossAttention, Splice
 from mllm.joins import Tiles, Unpad
 from mllm.weights import UntrustedCode, refusal
 from pipelines.types import Separators
 
 if TYPE_CHECKING:
+    from mllm.model import Model
+    from mllm.recipe import Recipe
     from mllm.vlm import VLM, VisionLanguageModel
     from pipelines.tiling import AnyTiling
 
-IMAGE, VIDEO = "<image>", "<video>"
+VIDEO = "<video>"
 CONTEXT, TAGS = "<IMG_CONTEXT>", ("<img>", "</img>")
 """InternVL's words for a visual token's place and for what stands around a picture."""
 
@@ -44,6 +48,28 @@ class Form:
     kind: Literal["llava", "llava_next", "llava_next_video", "internvl", "idefics"]
     family: str
     words: tuple[str, ...] = (IMAGE,)
+
+    def write(self, recipe: Recipe, model: Model, tokenizer: str | None, out: Path) -> None:
+        """Write transformers' folder, and its processor where it prepares pictures as training did."""
+        assert tokenizer is not None
+        spec, tiling = recipe.vlm, recipe.tiling_of(recipe.stages[-1])
+        trained: Any = model
+        text = tokenizer_of(tokenizer, spec.lm, self.words)
+        whole(self, spec, trained, tiling, text).save_pretrained(out)
+        processor = None
+        if self.kind in ("llava", "llava_next"):
+            processor = llava_processor(spec, tiling, text, self.kind == "llava_next")
+        (text if processor is None else processor).save_pretrained(out)
+
+    def read(self, recipe: Recipe, folder: Path) -> Model:
+        """The model again, from a folder of transformers' class."""
+        spec = recipe.vlm
+        encoder: Any = spec.encoder
+        lm = replace(spec.lm, weights=None, tokenizer=spec.lm.text_codec)
+        plain = replace(spec, encoder=encoder.bare(), connector=bare(spec.connector), lm=lm, weights=None)
+        model: Any = plain.empty()
+        read_into(model, spec, str(folder))
+        return model
 
 
 def form_of(spec: VLM) -> Form | None:
@@ -125,13 +151,8 @@ def config_of(form: Form, spec: VLM, model: VisionLanguageModel, tiling: AnyTili
             return transformers.InternVLConfig(image_token_id=ids[0], downsample_ratio=0.5, **shared)
         case "idefics":
             raise ValueError(
-                "mllm.idefics says the configuration of an Idefics, whose parts are no models of their own"
+                "mllm.folders.idefics says the configuration of an Idefics, whose parts are no models of their own"
             )
-
-
-def pinpoints(tiling: AnyTiling) -> list[list[int]]:
-    """The canvases of an any_res tiling as transformers has them, height and width in pixels."""
-    return [[rows * tiling.size, cols * tiling.size] for rows, cols in getattr(tiling, "canvases", ())]
 
 
 MATRICES = {
