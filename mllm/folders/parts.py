@@ -20,7 +20,7 @@ from mllm.vlm import VisionLanguageModel
 
 @dataclass(frozen=True, slots=True)
 class Parts:
-    """encoder/ (encoder/0, encoder/1, ... of several towers), lm/, connector.safetensors, fusion.safetensors; `blip2` has more."""
+    """encoder/ (encoder/0, encoder/1, ... of several), lm/, connector.safetensors, fusion.safetensors; `blip2` has more."""
 
     kind: Literal["parts"] = "parts"
 
