@@ -4,8 +4,8 @@
     load(dump(recipe)) == recipe                                 it survives JSON
     override(recipe, ["stages.pretrain.tune.lm.lr=3e-5"])        and a change is checked as a whole
 
-Each thing's words stand beside the thing; only those that have no room below -- stages, tuning, optimiser, parallelism -- are
-spelled here.
+Each thing's words stand beside the thing; those that have no room below -- tuning, optimiser, parallelism -- are in `mllm.ways`,
+and come from here to whoever writes recipes.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ import hashlib
 import json
 from collections.abc import Iterable
 from dataclasses import replace
-from difflib import get_close_matches
 from functools import cache
-from typing import Annotated, Any, Literal
+from typing import Annotated
 
-from pydantic import Discriminator, Field, Tag, TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError
 
 from mllm.aligned import Aligned
 from mllm.annotators import Annotator, DiscreteCodes, FrozenFeatures, ReferenceLogProbs
 from mllm.archs import MPT, T5
 from mllm.care import Gate, Guard
+from mllm.changes import RecipeError, assign, explain, parse
 from mllm.classify import Classifier
 from mllm.crossmodal import CrossModal
 from mllm.dual import DualTower
@@ -34,237 +34,41 @@ from mllm.multiway import Multiway
 from mllm.objectives import DPO, Gathered, NextToken, Objective, OneOf, Sum, TwoVocabularies
 from mllm.streams import SingleStream
 from mllm.vlm import VLM
+from mllm.ways import (
+    DDP,
+    FSDP,
+    WSD,
+    AdamW,
+    Constant,
+    Cosine,
+    Dtype,
+    Duration,
+    Epochs,
+    Frozen,
+    Full,
+    Linear,
+    LoRA,
+    Muon,
+    Optimizer,
+    Parallel,
+    Positive,
+    Rate,
+    Recompute,
+    Schedule,
+    Share,
+    Steps,
+    Tokens,
+    Tuning,
+    ZeRO,
+)
 from ops.attention import Backend
-from ops.context import ContextBy, heads_fit
+from ops.context import heads_fit
 from pipelines.corpora import Corpus
 from pipelines.manifest import Manifest
 from pipelines.order import BySize, ByWeight, Drawn, Sampling, Scheduled
 from pipelines.packing import Grouping
 from pipelines.tiling import Tiling
 from pipelines.types import Budget, spec
-
-Positive = Annotated[int, Field(gt=0)]
-Rate = Annotated[float, Field(gt=0)]
-Share = Annotated[float, Field(ge=0, le=1)]
-
-
-@spec
-class Epochs:
-    """So many passes over the mixture's rows."""
-
-    kind: Literal["epochs"] = "epochs"
-    count: Annotated[float, Field(gt=0)] = 1.0
-
-
-@spec
-class Steps:
-    """So many optimiser steps."""
-
-    kind: Literal["steps"] = "steps"
-    count: Positive
-
-
-@spec
-class Tokens:
-    """So many tokens, visual ones included."""
-
-    kind: Literal["tokens"] = "tokens"
-    count: Positive
-
-
-Duration = Annotated[Epochs | Steps | Tokens, Field(discriminator="kind")]
-
-
-@spec
-class Full:
-    """Train every weight of a part.
-
-    `layer_decay` multiplies the rate once for each layer between a weight's and the last (BEiT, arXiv:2106.08254, app. H).
-    `first_row` trains an embedding's or head's rows from that one on and leaves those before as they are: new words only.
-    """
-
-    kind: Literal["full"] = "full"
-    lr: Rate
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
-    first_row: Annotated[int, Field(ge=0)] = 0
-
-    def __post_init__(self) -> None:
-        if self.first_row and self.weight_decay:
-            raise ValueError(
-                f"first_row={self.first_row} leaves rows before it as they are, and weight_decay={self.weight_decay} would "
-                "shrink them; set weight_decay to 0"
-            )
-
-
-@spec
-class LoRA:
-    """Train low-rank additions to the matrices of a part's linear layers (arXiv:2106.09685), which stay as they are.
-
-    They are merged into the weights when the stage's result is used: by the next stage, an export, an evaluation elsewhere.
-    `dora` trains each row's length as well (arXiv:2402.09353). `layers` are the last names of those meant, such as q_proj and
-    v_proj; all of the part's, if there are none, but for a language model's head.
-    """
-
-    kind: Literal["lora"] = "lora"
-    lr: Rate
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    rank: Positive = 64
-    alpha: Positive = 128
-    dora: bool = False
-    layers: tuple[str, ...] = ()
-
-
-@spec
-class Frozen:
-    """Leave a part as it is that lies within another."""
-
-    kind: Literal["frozen"] = "frozen"
-
-
-def _kind(tuning: Any) -> str:
-    """A tuning without a kind is `Full`: `{"lr": 1e-5}` says enough."""
-    return tuning.get("kind", "full") if isinstance(tuning, dict) else getattr(tuning, "kind", "full")
-
-
-Tuning = Annotated[
-    Annotated[Full, Tag("full")] | Annotated[LoRA, Tag("lora")] | Annotated[Frozen, Tag("frozen")], Discriminator(_kind)
-]
-
-
-@spec
-class AdamW:
-    """AdamW (arXiv:1711.05101) with VILA's defaults; gradients clipped to norm `clip`.
-
-    With `bits` 8 its moments are kept in blocks of eight-bit numbers (arXiv:2110.02861), a quarter of their memory.
-    """
-
-    kind: Literal["adamw"] = "adamw"
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = 1e-8
-    clip: Rate = 1.0
-    bits: Literal[8, 32] = 32
-
-
-@spec
-class Muon:
-    """Muon (Jordan et al., 2024) for the matrices within layers, AdamW for everything else.
-
-    A matrix of A x B moves by 0.2 * sqrt(max(A, B)) times its rate, about as far as with AdamW, so that one rate serves
-    both (Moonlight, arXiv:2502.16982, 2.2).
-    """
-
-    kind: Literal["muon"] = "muon"
-    momentum: Share = 0.95
-    betas: tuple[float, float] = (0.9, 0.95)
-    eps: float = 1e-8
-    clip: Rate = 1.0
-
-
-Optimizer = Annotated[AdamW | Muon, Field(discriminator="kind")]
-
-
-@spec
-class Cosine:
-    """Linear warm-up over the first `warmup` of the stage, then half a cosine down to `floor` of the peak."""
-
-    kind: Literal["cosine"] = "cosine"
-    warmup: Share = 0.03
-    floor: Share = 0.0
-
-
-@spec
-class Linear:
-    """Linear warm-up over the first `warmup` of the stage, then straight down to `floor` of the peak at its end."""
-
-    kind: Literal["linear"] = "linear"
-    warmup: Share = 0.03
-    floor: Share = 0.0
-
-
-@spec
-class Constant:
-    """Linear warm-up over the first `warmup` of the stage, then the peak."""
-
-    kind: Literal["constant"] = "constant"
-    warmup: Share = 0.03
-
-
-@spec
-class WSD:
-    """Warm-up, stable, decay (MiniCPM, arXiv:2404.06395, 4): the peak until the last `decay` of the stage.
-
-    There it halves `halvings` times, to 2 ** -halvings, an exponential fall.
-    """
-
-    kind: Literal["wsd"] = "wsd"
-    warmup: Share = 0.01
-    decay: Annotated[float, Field(gt=0, le=1)] = 0.1
-    halvings: Annotated[float, Field(gt=0)] = 5.0
-
-    def __post_init__(self) -> None:
-        if self.warmup + self.decay > 1:
-            raise ValueError(f"warmup={self.warmup} and decay={self.decay} are more than the whole stage; lower one")
-
-
-Schedule = Annotated[Cosine | Linear | Constant | WSD, Field(discriminator="kind")]
-
-
-Dtype = Literal["bfloat16", "float32"]
-
-Recompute = Literal["none", "selective", "full"]
-"""Activations inside a unit: kept; all but the products of matrices and attention computed again; all computed again."""
-
-
-@spec
-class FSDP:
-    """Fully sharded data parallelism (FSDP2). Master weights and reductions are float32; `dtype` is what layers compute in.
-
-    `shard` is how many ranks hold one copy between them: None for all, fewer for hybrid sharding (best: the GPUs of a node),
-    where each group has a copy. `recompute` trades time for the memory of activations. `offload` keeps weights and
-    optimiser states in the host's memory. `compile` compiles each unit by itself (regional compilation). `float8` multiplies
-    the language model's matrices in eight bits, each scaled by its greatest number (arXiv:2209.05433). `context` is how
-    many neighbouring ranks share each pack's positions between them, for packs whose activations one rank cannot hold.
-    `prefetch` is how many units are gathered ahead of the one that computes: more hide slower networks and take more memory.
-    """
-
-    kind: Literal["fsdp"] = "fsdp"
-    dtype: Dtype = "bfloat16"
-    recompute: Recompute = "full"
-    shard: Positive | None = None
-    offload: bool = False
-    compile: bool = False
-    float8: bool = False
-    context: Positive = 1
-    context_by: ContextBy = "ring"
-    prefetch: Positive = 1
-
-
-@spec
-class DDP:
-    """Every rank holds all weights and optimiser states; gradients are summed over ranks. Otherwise as `FSDP`."""
-
-    kind: Literal["ddp"] = "ddp"
-    dtype: Dtype = "bfloat16"
-    recompute: Recompute = "full"
-    compile: bool = False
-
-
-@spec
-class ZeRO:
-    """DeepSpeed's ZeRO (arXiv:1910.02054): ranks share optimiser states (`stage` 1), gradients too (2), weights too (3).
-
-    `offload` keeps optimiser states, and with stage 3 the weights, in the host's memory. Otherwise as `FSDP`.
-    """
-
-    kind: Literal["zero"] = "zero"
-    stage: Literal[1, 2, 3] = 3
-    dtype: Dtype = "bfloat16"
-    recompute: Recompute = "full"
-    offload: bool = False
-
-
-Parallel = Annotated[FSDP | DDP | ZeRO, Field(discriminator="kind")]
 
 
 @spec
@@ -596,10 +400,6 @@ def _same_moments(stage: Stage, before: Stage) -> bool:
     return full and kinds and stage.tune.keys() == before.tune.keys()
 
 
-class RecipeError(ValueError):
-    """A recipe or an override that cannot be used; the message says where and what was expected."""
-
-
 @cache
 def _adapter() -> TypeAdapter[Recipe]:
     return TypeAdapter(Recipe)
@@ -615,7 +415,7 @@ def load(text: str | bytes) -> Recipe:
     try:
         return _adapter().validate_json(text)
     except ValidationError as error:
-        raise RecipeError(_explain(error)) from error
+        raise RecipeError(explain(error)) from error
 
 
 def fingerprint(recipe: Recipe, stage: Stage, before: str) -> str:
@@ -645,88 +445,39 @@ def override(recipe: Recipe, changes: Iterable[str]) -> Recipe:
         key, equals, value = change.partition("=")
         if not equals:
             raise RecipeError(f"{change!r} is no override; write key=value, as in stages.align.tune.connector.lr=1e-3")
-        _assign(words, key.strip(), _parse(value))
+        assign(words, key.strip(), parse(value))
         changed = True
     return load(json.dumps(words)) if changed else recipe
 
 
-def _parse(value: str) -> Any:
-    try:
-        return json.loads(value)
-    except json.JSONDecodeError:
-        return value
-
-
-def _assign(words: dict[str, Any], key: str, value: Any) -> None:
-    steps = _steps(key)
-    node: Any = words
-    for depth, step in enumerate(steps[:-1]):
-        node = _enter(node, step, steps[:depth])
-    last, path = steps[-1], ".".join(steps[:-1])
-    if isinstance(node, list):
-        node[node.index(_enter(node, last, steps[:-1]))] = value
-    elif isinstance(node, dict) and (last in node or steps[-2:-1] == ["tune"]):
-        if value is None and steps[-2:-1] == ["tune"]:
-            del node[last]
-        else:
-            node[last] = value
-    else:
-        raise RecipeError(f"{path or 'recipe'} has no field {last!r}{_near(last, node)}")
-
-
-def _steps(key: str) -> list[str]:
-    """Split at dots; the parts of `tune` keep theirs when a longer name is meant (`tune.lm.head.lr`)."""
-    steps = key.split(".")
-    if "tune" in steps:
-        at = steps.index("tune") + 1
-        if len(steps) > at + 1 and steps[at + 1] in (
-            "embeddings",
-            "layers",
-            "head",
-            "gates",
-            "mark",
-            "adapter",
-            "experts",
-            "samplers",
-            "side",
-        ):
-            steps[at : at + 2] = [".".join(steps[at : at + 2])]
-    return steps
-
-
-def _enter(node: Any, step: str, path: list[str]) -> Any:
-    here = ".".join(path)
-    if isinstance(node, list):
-        if step.isdigit() and int(step) < len(node):
-            return node[int(step)]
-        named = {
-            str(item.get("name") or item.get("corpus", {}).get("name")): item for item in node if isinstance(item, dict)
-        }
-        if step in named:
-            return named[step]
-        single = path[-1].rstrip("s") if path else "item"
-        raise RecipeError(f"{here}.{step}: no {single} {step!r}; {path[-1] if path else 'items'} are {list(named)}")
-    if isinstance(node, dict) and step in node:
-        return node[step]
-    raise RecipeError(f"{here or 'recipe'} has no field {step!r}{_near(step, node)}")
-
-
-def _near(name: str, node: Any) -> str:
-    if not isinstance(node, dict):
-        return f"; it is the value {node!r}"
-    near = get_close_matches(name, list(node), 1)
-    if near:
-        return f"; did you mean {near[0]!r}?"
-    kind = f"; of kind {node['kind']!r}" if "kind" in node else ";"
-    return f"{kind} its fields are {list(node)}"
-
-
-def _explain(error: ValidationError) -> str:
-    """One line a fault, its path as an override would write it."""
-    lines = []
-    for fault in error.errors():
-        path = ".".join(str(step) for step in fault["loc"]) or "recipe"
-        lines.append(
-            f"{path}: {fault['msg']}" + (f" (found {fault['input']!r})" if not isinstance(fault["input"], dict) else "")
-        )
-    return "\n".join(lines)
+__all__ = [
+    "DDP",
+    "FSDP",
+    "WSD",
+    "AdamW",
+    "Constant",
+    "Cosine",
+    "Dtype",
+    "Epochs",
+    "Frozen",
+    "Full",
+    "Linear",
+    "LoRA",
+    "Muon",
+    "Optimizer",
+    "Parallel",
+    "Recipe",
+    "RecipeError",
+    "Recompute",
+    "Schedule",
+    "Source",
+    "Stage",
+    "Steps",
+    "Tokens",
+    "Tuning",
+    "ZeRO",
+    "dump",
+    "fingerprint",
+    "load",
+    "override",
+]

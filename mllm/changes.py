@@ -1,0 +1,95 @@
+"""A change of a recipe from the command line: `stages.sft.tune.lm.lr=1e-5`, found in the recipe's own words."""
+
+from __future__ import annotations
+
+import json
+from difflib import get_close_matches
+from typing import Any
+
+from pydantic import ValidationError
+
+
+class RecipeError(ValueError):
+    """A recipe or an override that cannot be used; the message says where and what was expected."""
+
+
+def parse(value: str) -> Any:
+    try:
+        return json.loads(value)
+    except json.JSONDecodeError:
+        return value
+
+
+def assign(words: dict[str, Any], key: str, value: Any) -> None:
+    steps = _steps(key)
+    node: Any = words
+    for depth, step in enumerate(steps[:-1]):
+        node = _enter(node, step, steps[:depth])
+    last, path = steps[-1], ".".join(steps[:-1])
+    if isinstance(node, list):
+        node[node.index(_enter(node, last, steps[:-1]))] = value
+    elif isinstance(node, dict) and (last in node or steps[-2:-1] == ["tune"]):
+        if value is None and steps[-2:-1] == ["tune"]:
+            del node[last]
+        else:
+            node[last] = value
+    else:
+        raise RecipeError(f"{path or 'recipe'} has no field {last!r}{_near(last, node)}")
+
+
+def _steps(key: str) -> list[str]:
+    """Split at dots; the parts of `tune` keep theirs when a longer name is meant (`tune.lm.head.lr`)."""
+    steps = key.split(".")
+    if "tune" in steps:
+        at = steps.index("tune") + 1
+        if len(steps) > at + 1 and steps[at + 1] in (
+            "embeddings",
+            "layers",
+            "head",
+            "gates",
+            "mark",
+            "adapter",
+            "experts",
+            "samplers",
+            "side",
+        ):
+            steps[at : at + 2] = [".".join(steps[at : at + 2])]
+    return steps
+
+
+def _enter(node: Any, step: str, path: list[str]) -> Any:
+    here = ".".join(path)
+    if isinstance(node, list):
+        if step.isdigit() and int(step) < len(node):
+            return node[int(step)]
+        named = {
+            str(item.get("name") or item.get("corpus", {}).get("name")): item for item in node if isinstance(item, dict)
+        }
+        if step in named:
+            return named[step]
+        single = path[-1].rstrip("s") if path else "item"
+        raise RecipeError(f"{here}.{step}: no {single} {step!r}; {path[-1] if path else 'items'} are {list(named)}")
+    if isinstance(node, dict) and step in node:
+        return node[step]
+    raise RecipeError(f"{here or 'recipe'} has no field {step!r}{_near(step, node)}")
+
+
+def _near(name: str, node: Any) -> str:
+    if not isinstance(node, dict):
+        return f"; it is the value {node!r}"
+    near = get_close_matches(name, list(node), 1)
+    if near:
+        return f"; did you mean {near[0]!r}?"
+    kind = f"; of kind {node['kind']!r}" if "kind" in node else ";"
+    return f"{kind} its fields are {list(node)}"
+
+
+def explain(error: ValidationError) -> str:
+    """One line a fault, its path as an override would write it."""
+    lines = []
+    for fault in error.errors():
+        path = ".".join(str(step) for step in fault["loc"]) or "recipe"
+        lines.append(
+            f"{path}: {fault['msg']}" + (f" (found {fault['input']!r})" if not isinstance(fault["input"], dict) else "")
+        )
+    return "\n".join(lines)
