@@ -10,6 +10,7 @@ import socket
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from statistics import median
@@ -148,7 +149,7 @@ def _train(job: StageJob, beats: Beats, tables: Iterable[pa.Table]) -> None:
     begun = _begin(job, control)
     if begun is None:
         return
-    resumed, state = begun
+    resumed, state, empty = begun
     deal = Deal(
         hands_of(tables),
         state.position,
@@ -159,7 +160,7 @@ def _train(job: StageJob, beats: Beats, tables: Iterable[pa.Table]) -> None:
         control,
     )
 
-    model = _build_model(job, resumed)
+    model = empty if resumed or rank != 0 else _build_model(job)
     engine = build_engine(model, job.stage, len(job.stage.mixture), _device(), restored=resumed is not None)
     _restore(engine, job, resumed)
     if job.held_out and job.folder.evaluation(job.stage.name, "before") is None:
@@ -179,19 +180,26 @@ Begun = tuple[Place | None, TrainState]
 """The checkpoint to go on from, and where it stands."""
 
 
-def _begin(job: StageJob, control: Any) -> Begun | None:
+def _begin(job: StageJob, control: Any) -> tuple[Place | None, TrainState, Model] | None:
     """Where to go on from, as rank 0 finds it, once the pause is over that its policy says; None where the run is another's.
 
-    Raises StopRun where the policy says to begin no more.
+    With it a model without weights, which is laid out while storage is asked. Raises StopRun where the policy says to begin no
+    more.
     """
+    if not torch.cuda.is_available():  # ranks of one machine share its cores instead of each taking all
+        local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // local))
     said: list[Begun | str | None] = [None]
-    if dist.get_rank() == 0:
-        with suppress(Fenced):
-            said = [_noted(job)]
+    with ThreadPoolExecutor(1) as pool:
+        noted = pool.submit(_noted, job) if dist.get_rank() == 0 else None
+        empty = job.recipe.model_of(job.stage).empty()
+        if noted is not None:
+            with suppress(Fenced):
+                said = [noted.result()]
     dist.broadcast_object_list(said, src=0, group=control)
     if isinstance(said[0], str):
         raise StopRun(f"stage {job.stage.name!r}: {said[0]}")
-    return said[0]
+    return None if said[0] is None else (*said[0], empty)
 
 
 def _noted(job: StageJob) -> Begun | str:
@@ -478,21 +486,16 @@ def _device() -> torch.device:
     return ray.train.torch.get_device() if torch.cuda.is_available() else torch.device("cpu")
 
 
-def _build_model(job: StageJob, resumed: Place | None) -> Model:
-    """The model to train: rank 0 reads weights, and the engine hands them on to the others. A checkpoint holds all of them, and
-    where there is one to go on from nobody reads what it replaces.
+def _build_model(job: StageJob) -> Model:
+    """The model that the stage begins with: rank 0 reads or draws weights, and the engine hands them on to the others.
+
+    Where there is a checkpoint to go on from, which holds all of them, nobody reads what it replaces.
     """
-    if not torch.cuda.is_available():  # ranks of one machine share its cores instead of each taking all
-        local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // local))
     torch.manual_seed(job.recipe.seed)
-    model = job.recipe.model_of(job.stage)
-    if resumed or dist.get_rank() != 0:
-        return model.empty()
     if job.previous and job.adapted:
         assert job.before is not None  # whose checkpoint `previous` is
         return checkpoint.read_model(job.recipe, job.before, Place(job.previous))
-    return model.build(job.place)
+    return job.recipe.model_of(job.stage).build(job.place)
 
 
 def _restore(engine: Engine, job: StageJob, resumed: Place | None) -> None:
