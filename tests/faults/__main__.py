@@ -48,6 +48,9 @@ RECIPE = "vila_smoke"
 STAGES = ("align", "pretrain", "sft")
 
 
+EACH = 16
+"""Steps of a stage for each fault: some pass between two, and many in those that training does not wait for."""
+
 CALM = 0.1
 """Learning rates beside the recipe's own. At those rounding, which is other on one worker than on two, grew to 6e-3 of the loss
 by the third stage, and what a fault has done could not be told apart from it.
@@ -85,7 +88,7 @@ def main() -> int:
     asked = parser.parse_args()
     os.environ["HF_HUB_OFFLINE"] = "1"
     faults = [fault for fault in LONG_RUN if asked.only in fault.what]
-    steps = asked.steps or 24 + 9 * len(faults)
+    steps = asked.steps or 24 + EACH * len(faults)
     rng = random.Random(asked.seed)
     overcome: list[Overcome] = []
     marks: list[str] = []

@@ -128,6 +128,11 @@ class Rig:
     def steps(self, stage: str) -> list[StepRecord]:
         return self.results.steps(stage)
 
+    def planned(self, stage: str) -> int | None:
+        """Steps that the stage has, once it has begun."""
+        begun = [event for event in Journal(self.results.root).state().started_stages if event.stage == stage]
+        return begun[-1].steps if begun else None
+
     def groups(self) -> list[GroupStarted]:
         """Every beginning of a group of workers, as the journal tells it."""
         return list(Journal(self.results.root).state().groups)

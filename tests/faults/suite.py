@@ -46,7 +46,10 @@ def go_through(rig: Rig, stage: str, faults: Sequence[Fault], rng: random.Random
     """Let each fault happen to the stage that is being trained, at random steps."""
     found = []
     for fault in faults:
-        rig.wait_for_step(stage, last(rig, stage) + rng.randint(SOON, LATE), 900)
+        at = last(rig, stage) + rng.randint(SOON, LATE)
+        most = rig.planned(stage)
+        assert most is None or at < most, f"{stage} has {most} steps, too few for {fault.what}: give more --steps"
+        rig.wait_for_step(stage, at, 900)
         found.append(overcome(rig, stage, fault, rng))
         print(json.dumps(found[-1].__dict__), flush=True)
     return found
