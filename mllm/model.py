@@ -95,16 +95,17 @@ class ModelSpec:
 
 
 FILLS = {"normal_", "uniform_", "fill_", "zero_", "copy_", "erfinv_", "mul_", "add_", "div_", "clamp_"}
-"""What `torch.nn.init` and copying from another parameter come down to."""
+"""What is done to parameters that are drawn, or copied from others."""
 
 
 class _Unwritten(TorchFunctionMode):
     """Within, parameters are made and never filled."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if args and isinstance(args[0], nn.Parameter) and getattr(func, "__name__", "") in FILLS:
-            return args[0]
-        return func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        first = args[0] if args else kwargs.get("tensor")  # as `torch.nn.init` calls it
+        fills = getattr(func, "__module__", "") == "torch.nn.init" or getattr(func, "__name__", "") in FILLS
+        return first if fills and isinstance(first, nn.Parameter) else func(*args, **kwargs)
 
 
 RGB = tuple[float, float, float]
