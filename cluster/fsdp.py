@@ -57,6 +57,9 @@ class FSDPEngine:
         self.context = context_group(parallel, self.world)
         shape = mesh_shape(parallel, self.world)
         self.copies = self.world // shape[-1]
+        # Of several passes through a layer some may reach weights that others do not, and FSDP2 adds up what copies have yet to
+        # tell each other by its place in a flat tensor.
+        self.at_the_end = isinstance(model, VisionLanguageModel)
         self._offloads = isinstance(parallel, FSDP) and parallel.offload and self.device.type != "cpu"
         self.module = Trained(model, stage.objective)
         self.clock = PhaseClock(device)
@@ -105,7 +108,7 @@ class FSDPEngine:
         told = self._told(packs)
         for number, (batch, last) in enumerate(self._batches(packs)):
             if self.sharded:
-                self.sharded.set_requires_all_reduce(last)
+                self.sharded.set_requires_all_reduce(last or not self.at_the_end)
             output: LossOutput = self.module(batch, told=told[number]) if told else self.module(batch)
             output.sum.backward()
             self.clock.backward_done()

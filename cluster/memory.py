@@ -322,14 +322,22 @@ def _mark(engine: FSDPEngine, optimizer: torch.optim.Optimizer, held: Held) -> N
     optimizer.register_step_pre_hook(step)
 
 
+KNOWN = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool)
+
+
+def _whole_numbers(func: Any, args: Any, kwargs: Any) -> bool:
+    """Whether what is made of no tensor is whole numbers or truths; of a range, whose type is not said, its ends say so."""
+    if kwargs.get("dtype") is None:
+        return func.overloadpacket is torch.ops.aten.arange and all(isinstance(end, int) for end in args)
+    return kwargs["dtype"] in KNOWN
+
+
 class Held(TorchDispatchMode):
     """Counts the bytes of all storages alive. Used inside a FakeTensorMode.
 
     Whole numbers and truths are computed for real -- lengths of documents, places of labels -- for the program asks for
     them; numbers asked of a fake tensor are one.
     """
-
-    KNOWN = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool)
 
     def __init__(self) -> None:
         super().__init__()
@@ -385,7 +393,11 @@ class Held(TorchDispatchMode):
         kinds = {type(x) for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
         if func is torch.ops.aten._local_scalar_dense.default and FakeTensor in kinds and args[0].constant is None:
             return 1.0 if args[0].is_floating_point() else 1
-        real = FakeTensor not in kinds if kinds else kwargs.get("dtype") in self.KNOWN
+        if func is torch.ops.aten.nonzero.default and FakeTensor in kinds:
+            return self._nonzero(args[0])
+        if func is torch.ops.aten.index.Tensor and FakeTensor in kinds:
+            args = (args[0], [place for index in args[1] for place in self._places(index)])
+        real = FakeTensor not in kinds if kinds else _whole_numbers(func, args, kwargs)
         if real:
             with unset_fake_temporarily():
                 result = func(*args, **kwargs)
@@ -396,6 +408,18 @@ class Held(TorchDispatchMode):
                 if isinstance(x, Tensor):
                     self._watch(x.untyped_storage())
         return result
+
+    def _nonzero(self, truths: Tensor) -> Tensor:
+        """Places of what is true, int64 (n, dimensions); where nobody has the numbers that it hangs on, all places, the most."""
+        with unset_fake_temporarily():
+            known = torch.ones(truths.shape, dtype=torch.bool) if isinstance(truths, FakeTensor) else truths
+            return known.nonzero()
+
+    def _places(self, index: Tensor | None) -> list[Tensor | None]:
+        """An index in numbers, whose count is its result's size, where it is truths."""
+        if index is None or index.dtype != torch.bool:
+            return [index]
+        return list(self._nonzero(index).unbind(1))
 
     def _watch(self, storage: torch.UntypedStorage) -> None:
         key = storage._cdata

@@ -21,7 +21,7 @@ from mllm.export import export, read_back
 from mllm.folders.blip import write
 from mllm.objectives import HardMatching, Sum
 from mllm.objectives.aligned import drawn
-from mllm.recipe import FSDP, Recipe
+from mllm.recipe import DDP, FSDP, Recipe
 from mllm.recipes import by_name
 from mllm.tiny import tiny
 from ops.images import normalize
@@ -328,6 +328,16 @@ def test_the_curve_and_the_memory_know_neither_turns_nor_ranks(site: Site) -> No
             np.testing.assert_allclose(theirs[key], value, rtol=1e-3, atol=1e-4)
     assert kept["queue.seen"][0] == 12
     np.testing.assert_allclose(np.linalg.norm(kept["queue.images"][:12], axis=1), 1, rtol=1e-4)
+
+
+def test_copies_take_packs_in_turn_whose_passes_reach_other_weights(site: Site) -> None:
+    """Of BLIP-2's passes through one Q-Former some see pictures, some do not, and words alone write."""
+    recipe = recipe_of("blip2_stage1")
+    recipe = replace(recipe, stages=(replace(recipe.stages[0], parallel=DDP(dtype="float32")),))
+    with alone():
+        once, _ = steps(recipe, site, 1)
+    for reports, _ in on_ranks(2, steps, recipe, site, 2):
+        assert reports == [pytest.approx(pair, rel=1e-3) for pair in once]
 
 
 def half(recipe: Recipe, site: Site) -> tuple[float, float]:
