@@ -57,7 +57,22 @@ class MAE(Patched):
             net = load(base, auto, weights, attn_implementation="sdpa", dtype=torch.float32)
             agree(weights, config, net.config, (*TOWER_FIELDS, "decoder_hidden_size", "decoder_num_hidden_layers"))
             return net
-        return ViTMAEForPreTraining._from_config(config, attn_implementation="sdpa")
+        net: Any = ViTMAEForPreTraining._from_config(config, attn_implementation="sdpa")
+        for table in (net.vit.embeddings.position_embeddings, net.decoder.decoder_pos_embed):
+            table.data.copy_(sines(self.image // self.patch, table.shape[-1]))  # transformers leaves zeros there
+        return net
+
+
+def sines(side: int, width: int) -> Float[Tensor, "1 P D"]:
+    """Positions of a CLS token, which are zeros, and of side x side patches, row by row, `width` a multiple of 4.
+
+    Sines and cosines of the column, then of the row, a quarter of the width each (MAE's published code, whose weights have them
+    in this order).
+    """
+    turns = torch.arange(side)[:, None] / 10_000 ** (torch.arange(width // 4) / (width // 4))
+    each = torch.cat([turns.sin(), turns.cos()], dim=1)
+    patches = torch.cat([each.repeat(side, 1), each.repeat_interleave(side, 0)], dim=1)
+    return torch.cat([torch.zeros(1, width), patches])[None]
 
 
 @spec

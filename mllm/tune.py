@@ -50,7 +50,8 @@ def apply_tuning(model: Model, tune: Mapping[str, Tuning]) -> list[Group]:
     for key, how in tune.items():
         match how:
             case Full(first_row=row):
-                parameters = {name: p for name, p in named.items() if id(p) in {id(q) for q in chosen[key].values()}}
+                mine = {id(p) for p in chosen[key].values()}
+                parameters = {name: p for name, p in named.items() if id(p) in mine}
                 if row:
                     _first_row(model, key, row, parameters)
                 for scale, names in _by_depth(list(parameters), how.layer_decay).items():

@@ -1,43 +1,48 @@
-"""What can learn can learn four samples by heart: every kind of model and every fusion, on real rows."""
+"""What can learn can learn four samples by heart: every model with every objective that a recipe ends with, on real rows.
 
+All weights are trained that can be, whatever the recipe's last stage trains. Masks, torn pairs and hard negatives are functions
+of the rows, so that a sample asks the same in every step; a twin and its queue stay as they are, since each sample would soon be
+its own negative.
+"""
+
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from cluster.site import load_site
+from mllm.annotators import ReferenceLogProbs
+from mllm.export import export
 from mllm.fusion import UnifiedVocabulary
+from mllm.model import Model
 from mllm.objectives import TwoVocabularies
-from mllm.recipes import by_name
-from mllm.tiny import tiny
+from mllm.recipe import Recipe, Stage
 from pipelines.types import Batch, Pack
 from pipelines.windows import PackWindows
 from tests.conftest import ROOT
 from tests.mllm.toys import PICTURE, built, packed, toy
+from tests.structures import learners, small
 
 SITE = load_site(str(ROOT / "examples" / "site.toml"))
 
-SYSTEMS = {
-    # name: what is left of the first step's loss after so many steps
-    "llava_7b": (0.3, 30),
-    "openflamingo_9b": (0.4, 40),
-    "llama_adapter_7b": (0.3, 30),
-    "cogvlm_17b": (0.3, 30),
-    "crome_7b": (0.3, 30),
-    "crome_flan_t5_xxl": (0.1, 20),
-    "mini_gemini_7b": (0.3, 30),
-    "clip_b32": (0.2, 20),
-    "siglip_b16": (0.2, 20),
-    "vit_b16": (0.3, 30),
-    "resnet50": (0.4, 30),
-    "mae_b16": (0.9, 30),  # its toy decoder is 16 wide, and a patch has 768 numbers
-    "beit_b16": (0.75, 24),
-    "vilt_b32": (0.5, 30),
+SHARE, STEPS = 0.3, 40
+"""What may be left of the first step's loss after so many steps."""
+
+MORE = {
+    # steps of those that need more, and why
+    "openflamingo_3b": 60,  # pictures come in through gates that begin shut
+    "coca_base": 60,  # a contrast and captions, each by tokens of their own
+    "blip_base": 100,  # hard negatives are drawn by what the model finds alike, so they change, and the loss leaps
+    "blip2_stage1": 150,  # likewise; and contrast and captions have smooth labels, a seventh of the first loss at the least
+    "mae_b16": 150,  # not words, but 192 numbers of each of 48 patches
+    "beit_b16": 150,  # codes of patches that no input tells: all by heart
 }
 
 
 def left(model: Any, objective: Any, batch: Batch, steps: int, lr: float = 3e-3) -> float:
-    """The share of its first loss that a model has after some steps with all of its weights."""
+    """The share of its first loss that is left, at the least, within some steps with all of a model's weights."""
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr, weight_decay=0.0)
     losses = []
     for _ in range(steps):
@@ -48,21 +53,29 @@ def left(model: Any, objective: Any, batch: Batch, steps: int, lr: float = 3e-3)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         losses.append(loss.item())
-    return losses[-1] / losses[0]
+    return min(losses) / losses[0]
 
 
-@pytest.mark.parametrize("name", SYSTEMS)
-def test_four_samples_are_learned_by_heart(name: str) -> None:
-    recipe = tiny(by_name(name))
-    stage = recipe.stages[-1]
+def four_of(recipe: Recipe, stage: Stage, model: Model, folder: Path) -> Batch:
+    """Four samples of the stage's data, with pictures where it has any; a reference, if it asks for one, is `model` as it is."""
+    if any(isinstance(one, ReferenceLogProbs) for one in stage.annotators):
+        reference = export(recipe, model, str(ROOT / "examples" / "tokenizer"), folder / "export")
+        stage = replace(stage, annotators=(ReferenceLogProbs(checkpoint=str(reference)),))
     windows = PackWindows(SITE.stream(recipe, stage))
     samples, _ = windows.samples(windows.rows(0))
-    four = [sample for sample in samples if sample.tiles][:4]
+    four = ([sample for sample in samples if sample.tiles] or samples)[:4]
     assert len(four) == 4
+    return Batch.of(windows.annotated(Pack.of_samples(four, windows.pixels(four))))
+
+
+@pytest.mark.parametrize("name", learners())
+def test_four_samples_are_learned_by_heart(name: str, tmp_path: Path) -> None:
+    recipe = small(name)
+    stage = recipe.stages[-1]
     torch.manual_seed(0)
-    share, steps = SYSTEMS[name]
-    found = left(recipe.model.build(), stage.objective, Batch.of(Pack.of_samples(four, windows.pixels(four))), steps)
-    assert found < share
+    model = recipe.model_of(stage).build()
+    batch = four_of(recipe, stage, model, tmp_path)
+    assert left(model, stage.objective, batch, MORE.get(name, STEPS)) < SHARE
 
 
 def test_codes_and_words_are_learned_by_heart() -> None:

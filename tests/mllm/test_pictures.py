@@ -1,11 +1,14 @@
 """Models of pictures alone: what `transformers`' own classes compute, and masks that belong to rows."""
 
+from copy import deepcopy
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers.models.vit_mae.modeling_vit_mae import ViTMAEDecoder
 
 from mllm.chance import block_masks, chosen, noise, seeds_of_tiles
 from mllm.classify import Classifier, LeNet5, ResNet, ViT
@@ -103,6 +106,17 @@ def test_mae_is_transformers_own() -> None:
     hidden = model.hidden(batch)
     torch.testing.assert_close(hidden.predicted, theirs.logits, rtol=1e-5, atol=1e-5)
     assert hidden.masked.equal(theirs.mask.bool())
+
+
+def test_mae_tells_patches_apart_by_where_they_are() -> None:
+    """Its tables are those of transformers' decoder by itself; within the whole model transformers makes zeros of them."""
+    net: Any = mae().net
+    wide = deepcopy(net.config)
+    wide.decoder_hidden_size = wide.hidden_size
+    tables = net.vit.embeddings.position_embeddings, net.decoder.decoder_pos_embed
+    for table, config in zip(tables, (wide, net.config), strict=True):
+        assert len(table[0].unique(dim=0)) == 17
+        torch.testing.assert_close(table, ViTMAEDecoder(config, 16).decoder_pos_embed)
 
 
 def test_beit_is_transformers_own() -> None:
