@@ -29,7 +29,9 @@ LOOK = 5.0
 
 
 def evaluate(job: StageJob, folder: Place, step: int) -> Evaluation:
-    """Score the checkpoint on what the stage holds out, and keep the result under its step."""
+    """Score the checkpoint on what the stage holds out, have it answer the same questions as before the stage, and keep both
+    under its step. Pictures are left out: the evaluation before the stage has them.
+    """
     from dataclasses import replace
 
     import torch
@@ -47,7 +49,7 @@ def evaluate(job: StageJob, folder: Place, step: int) -> Evaluation:
         model = checkpoint.read_model(job.recipe, job.stage, folder, job.place)
         engine = build_engine(model, how, len(job.stage.mixture), device)
         found = evaluation_of(engine, job.held_out, job.recipe, job.stage.name, "during")
-    found = replace(found, step=step)
+    found = replace(found, step=step, answers=tuple(replace(answer, image="") for answer in found.answers))
     job.folder.write_evaluation(found)
     return found
 
