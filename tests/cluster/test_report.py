@@ -180,6 +180,22 @@ def test_a_step_that_leapt_is_seen_in_a_run_of_a_hundred_thousand(tmp_path: Path
     assert max(table["loss"]) < 15, "the mean hardly tells of it"
 
 
+def test_what_was_read_of_a_run_is_not_read_again(tmp_path: Path, recipe: Recipe) -> None:
+    run, _ = invented_run(tmp_path / "night", recipe, "running")
+    run.write_evaluation(evaluation("align", "during", 6.5, "orange", 20))
+    before, during = run.steps("align"), run.evaluations("align")
+    assert (len(before), len(during)) == (40, 1)
+    file = run.steps_file("align").path
+    file.write_bytes(b"x" * (file.stat().st_size - 1) + b"\n")  # where nobody looks a second time
+    run.write_step("align", step(41, 80))
+    run.write_step("align", replace(step(40, 80), loss=1.0))
+    run.write_evaluation(evaluation("align", "during", 6.0, "an orange", 1_000_000))
+    run.write_evaluation(evaluation("align", "during", 6.2, "an orange", 999_999))
+    assert run.steps("align") == [*before[:-1], replace(step(40, 80), loss=1.0), step(41, 80)]
+    assert [each.step for each in run.evaluations("align")] == [20, 999_999, 1_000_000]
+    assert len(RunFolder(run.root).steps("align")) == 2, "who comes anew reads all that is there"
+
+
 def test_bins_hold_every_step_once() -> None:
     values = np.arange(1000.0)
     edges = bins(1000, 300)

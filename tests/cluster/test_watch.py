@@ -48,6 +48,10 @@ def test_the_page_follows_the_run_and_stops_asking_at_its_end(site: Site, recipe
         assert re.search(r"pretrain, step 20</th>\s*<td><div>an orange</div>", get(address))
         with pytest.raises(urllib.error.HTTPError, match="404"):
             get(address + "etc/passwd")
+        shutil.rmtree(run.root.path)
+        invented_run(run.root.path, replace(recipe, name="other"), "failed", steps=6)
+        now[0] += LEAST
+        assert "of 6</span>" in get(address), "another run under the same name"
 
     invented_run(Path(site.runs) / "done", recipe, "finished")
     assert 'http-equiv="refresh"' not in Pages(site, "done").get().decode()
