@@ -39,7 +39,6 @@ from cluster.journal import (
 )
 from cluster.lease import Held, Lease
 from cluster.metrics import Evaluation, RunFolder
-from cluster.plan import meta_model
 from cluster.policy import Standing, gate_values
 from cluster.preflight import refusals, this_machine, untrusted
 from cluster.profiling import Profiles
@@ -252,7 +251,7 @@ class Controller:
                 )
 
     def _train(self, job: StageJob) -> StageFinished:
-        model = meta_model(self.recipe.model)
+        model = self.recipe.model.meta()
         apply_tuning(model, job.stage.tune)
         started = StageStarted(
             time=time.time(),

@@ -180,8 +180,8 @@ def corpora(reports: Sequence[NodeReport], shards: Mapping[str, str]) -> Iterato
 
 def memory_of(recipe: Recipe, site: Site, gpus: Sequence[int]) -> Iterator[Finding]:
     """What a step is foretold to take beside the smallest GPU's memory."""
+    from cluster.counted import unpredicted
     from cluster.memory import memory
-    from cluster.plan import unpredicted
     from cluster.stats import bytes_words
 
     if not gpus:

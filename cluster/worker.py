@@ -21,6 +21,7 @@ import torch.distributed as dist
 
 from cluster import checkpoint, gauges, quarantine
 from cluster.checkpoint import Manifest, PassedOver, ShardTally, TrainState
+from cluster.counted import stage_cost
 from cluster.deal import Deal, Held, Step
 from cluster.engines import Engine, StepReport, build_engine, local
 from cluster.journal import Decision, Fault, FaultKind, Fenced, GroupStarted, Journal
@@ -576,8 +577,6 @@ class Meter:
 
 
 def _meter(job: StageJob, device: torch.device) -> Meter:
-    from cluster.plan import stage_cost  # simulates memory as well, by parts of torch that take a second to import
-
     try:
         cost = stage_cost(job.recipe, job.stage)
     except (ValueError, RuntimeError):  # a run does not stop for want of a number; `mllm plan` says why it is missing

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
+from cluster.counted import unpredicted
 from cluster.manifests.words import Deploy, Node, bytes_of
-from cluster.plan import unpredicted
 from cluster.preflight import Machine, refusals
 from cluster.site import Site, SiteError
 from mllm.recipe import Recipe
