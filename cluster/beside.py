@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from cluster import checkpoint
+from cluster import checkpoint, loading
 from cluster.callbacks import root_of
 from cluster.journal import Fault, GateJudged
 from cluster.parts import INDEX, write_parts
@@ -46,7 +46,7 @@ def evaluate(job: StageJob, folder: Place, step: int) -> Evaluation:
     device = torch.device("cpu")  # GPUs are the trainers'
     how = replace(job.stage, parallel=FSDP(dtype=job.stage.parallel.dtype), ema=None)
     with alone():
-        model = checkpoint.read_model(job.recipe, job.stage, folder, job.place)
+        model = loading.read_model(job.recipe, job.stage, folder, job.place)
         engine = build_engine(model, how, len(job.stage.mixture), device)
         found = evaluation_of(engine, job.held_out, job.recipe, job.stage.name, "during")
     found = replace(found, step=step, answers=tuple(replace(answer, image="") for answer in found.answers))
@@ -58,7 +58,7 @@ def parts(job: StageJob, folder: Place, out: Place) -> None:
     """Write the stage's weights, adapters merged, as safetensors."""
     storage.use(job.stream.storage)
     trust.use(job.stream.trust_remote_code)
-    write_parts(out, checkpoint.read_model(job.recipe, job.stage, folder, job.place).state_dict())
+    write_parts(out, loading.read_model(job.recipe, job.stage, folder, job.place).state_dict())
 
 
 class Beside:

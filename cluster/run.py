@@ -7,7 +7,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from cluster import checkpoint
+from cluster import loading
 from cluster.controller import Controller, RunError, Stopped
 from cluster.indexing import corpora_of, index_missing
 from cluster.journal import Journal, RunState, StageFinished
@@ -172,7 +172,7 @@ def trained_model(site: Site, recipe: Recipe, folder: RunFolder) -> Model:
     """
     last = last_finished(folder)
     stage = recipe.stage(last.stage)
-    return checkpoint.read_model(recipe, stage, folder.root / last.checkpoint, site.folder).eval()
+    return loading.read_model(recipe, stage, folder.root / last.checkpoint, site.folder).eval()
 
 
 def last_finished(folder: RunFolder) -> StageFinished:
