@@ -118,6 +118,20 @@ def test_nobody_waits_for_what_a_command_does_not_need() -> None:
     assert shown.stdout.splitlines() == ["False False False", "True False False"]
 
 
+def test_before_its_first_step_a_run_imports_nothing_that_it_does_not_need() -> None:
+    """Who deals packs knows nothing of what is learned; neither a driver nor a worker foretells memory."""
+    code = """
+import sys
+from cluster.dealer import Dealer
+Dealer()
+print("pipelines.stream" in sys.modules, any(name.partition(".")[0] == "mllm" for name in sys.modules))
+import cluster.run, cluster.worker
+print("mllm.recipe" in sys.modules, "cluster.memory" in sys.modules)
+"""
+    shown = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert shown.stdout.splitlines() == ["True False", "True False"]
+
+
 def test_a_fault_of_the_program_s_own_is_told_apart(capfd: pytest.CaptureFixture[str]) -> None:
     assert cli._told(KeyError("encoder")) == 70
     told = capfd.readouterr().err
