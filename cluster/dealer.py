@@ -39,24 +39,53 @@ class Dealer:
     def __init__(self) -> None:
         for name in ("cluster.checkpoint", "pipelines.stream"):
             importlib.import_module(name)  # now, and not when a group waits for its packs
+        self.ahead: tuple[bytes, int, Pools, list[Any]] | None = None
+
+    def foresee(self, what: bytes, world: int) -> None:
+        """Make the iterators that the next group is likely to ask for, and what they wait for, while Ray Train begins it."""
+        _beckon()
+        pools = _pools(what, world)
+        self.ahead = what, world, pools, _made(what, world, pools)
 
     def splits(self, what: bytes, world: int) -> list[Any]:
         """Ray Data's iterators for `world` ranks, from the stage's last checkpoint on; `what` is as `dumped` gives it."""
-        from cluster import checkpoint
-        from cluster.local import divert_ray_logging
-        from pipelines import storage
-        from pipelines.stream import dataset
-        from pipelines.types import Position
+        ahead, self.ahead = self.ahead, None  # what another group has begun to read is not given twice
+        pools = _pools(what, world)
+        return ahead[-1] if ahead and ahead[:-1] == (what, world, pools) else _made(what, world, pools)
 
-        dealt: Dealt = pickle.loads(what)
-        stream = dealt.stream
-        divert_ray_logging()
-        storage.use(stream.storage)
-        found = checkpoint.newest(dealt.checkpoints, dealt.fingerprint, stream.order.fingerprint)
-        start = checkpoint.read_state(found.folder).position if found else Position()
-        left = _cluster_cpus() - dealt.cpus * world
-        hands = dataset(stream, start, stream.windows, dealt.pools.within(left), world, dealt.context)
-        return hands.streaming_split(world, equal=False)
+
+def _pools(what: bytes, world: int) -> Pools:
+    """The actors that make packs, where the cluster is as it is now."""
+    dealt: Dealt = pickle.loads(what)
+    return dealt.pools.within(_cluster_cpus() - dealt.cpus * world)
+
+
+def _made(what: bytes, world: int, pools: Pools) -> list[Any]:
+    from cluster import checkpoint
+    from cluster.local import divert_ray_logging
+    from pipelines import storage
+    from pipelines.stream import dataset
+    from pipelines.types import Position
+
+    dealt: Dealt = pickle.loads(what)
+    stream = dealt.stream
+    divert_ray_logging()
+    storage.use(stream.storage)
+    found = checkpoint.newest(dealt.checkpoints, dealt.fingerprint, stream.order.fingerprint)
+    start = checkpoint.read_state(found.folder).position if found else Position()
+    hands = dataset(stream, start, stream.windows, pools, world, dealt.context)
+    return hands.streaming_split(world, equal=False)
+
+
+def _beckon() -> None:
+    """Start the actors that Ray Train waits for before it begins a group, and Ray Data before it begins a stream: there is one of
+    each in a cluster, which whoever needs it first starts.
+    """
+    from ray.data._internal import stats  # developers' interfaces of Ray's
+    from ray.data._internal.cluster_autoscaler import default_autoscaling_coordinator as coordinator
+
+    coordinator.get_or_create_autoscaling_coordinator()
+    stats.get_or_create_stats_actor()
 
 
 def _cluster_cpus() -> float:
