@@ -1,4 +1,4 @@
-"""Checkpoints of `cluster.saver.Saver` and `cluster.checkpoint.load`, beside torch's own and beside bare storage.
+"""Checkpoints of `cluster.saver.Saver` and `cluster.loading.load`, beside torch's own and beside bare storage.
 
 Stall: seconds for which training stands still, in the call and at the end of the step after it, where weights must not change
 before they are copied; the step is a real one. Beside it, of the same state, `torch.distributed.checkpoint.save` and `torch.save`
@@ -26,7 +26,7 @@ import torch
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
 from benchmarks.common import Section, alone, cores, in_child, ratios, scratch
-from cluster import checkpoint
+from cluster import loading
 from cluster.checkpoint import Manifest, TrainState
 from cluster.engines import Engine, build_engine, finite
 from cluster.saver import Saver
@@ -143,10 +143,10 @@ def on_disk(large: bool, repetitions: int, place: str) -> tuple[int, Seconds]:
             shutil.rmtree(old, ignore_errors=True)
             files = sorted(outcome.folder.path.glob("*.bin"))
             forget(files)
-            now["load"] = timed(checkpoint.load, outcome.folder, state)
+            now["load"] = timed(loading.load, outcome.folder, state)
             forget(files)
             now["plain read"] = timed(read_plain, files)
-            now["cached load"] = timed(checkpoint.load, outcome.folder, state)
+            now["cached load"] = timed(loading.load, outcome.folder, state)
             now["cached read"] = timed(read_plain, files)
             for name, seconds in now.items() if step > 1 else ():
                 found.setdefault(name, []).append(seconds)
@@ -176,7 +176,7 @@ def on_s3(large: bool, repetitions: int, settings: Storage) -> tuple[int, Second
             now["plain write"] = timed(bare.pipe_file, "corpus/plain.bin", data, chunksize=PIECE)
             starts = range(0, size, 2 * PIECE)
             stops = [min(start + 2 * PIECE, size) for start in starts]
-            now["load"] = timed(checkpoint.load, outcome.folder, state)
+            now["load"] = timed(loading.load, outcome.folder, state)
             paths = ["corpus/plain.bin"] * len(stops)
             now["plain read"] = timed(bare.cat_ranges, paths, list(starts), stops, max_gap=None)
             for name, seconds in now.items() if step else ():

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from cluster import checkpoint
+from cluster import checkpoint, loading
 from cluster.callbacks import root_of
 from cluster.journal import Fault, GateJudged
 from cluster.parts import INDEX, write_parts
@@ -29,7 +29,9 @@ LOOK = 5.0
 
 
 def evaluate(job: StageJob, folder: Place, step: int) -> Evaluation:
-    """Score the checkpoint on what the stage holds out, and keep the result under its step."""
+    """Score the checkpoint on what the stage holds out, have it answer the same questions as before the stage, and keep both
+    under its step. Pictures are left out: the evaluation before the stage has them.
+    """
     from dataclasses import replace
 
     import torch
@@ -44,10 +46,10 @@ def evaluate(job: StageJob, folder: Place, step: int) -> Evaluation:
     device = torch.device("cpu")  # GPUs are the trainers'
     how = replace(job.stage, parallel=FSDP(dtype=job.stage.parallel.dtype), ema=None)
     with alone():
-        model = checkpoint.read_model(job.recipe, job.stage, folder)
+        model = loading.read_model(job.recipe, job.stage, folder)
         engine = build_engine(model, how, len(job.stage.mixture), device)
         found = evaluation_of(engine, job.held_out, job.recipe, job.stage.name, "during")
-    found = replace(found, step=step)
+    found = replace(found, step=step, answers=tuple(replace(answer, image="") for answer in found.answers))
     job.folder.write_evaluation(found)
     return found
 
@@ -56,7 +58,7 @@ def parts(job: StageJob, folder: Place, out: Place) -> None:
     """Write the stage's weights, adapters merged, as safetensors."""
     storage.use(job.stream.storage)
     trust.use(job.stream.trust_remote_code)
-    write_parts(out, checkpoint.read_model(job.recipe, job.stage, folder).state_dict())
+    write_parts(out, loading.read_model(job.recipe, job.stage, folder).state_dict())
 
 
 class Beside:

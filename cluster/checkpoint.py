@@ -8,6 +8,9 @@ runs/NAME/checkpoints/STAGE/step-000040-7/     step 40, written under the contro
     rejected.json    there when a reader found a file that is not what was written
 
 A folder without a whole manifest, or whose files are not those that it lists, is passed over with the reason.
+
+Here is all that is known of a checkpoint without its tensors, and nothing that takes long to import; `cluster/loading.py` reads
+those.
 """
 
 from __future__ import annotations
@@ -15,26 +18,19 @@ from __future__ import annotations
 import json
 import re
 import time
-import warnings
 from collections.abc import Callable, Collection, Iterable
 from contextlib import suppress
 from dataclasses import field, replace
 from functools import cache
 from typing import Any
 
-import torch.distributed as dist
+import xxhash
 from pydantic import TypeAdapter, ValidationError
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 
-from cluster.shards import INDEX, CorruptCheckpoint, Index, LoadPlanner, ShardReader, digest, parse_index
-from mllm.model import Model
-from mllm.recipe import Recipe, Stage
-from mllm.tune import add_adapters, merge_adapters
 from pipelines.place import Place
 from pipelines.types import Position, spec
 
-MANIFEST, STATE, REJECTED = "manifest.json", "state.json", "rejected.json"
+MANIFEST, STATE, INDEX, REJECTED = "manifest.json", "state.json", "index.json", "rejected.json"
 
 
 FORMAT = 2
@@ -118,6 +114,21 @@ class PassedOver:
 
     def __str__(self) -> str:
         return f"{self.folder.name} is passed over: {self.reason}"
+
+
+class CorruptCheckpoint(RuntimeError):
+    """A file of a checkpoint is not what was written. `tensor` is the one that lies there, where that is known."""
+
+    def __init__(self, folder: str, file: str, tensor: str | None, why: str) -> None:
+        super().__init__(folder, file, tensor, why)
+        self.folder, self.file, self.tensor, self.why = folder, file, tensor, why
+
+    def __str__(self) -> str:
+        of = f", of {self.tensor}," if self.tensor else ""
+        return (
+            f"{self.folder}: {self.file}{of} {self.why}; the storage lost or changed it since it was written. "
+            "Whoever goes on takes the checkpoint before it"
+        )
 
 
 class OldCheckpoint(ValueError):
@@ -296,11 +307,11 @@ def _of_another_format(folder: Place, told: dict[str, Any]) -> OldCheckpoint:
 
 def read_state(folder: Place) -> TrainState:
     """Raises CorruptCheckpoint when it is not what was written."""
-    return _states().validate_json(_checked(folder, STATE))
+    return _states().validate_json(checked(folder, STATE))
 
 
-def _checked(folder: Place, name: str) -> bytes:
-    """A small file, whose digest the manifest has."""
+def checked(folder: Place, name: str) -> bytes:
+    """A small file, whose digest the manifest has. Raises CorruptCheckpoint when it is not what was written."""
     try:
         expected = read_manifest(folder).files[name]
     except ValidationError:
@@ -314,45 +325,6 @@ def _checked(folder: Place, name: str) -> bytes:
     return data
 
 
-def load(folder: Place, state: dict[str, Any], alone: bool = False) -> None:
-    """Fill the tensors of `state` from a checkpoint, resharded to whoever asks; nothing else of it is read.
-
-    A collective, unless there is no process group or it is said that this rank reads `alone`. Raises CorruptCheckpoint, on every
-    rank alike, as soon as one rank reads a byte that was not written.
-    """
-    alone = alone or not dist.is_initialized()
-
-    def index() -> Index:
-        return parse_index(_checked(folder, INDEX))
-
-    planner = LoadPlanner()
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings(
-                "ignore", "torch.distributed is disabled"
-            )  # it is meant to be, where one process loads
-            dcp_load(state, storage_reader=ShardReader(folder, index), planner=planner, no_dist=alone)
-    except CheckpointException as error:
-        raise _cause(error) from error
-    planner.finish()
-
-
-def _cause(error: CheckpointException) -> BaseException:
-    """What went wrong on the first rank where something did; that bytes are not what they were goes before all else."""
-    causes = [error.failures[rank][0] for rank in sorted(error.failures)]
-    return next((cause for cause in causes if isinstance(cause, CorruptCheckpoint)), causes[0])
-
-
-def read_model(recipe: Recipe, stage: Stage, folder: Place, merge: bool = True) -> Model:
-    """The model that `stage` left in the checkpoint `folder`, whole, on CPU, float32, its adapters merged if that is wished.
-
-    A checkpoint holds all weights, frozen ones too: those that the recipe's parts name need not be there.
-    """
-    model = recipe.model_of(stage).empty()
-    adapted = add_adapters(model, stage.tune)
-    state = {"model": model.state_dict()}
-    load(folder, state, alone=True)
-    model.load_state_dict(state["model"])
-    if adapted and merge:
-        merge_adapters(model)
-    return model.requires_grad_(True)
+def digest(data: bytes | memoryview) -> str:
+    """XXH3 of 128 bits, hexadecimal."""
+    return xxhash.xxh3_128_hexdigest(data)

@@ -39,7 +39,6 @@ from cluster.journal import (
 )
 from cluster.lease import Held, Lease
 from cluster.metrics import Evaluation, RunFolder
-from cluster.plan import meta_model
 from cluster.policy import Standing, gate_values
 from cluster.preflight import refusals, this_machine, untrusted
 from cluster.profiling import Profiles
@@ -252,7 +251,7 @@ class Controller:
                 )
 
     def _train(self, job: StageJob) -> StageFinished:
-        model = meta_model(self.recipe.model)
+        model = self.recipe.model.meta()
         apply_tuning(model, job.stage.tune)
         started = StageStarted(
             time=time.time(),
@@ -352,12 +351,14 @@ class Controller:
         pulse = start_pulse()
         fewest, most = self.site.world
         told = Stage(name=job.stage.name, run=job.run, token=job.token, storage=job.stream.storage)
+        dealt = dumped(job, self.site.pools, 0 if gpu else 1)
+        self.dealer.foresee.remote(dealt, most)
         trainer = TorchTrainer(
             train_worker,
             train_loop_config={"job": pickle.dumps(job), "pulse": pulse},
             torch_config=TorchConfig(backend="nccl" if gpu else "gloo"),
             datasets={DATASET: placeholder},
-            dataset_config=dealing(self.dealer, dumped(job, self.site.pools, 0 if gpu else 1)),
+            dataset_config=dealing(self.dealer, dealt),
             scaling_config=ray.train.ScalingConfig(
                 num_workers=most if fewest == most else (fewest, most),
                 use_gpu=gpu,

@@ -1,7 +1,8 @@
 """An actor that makes a stage's stream of packs for each group of workers that begins.
 
 Ray Train asks for the data of every group in a new process. This one is there from the run's beginning: it has imported all that
-a stream is made of before a group has failed. Who calls it imports this file, which therefore imports little.
+a stream is made of before a group has failed. It knows nothing of what is learned, so that it is there soon; who calls it
+imports this file, which therefore imports little.
 """
 
 from __future__ import annotations
@@ -10,37 +11,81 @@ import importlib
 import pickle
 from typing import TYPE_CHECKING, Any
 
+from pipelines.value import spec
+
 if TYPE_CHECKING:
     from cluster.worker import StageJob
-    from pipelines.windows import Pools
+    from pipelines.place import Place
+    from pipelines.windows import Pools, Stream
+
+
+@spec
+class Dealt:
+    """What a stage's packs are dealt by: its stream, the folder of its checkpoints and whose they must be, the actors that make
+    packs, the logical CPUs that each trainer holds, and how many trainers share a pack.
+    """
+
+    stream: Stream
+    checkpoints: Place
+    fingerprint: str
+    pools: Pools
+    cpus: float
+    context: int
 
 
 class Dealer:
     """The actor."""
 
     def __init__(self) -> None:
-        for name in ("cluster.checkpoint", "cluster.fsdp", "mllm.recipe", "pipelines.stream"):
+        for name in ("cluster.checkpoint", "pipelines.stream"):
             importlib.import_module(name)  # now, and not when a group waits for its packs
+        self.ahead: tuple[bytes, int, Pools, list[Any]] | None = None
+
+    def foresee(self, what: bytes, world: int) -> None:
+        """Make the iterators that the next group is likely to ask for, and what they wait for, while Ray Train begins it."""
+        _beckon()
+        pools = _pools(what, world)
+        self.ahead = what, world, pools, _made(what, world, pools)
 
     def splits(self, what: bytes, world: int) -> list[Any]:
         """Ray Data's iterators for `world` ranks, from the stage's last checkpoint on; `what` is as `dumped` gives it."""
-        from cluster import checkpoint
-        from cluster.fsdp import context_of
-        from cluster.local import divert_ray_logging
-        from pipelines import storage
-        from pipelines.stream import dataset
-        from pipelines.types import Position
+        ahead, self.ahead = self.ahead, None  # what another group has begun to read is not given twice
+        pools = _pools(what, world)
+        return ahead[-1] if ahead and ahead[:-1] == (what, world, pools) else _made(what, world, pools)
 
-        job, pools, cpus = pickle.loads(what)
-        divert_ray_logging()
-        storage.use(job.stream.storage)
-        resumed = job.resume_from()
-        start = checkpoint.read_state(resumed).position if resumed else Position()
-        left = _cluster_cpus() - cpus * world
-        hands = dataset(
-            job.stream, start, job.stream.windows, pools.within(left), world, context_of(job.stage.parallel)
-        )
-        return hands.streaming_split(world, equal=False)
+
+def _pools(what: bytes, world: int) -> Pools:
+    """The actors that make packs, where the cluster is as it is now."""
+    dealt: Dealt = pickle.loads(what)
+    return dealt.pools.within(_cluster_cpus() - dealt.cpus * world)
+
+
+def _made(what: bytes, world: int, pools: Pools) -> list[Any]:
+    from cluster import checkpoint
+    from cluster.local import divert_ray_logging
+    from pipelines import storage
+    from pipelines.stream import dataset
+    from pipelines.types import Position
+
+    dealt: Dealt = pickle.loads(what)
+    stream = dealt.stream
+    divert_ray_logging()
+    storage.use(stream.storage)
+    found = checkpoint.newest(dealt.checkpoints, dealt.fingerprint, stream.order.fingerprint)
+    start = checkpoint.read_state(found.folder).position if found else Position()
+    hands = dataset(stream, start, stream.windows, pools, world, dealt.context)
+    return hands.streaming_split(world, equal=False)
+
+
+def _beckon() -> None:
+    """Start the actors that Ray Train waits for before it begins a group, and Ray Data before it begins a stream: there is one of
+    each in a cluster, which whoever needs it first starts.
+    """
+    from ray.data._internal import stats  # developers' interfaces of Ray's
+    from ray.data._internal.cluster_autoscaler import default_autoscaling_coordinator as coordinator
+
+    coordinator.get_or_create_autoscaling_coordinator()
+    stats.get_or_create_stats_actor()
 
 
 def _cluster_cpus() -> float:
@@ -52,7 +97,17 @@ def _cluster_cpus() -> float:
 
 def dumped(job: StageJob, pools: Pools, cpus: float) -> bytes:
     """A stage whose trainers hold `cpus` each, for who hands it on to a dealer and need not import what it is made of."""
-    return pickle.dumps((job, pools, cpus))
+    from cluster.fsdp import context_of
+
+    dealt = Dealt(
+        stream=job.stream,
+        checkpoints=job.checkpoints,
+        fingerprint=job.fingerprint,
+        pools=pools,
+        cpus=cpus,
+        context=context_of(job.stage.parallel),
+    )
+    return pickle.dumps(dealt)
 
 
 def start_dealer() -> Any:

@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from cluster import checkpoint
+from cluster import loading
 from cluster.local import quieten
 from cluster.metrics import RunFolder
 from cluster.run import last_finished, open_run
@@ -55,7 +55,7 @@ def export_of(site: Site, recipe: Recipe, folder: RunFolder, out: Place, adapter
     mark = last_finished(folder)
     stage = recipe.stage(mark.stage)
     place = folder.root / mark.checkpoint
-    model = checkpoint.read_model(recipe, stage, place, merge=not adapter).eval()
+    model = loading.read_model(recipe, stage, place, merge=not adapter).eval()
     recipe = replace(recipe, model=recipe.model_of(stage))
     before = _seen(site, recipe, stage, model)
     adapters = take_off(recipe, model) if adapter else None

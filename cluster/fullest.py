@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 
-from mllm.annotators import FrozenFeatures
 from mllm.recipe import Recipe, Stage
 from mllm.vlm import VLM
 from pipelines.corpora import TextOnly
@@ -15,11 +14,6 @@ WORDS = 1009
 
 LONGEST = 128
 """Tokens of a document without a picture, for kinds that read texts as rows of a rectangle and cut what is longer."""
-
-
-def takes_features(stage: Stage) -> bool:
-    """Whether a stage's packs carry the encoder's features."""
-    return any(isinstance(annotator, FrozenFeatures) for annotator in stage.annotators)
 
 
 def fullest(recipe: Recipe, stage: Stage, features: bool = False) -> Pack:

@@ -41,8 +41,9 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from cluster.counted import takes_features
 from cluster.fsdp import FSDPEngine
-from cluster.fullest import fullest, takes_features
+from cluster.fullest import fullest
 from cluster.stacks import Depths, layer_weights, shortened, stacks_of
 from mllm.encoders import Encoder
 from mllm.objectives import DPO, Gathered

@@ -23,7 +23,7 @@ from typing import Literal
 
 from pydantic import TypeAdapter, ValidationError
 
-from cluster.lines import Lines, read_lines
+from cluster.lines import Follower, Lines
 from cluster.phases import Phases
 from mllm.evaluate import Answer, ProbeScore, SourceScore
 from pipelines.place import Place
@@ -151,12 +151,15 @@ class RunFolder:
     """The files of a run, by name. `root` is the folder `runs/NAME`, on a disk or on S3.
 
     What a stage leaves is kept under its name and fingerprint, `align-1f3a09c2`: a stage that was changed begins anew beside
-    what it was. `stages.json` says which fingerprint each name means now.
+    what it was. `stages.json` says which fingerprint each name means now. Steps, and evaluations during a stage, are read once,
+    and then only what has come: who looks every few seconds keeps one `RunFolder`.
     """
 
     def __init__(self, root: Place | PathLike[str] | str) -> None:
         self.root = root if isinstance(root, Place) else Place(root)
         self.logs_of_steps: dict[str, Lines] = {}
+        self.read_steps: dict[Place, tuple[Follower, dict[int, StepRecord]]] = {}
+        self.read_evaluations: dict[Place, Evaluation] = {}
 
     @property
     def name(self) -> str:
@@ -214,9 +217,10 @@ class RunFolder:
 
     def steps(self, stage: str) -> list[StepRecord]:
         """Steps of a stage, each once, in order. A line that a kill cut short is passed over."""
-        records: dict[int, StepRecord] = {}
+        file = self.steps_file(stage)
+        follower, records = self.read_steps.setdefault(file, (Follower(file), {}))
         with _uncollected():
-            for line in read_lines(self.steps_file(stage)):
+            for line in follower.read():
                 record = parse_step(line)
                 if record:
                     records[record.step] = record
@@ -235,8 +239,14 @@ class RunFolder:
     def evaluations(self, stage: str) -> list[Evaluation]:
         """Those during a stage, by step."""
         folder, key = self.root / "evaluations", self.key(stage)
-        names = sorted(name for name in folder.names() if re.fullmatch(re.escape(key) + r"-\d{6,}\.json", name))
-        return [_evaluation_adapter().validate_json((folder / name).read_bytes()) for name in names]
+        names = [name for name in folder.names() if re.fullmatch(re.escape(key) + r"-\d{6,}\.json", name)]
+        return [self._during(folder / name) for name in sorted(names, key=lambda name: (len(name), name))]
+
+    def _during(self, file: Place) -> Evaluation:
+        """One that nobody writes again."""
+        if file not in self.read_evaluations:
+            self.read_evaluations[file] = _evaluation_adapter().validate_json(file.read_bytes())
+        return self.read_evaluations[file]
 
     def _evaluation(self, stage: str, when: str) -> Place:
         return self.root / "evaluations" / f"{self.key(stage)}-{when}.json"

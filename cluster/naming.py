@@ -28,7 +28,8 @@ from pydantic import TypeAdapter, ValidationError
 from cluster.site import Site, SiteError
 from mllm.recipes import RECIPES
 from pipelines import storage
-from pipelines.corpora import VIDEO_SUFFIXES, CaptionList, Corpus, Labelled
+from pipelines.corpora import CaptionList, Corpus, Labelled
+from pipelines.corpora.cells import VIDEO_SUFFIXES
 from pipelines.reading import IMAGE_SUFFIXES, json_object
 from pipelines.rows import Tape, json_items, suffix
 from pipelines.tars import HEAD, no_tar, split_name, tar_members

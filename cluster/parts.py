@@ -41,7 +41,7 @@ NAMES = {
 
 
 def write_parts(folder: Place, model_state: Mapping[str, Tensor], largest: int = LARGEST) -> list[str]:
-    """Write whole tensors, `checkpoint.read_model(...).state_dict()`, to `folder`; the files' names, the index last.
+    """Write whole tensors, `loading.read_model(...).state_dict()`, to `folder`; the files' names, the index last.
 
     A part is what the first word of a name says: encoder, connector, lm.
     """

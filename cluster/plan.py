@@ -4,26 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from cluster.fullest import fullest, takes_features
+from cluster.counted import model_cost, takes_features, unpredicted
+from cluster.fullest import fullest
 from cluster.memory import Unforetold, memory
 from cluster.preflight import refusals, this_machine, untrusted
 from cluster.schedule import accumulation, planned_steps
 from cluster.site import Site, SiteError
-from mllm.flops import Cost, UncountedError, cost_of, pack_flops, work_of
-from mllm.model import Model, ModelSpec
-from mllm.objectives import DPO, Gathered
+from mllm.flops import Cost, UncountedError, pack_flops, work_of
 from mllm.parts import PartReport
 from mllm.recipe import Recipe, Stage, Tokens
 from mllm.tune import apply_tuning, describe
-from mllm.vlm import VLM, VisionLanguageModel
+from mllm.vlm import VLM
 from pipelines.types import Batch, spec
 
 WORLDS = (1, 2, 4, 8, 16, 64, 128)
-
-
-def meta_model(model: ModelSpec) -> Model:
-    """The module without memory: shapes from the recipe, no weights read."""
-    return model.meta()
 
 
 @spec
@@ -76,7 +70,7 @@ def plan(recipe: Recipe, site: Site, worlds: Iterable[int] = WORLDS) -> Plan:
 
 
 def _stage(recipe: Recipe, stage: Stage, site: Site, worlds: tuple[int, ...], costs: _Costs) -> StagePlan:
-    model = meta_model(recipe.model)
+    model = recipe.model.meta()
     apply_tuning(model, stage.tune)
     trained = tuple(name for name, parameter in model.named_parameters() if parameter.requires_grad)
     key = (trained, stage.objective, stage.parallel.recompute, takes_features(stage), recipe.tiling_of(stage))
@@ -92,7 +86,7 @@ def _stage(recipe: Recipe, stage: Stage, site: Site, worlds: tuple[int, ...], co
     elif uncounted:
         unknown.append(uncounted)
     else:
-        cost = costs.get(key) or costs.setdefault(key, _cost(model, recipe, stage))
+        cost = costs.get(key) or costs.setdefault(key, model_cost(model, recipe, stage))
         flops = stage.packs_per_step * cost.model_flops(work_of(fullest(recipe, stage, takes_features(stage))))
     count = planned_steps(stage)
     rows = None
@@ -127,33 +121,6 @@ def _memory(recipe: Recipe, stage: Stage, worlds: tuple[int, ...]) -> tuple[dict
         return memory(recipe, stage, worlds), ""
     except Unforetold as error:
         return {}, str(error)
-
-
-def unpredicted(recipe: Recipe, stage: Stage) -> str:
-    """Why the FLOPs of a stage's packs are not told pack by pack; an empty word where they are."""
-    if not isinstance(recipe.model, VLM):
-        return f"packs' FLOPs are not told one by one: they are counted for kind 'vlm', and the model is {recipe.model.kind!r}"
-    if isinstance(stage.objective, Gathered | DPO):
-        return f"FLOPs are not predicted: they are counted for single packs and models, not {stage.objective.kind!r}"
-    return ""
-
-
-def stage_cost(recipe: Recipe, stage: Stage) -> Cost:
-    """FLOPs of a stage's packs, as `mllm.flops.cost_of` counts them. Raises ValueError where they are not told pack by pack."""
-    if why := unpredicted(recipe, stage):
-        raise ValueError(why)
-    model = meta_model(recipe.model)
-    apply_tuning(model, stage.tune)
-    return _cost(model, recipe, stage)
-
-
-def _cost(model: Model, recipe: Recipe, stage: Stage) -> Cost:
-    assert isinstance(model, VisionLanguageModel)
-    spec, tiling = recipe.vlm, recipe.tiling_of(stage)
-    features = spec.encoder.tokens(tiling.size) if takes_features(stage) else None
-    patches = features if isinstance(features, int) else None
-    cut = tiling.cut(tiling.size, tiling.size, single=True)
-    return cost_of(model, stage.objective, spec.layout(tiling), stage.parallel.recompute, patches, cut)
 
 
 def _steps(stage: Stage, rows: int | None) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
-from cluster import checkpoint
+from cluster import loading
 from mllm.annotators import ReferenceLogProbs
 from pipelines.place import Place
 
@@ -49,7 +49,7 @@ def _write(job: StageJob, previous: Place, home: Place) -> None:
 
     before = job.before
     assert before is not None
-    model = checkpoint.read_model(job.recipe, before, previous).eval()
+    model = loading.read_model(job.recipe, before, previous).eval()
     recipe = replace(job.recipe, model=job.recipe.model_of(before))
     if home.local:
         export(recipe, model, job.stream.tokenizer, home.path)

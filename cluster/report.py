@@ -51,6 +51,7 @@ from cluster.live import (
 )
 from cluster.metrics import Evaluation, RunFolder
 from cluster.phases import PHASES
+from mllm.evaluate import Answer
 from mllm.recipe import Recipe, dump
 from pipelines.place import Place
 from pipelines.types import spec
@@ -61,11 +62,15 @@ HAPPENED = 20
 """Faults and decisions that the page tells in words, the latest."""
 THUMBNAIL = 192
 """Pixels of a sample picture's longer side on the page."""
+ANSWERS = 8
+"""Answers to one question on the page at most: the first, the newest, and some evenly between."""
 
 
 @spec
 class Picture:
-    """A held-out picture and what the model wrote about it at each border of the curriculum, the latest first."""
+    """A held-out picture, what was asked about it and is expected, and what the model wrote as it learned: (when, words), the
+    newest first. `more` answers between those are not shown.
+    """
 
     source: str
     row: str
@@ -73,6 +78,7 @@ class Picture:
     prompt: str
     expected: str
     written: tuple[tuple[str, str], ...]
+    more: int
 
 
 @spec
@@ -270,24 +276,33 @@ def _examples(labels: Sequence[str], reason: str) -> Iterator[tuple[str, str]]:
 
 
 def _pictures(evaluations: Sequence[tuple[str, Evaluation]]) -> list[Picture]:
-    """Each held-out picture once, with all that was ever written about it."""
-    written: dict[tuple[str, str], list[tuple[str, str]]] = defaultdict(list)
-    answers = {}
-    for border, evaluation in evaluations:
+    """Each held-out question once, with what was written in answer to it before, during and after training."""
+    asked: dict[tuple[str, str], list[tuple[str, Answer]]] = defaultdict(list)
+    for when, evaluation in evaluations:
         for answer in evaluation.answers:
-            written[answer.source, answer.row].append((border, answer.written))
-            answers[answer.source, answer.row] = answer
-    return [
-        Picture(
-            source=answer.source,
-            row=answer.row,
-            image=_thumbnail(answer.image),
-            prompt=answer.prompt,
-            expected=answer.expected,
-            written=tuple(reversed(written[key])),
-        )
-        for key, answer in answers.items()
-    ]
+            asked[answer.source, answer.row].append((when, answer))
+    return [_picture(answers) for answers in asked.values()]
+
+
+def _picture(answers: Sequence[tuple[str, Answer]]) -> Picture:
+    """One question, by all its answers in the order in which they were written."""
+    last = answers[-1][1]
+    image = next((answer.image for _, answer in answers if answer.image), "")
+    shown = [answers[place] for place in spread(len(answers), ANSWERS)]
+    return Picture(
+        source=last.source,
+        row=last.row,
+        image=_thumbnail(image) if image else "",
+        prompt=last.prompt,
+        expected=last.expected,
+        written=tuple((when, answer.written) for when, answer in reversed(shown)),
+        more=len(answers) - len(shown),
+    )
+
+
+def spread(count: int, most: int) -> list[int]:
+    """Places of `most` out of `count` things, all where there are no more: the first, the last, and some evenly between."""
+    return list(range(count)) if count <= most else [place * (count - 1) // (most - 1) for place in range(most)]
 
 
 def _thumbnail(png: str) -> str:

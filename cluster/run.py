@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import threading
+from contextlib import suppress
 from pathlib import Path
 
 from rich.console import Console
 
-from cluster import checkpoint
+from cluster import loading
 from cluster.controller import Controller, RunError, Stopped
 from cluster.indexing import corpora_of, index_missing
 from cluster.journal import Journal, RunState, StageFinished
@@ -44,6 +46,8 @@ def train(recipe: Recipe, site: Site, name: str | None, console: Console, unchec
         _paths(folder, console)
         return folder
     hurry = False
+    imports = threading.Thread(target=_imported, args=(recipe,), daemon=True, name="imports")
+    imports.start()
     with controller.leased():
         try:
             with (
@@ -51,6 +55,7 @@ def train(recipe: Recipe, site: Site, name: str | None, console: Console, unchec
                 live,
                 Telemetry(folder, recipe, sinks, live.say),
             ):
+                imports.join()
                 controller.run()
             console.print("writing export and report")
             _export(site, recipe, folder, console)
@@ -65,6 +70,12 @@ def train(recipe: Recipe, site: Site, name: str | None, console: Console, unchec
     console.print(summary(folder, recipe, controller.journal.state()))
     _paths(folder, console)
     return folder
+
+
+def _imported(recipe: Recipe) -> None:
+    """Import what the recipe's model is made of, while Ray's processes start. What is wrong with it is told when it is needed."""
+    with suppress(Exception):
+        recipe.model.meta()
 
 
 def _export(site: Site, recipe: Recipe, folder: RunFolder, console: Console) -> None:
@@ -172,7 +183,7 @@ def trained_model(recipe: Recipe, folder: RunFolder) -> Model:
     """
     last = last_finished(folder)
     stage = recipe.stage(last.stage)
-    return checkpoint.read_model(recipe, stage, folder.root / last.checkpoint).eval()
+    return loading.read_model(recipe, stage, folder.root / last.checkpoint).eval()
 
 
 def last_finished(folder: RunFolder) -> StageFinished:

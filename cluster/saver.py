@@ -33,12 +33,14 @@ from torch.distributed.checkpoint.planner import SavePlan, WriteItem
 from torch.distributed.checkpoint.storage import WriteResult
 
 from cluster.checkpoint import (
+    INDEX,
     MANIFEST,
     STATE,
     FileMark,
     Manifest,
     TrainState,
     attempts,
+    digest,
     discard,
     dump_manifest,
     dump_state,
@@ -46,7 +48,7 @@ from cluster.checkpoint import (
     retain,
     step_and_token,
 )
-from cluster.shards import INDEX, SavePlanner, ShardWriter, digest, plain
+from cluster.shards import SavePlanner, ShardWriter, plain
 from pipelines.place import Place
 from pipelines.storage import StorageError
 from pipelines.types import spec

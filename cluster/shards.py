@@ -26,7 +26,6 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-import xxhash
 from pydantic import TypeAdapter
 from torch import Tensor
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
@@ -41,11 +40,10 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, ReadItem, SavePlan, WriteItem, WriteItemType
 from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, WriteResult
 
+from cluster.checkpoint import INDEX, CorruptCheckpoint, digest
 from pipelines import storage
 from pipelines.place import Place
 from pipelines.types import spec
-
-INDEX = "index.json"
 
 PIECE = 16 * 2**20
 """Bytes that have a digest of their own: who wants a tenth of a blob reads a tenth of it, and a little."""
@@ -57,21 +55,6 @@ READS_AT_ONCE = 8
 
 FILE = 64 * 2**30
 """Bytes after which a rank begins another file."""
-
-
-class CorruptCheckpoint(RuntimeError):
-    """A file of a checkpoint is not what was written. `tensor` is the one that lies there, where that is known."""
-
-    def __init__(self, folder: str, file: str, tensor: str | None, why: str) -> None:
-        super().__init__(folder, file, tensor, why)
-        self.folder, self.file, self.tensor, self.why = folder, file, tensor, why
-
-    def __str__(self) -> str:
-        of = f", of {self.tensor}," if self.tensor else ""
-        return (
-            f"{self.folder}: {self.file}{of} {self.why}; the storage lost or changed it since it was written. "
-            "Whoever goes on takes the checkpoint before it"
-        )
 
 
 @spec
@@ -315,11 +298,6 @@ def _filling(tensors: Sequence[tuple[WriteItem, Tensor]]) -> Iterator[list[tuple
             some, size = [], 0
     if some:
         yield some
-
-
-def digest(data: bytes | memoryview) -> str:
-    """XXH3 of 128 bits, hexadecimal."""
-    return xxhash.xxh3_128_hexdigest(data)
 
 
 @dataclass

@@ -1,8 +1,8 @@
 """The report of a run while it goes, served to a browser: `mllm watch RUN`.
 
-The page is the one that a finished run leaves as `report.html`, made from the run's files whenever they have changed since it was
-last asked for. It is served to this machine alone unless `host` says otherwise, and it only shows: nothing can be asked of a run
-through it.
+The page is the one that a finished run leaves as `report.html`, made from the run's files when somebody asks and the last is some
+seconds old; of steps and evaluations it reads those that have come since. It is served to this machine alone unless `host` says
+otherwise, and it only shows: nothing can be asked of a run through it.
 """
 
 from __future__ import annotations
@@ -39,7 +39,9 @@ class Pages:
         self.lock = threading.Lock()
         self.made = -LEAST
         self.page = b""
-        _, recipe, _ = open_run(site, name)  # a run that is not there is told before a server begins
+        # A run that is not there is told before a server begins.
+        self.folder, recipe, state = open_run(site, name)
+        self.begun = state.starts[:1]
         self.evidence = Evidence(site, recipe)
 
     def get(self) -> bytes:
@@ -47,8 +49,10 @@ class Pages:
         with self.lock:
             if self.clock() - self.made >= LEAST:
                 folder, recipe, state = open_run(self.site, self.name)
+                if state.starts[:1] != self.begun:  # another run under the name, of which nothing is known yet
+                    self.folder, self.begun = folder, state.starts[:1]
                 over = run_standing(state) == "finished"
-                self.page = report_page(folder, recipe, state, None if over else OFTEN, self.evidence).encode()
+                self.page = report_page(self.folder, recipe, state, None if over else OFTEN, self.evidence).encode()
                 self.made = self.clock()
             return self.page
 

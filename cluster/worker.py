@@ -20,8 +20,9 @@ import pyarrow as pa
 import torch
 import torch.distributed as dist
 
-from cluster import checkpoint, gauges, quarantine
-from cluster.checkpoint import Manifest, PassedOver, ShardTally, TrainState
+from cluster import checkpoint, gauges, loading, quarantine
+from cluster.checkpoint import CorruptCheckpoint, Manifest, PassedOver, ShardTally, TrainState
+from cluster.counted import stage_cost
 from cluster.deal import Deal, Held, Step
 from cluster.engines import Engine, StepReport, build_engine, local
 from cluster.journal import Decision, Fault, FaultKind, Fenced, GroupStarted, Journal
@@ -33,7 +34,6 @@ from cluster.profiling import Profiler
 from cluster.pulse import Beats
 from cluster.saver import SaveFailed, Saver
 from cluster.schedule import due, learning_rate_factor, progress, stale
-from cluster.shards import CorruptCheckpoint
 from mllm import evaluate
 from mllm.flops import Cost, Work, work_of
 from mllm.model import Model
@@ -494,7 +494,7 @@ def _build_model(job: StageJob) -> Model:
     torch.manual_seed(job.recipe.seed)
     if job.previous and job.adapted:
         assert job.before is not None  # whose checkpoint `previous` is
-        return checkpoint.read_model(job.recipe, job.before, Place(job.previous))
+        return loading.read_model(job.recipe, job.before, Place(job.previous))
     return job.recipe.model_of(job.stage).build(job.place)
 
 
@@ -507,7 +507,7 @@ def _restore(engine: Engine, job: StageJob, resumed: Place | None) -> None:
     if resumed:
         state = engine.state()
         try:
-            checkpoint.load(resumed, state)
+            loading.load(resumed, state)
         except CorruptCheckpoint as error:
             if dist.get_rank() == 0:
                 checkpoint.reject(resumed, str(error))
@@ -525,12 +525,12 @@ def _take_over(engine: Engine, job: StageJob, previous: Place) -> None:
     """The weights of the stage before, and its moments where the stage asks for them; rates and decay are the stage's own."""
     if not job.stage.carry_optimizer:
         state: dict[str, Any] = {"model": engine.model_state()}
-        checkpoint.load(previous, state)
+        loading.load(previous, state)
         engine.load_model_state(state["model"])
         return
     state = engine.state()
     moments = {"state": state["optimizer"]["state"]}
-    checkpoint.load(previous, {"model": state["model"], "optimizer": moments})
+    loading.load(previous, {"model": state["model"], "optimizer": moments})
     engine.load_state({**state, "optimizer": {**state["optimizer"], **moments}})
 
 
@@ -582,8 +582,6 @@ class Meter:
 
 
 def _meter(job: StageJob, device: torch.device) -> Meter:
-    from cluster.plan import stage_cost  # simulates memory as well, by parts of torch that take a second to import
-
     try:
         cost = stage_cost(job.recipe, job.stage)
     except (ValueError, RuntimeError):  # a run does not stop for want of a number; `mllm plan` says why it is missing

@@ -47,7 +47,7 @@ class ProbeScore:
 
 @spec
 class Answer:
-    """What the model writes about a held-out picture. `image` is a PNG in base64."""
+    """What the model writes about a held-out picture. `image` is a PNG in base64, empty where an earlier answer has it."""
 
     source: str
     row: str

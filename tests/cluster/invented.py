@@ -23,7 +23,7 @@ from cluster.journal import (
     StageFinished,
     StageStarted,
 )
-from cluster.metrics import Evaluation, PackRecord, RunFolder, SourceLoss, StepRecord
+from cluster.metrics import Evaluation, PackRecord, RunFolder, SourceLoss, StepRecord, When
 from cluster.phases import Phases
 from mllm.evaluate import Answer, ProbeScore, SourceScore
 from mllm.parts import PartReport
@@ -78,13 +78,16 @@ def stage_finished(stage: str) -> StageFinished:
     return StageFinished(time=NOON + 90, stage=stage, fingerprint=stage, checkpoint=f"checkpoints/{stage}/step-000040")
 
 
-def evaluation(stage: str, when: str, loss: float, written: str = "a <b>dog</b>") -> Evaluation:
-    """Pairs at `loss`; pages get worse by as much as pairs get better than 7."""
+def evaluation(
+    stage: str, when: When, loss: float, written: str = "a <b>dog</b>", step: int | None = None
+) -> Evaluation:
+    """Pairs at `loss`; pages get worse by as much as pairs get better than 7. Those `during` a stage have no pictures."""
     buffer = io.BytesIO()
     Image.new("RGB", (96, 96), (200, 120, 40)).save(buffer, "PNG")
     return Evaluation(
         stage=stage,
-        when="before" if when == "before" else "after",
+        when=when,
+        step=step,
         scores=(
             SourceScore(source="pairs-heldout", loss=loss, accuracy=0.5 - loss / 20, tokens=900),
             SourceScore(source="pages-heldout", loss=14 - loss, accuracy=0.1, tokens=8000),
@@ -97,7 +100,7 @@ def evaluation(stage: str, when: str, loss: float, written: str = "a <b>dog</b>"
             Answer(
                 source="pairs-heldout",
                 row="pairs-heldout/00000.tar row 0",
-                image=base64.b64encode(buffer.getvalue()).decode(),
+                image="" if when == "during" else base64.b64encode(buffer.getvalue()).decode(),
                 prompt="",
                 expected="an orange square",
                 written=written,

@@ -25,12 +25,11 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from benchmarks.common import PRELOAD, on_ranks
-from cluster import checkpoint, shards
-from cluster.checkpoint import Attempt, Manifest, PassedOver, ShardTally, TrainState, removable
+from cluster import checkpoint, loading, shards
+from cluster.checkpoint import Attempt, CorruptCheckpoint, Manifest, PassedOver, ShardTally, TrainState, removable
 from cluster.parts import write_parts
 from cluster.saver import SaveFailed, Saver, save
 from cluster.schedule import due, stale
-from cluster.shards import CorruptCheckpoint
 from mllm.recipe import Full, LoRA, Recipe, Stage
 from pipelines import storage
 from pipelines.place import Place
@@ -137,7 +136,7 @@ def written_and_read(
     for other in read:
         state = blank({**engine.state(), "odd": odd()})
         place = (Place(folder) / str(other)) / checkpoint.folder_name(other)
-        checkpoint.load(place, state)
+        loading.load(place, state)
         engine.load_state(state)
         found.append((checkpoint.read_state(place), fingerprints({**engine.state(), "odd": state["odd"]})))
     return mine, found
@@ -164,7 +163,7 @@ def test_any_number_of_ranks_goes_on_from_what_any_other_wrote(small: Recipe, st
 def test_values_that_are_no_tensors_come_back_as_they_were_and_others_are_refused_by_name(tmp_path: Path) -> None:
     folder = save(Place(tmp_path), numbers(), at(1), manifest())
     loaded = blank(numbers())
-    checkpoint.load(folder, loaded)
+    loading.load(folder, loaded)
     assert fingerprints(loaded) == fingerprints(numbers())
     assert loaded["optimizer"]["param_groups"][0]["betas"] == (0.9, 0.95)
     strange = {**numbers(), "extra": {"when": Path("x")}}
@@ -202,8 +201,8 @@ def test_moments_that_are_kept_packed_are_saved_as_numbers_and_packed_again(tmp_
     moments = torch.arange(12, dtype=torch.int16).reshape(3, 4)
     folder = save(Place(tmp_path), {"moments": Packed(moments)}, at(1), manifest())
     into, whole = Packed(torch.zeros_like(moments)), torch.zeros(3, 4)
-    checkpoint.load(folder, {"moments": into})
-    checkpoint.load(folder, {"moments": whole})
+    loading.load(folder, {"moments": into})
+    loading.load(folder, {"moments": whole})
     assert torch.equal(into.packed, moments)
     assert torch.equal(whole, moments / 100)
 
@@ -272,7 +271,7 @@ def test_a_checkpoint_of_another_format_is_refused_with_who_wrote_it_and_what_to
     (old / ".metadata").write_bytes(pickle.dumps("anything"))
     for act in (
         lambda: checkpoint.newest(Place(tmp_path), "f", "o"),
-        lambda: checkpoint.load(Place(old), numbers()),
+        lambda: loading.load(Place(old), numbers()),
     ):
         with pytest.raises(ValueError, match=r"format 1 by .*mllm 0\.1\.0, torch 2\.11\.0\).*train the stage again"):
             act()
@@ -298,15 +297,15 @@ def test_no_pickle_is_ever_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     found = checkpoint.newest(Place(tmp_path), "f", "o")
     assert found is not None
     loaded = blank(numbers())
-    checkpoint.load(found.folder, loaded)
+    loading.load(found.folder, loaded)
     assert checkpoint.read_state(found.folder) == at(1)
     assert fingerprints(loaded) == fingerprints(numbers())
     (folder.path / "index.json").write_bytes(pickle.dumps(Evil()))
     with pytest.raises(CorruptCheckpoint, match=r"index\.json has other bytes than were written"):
-        checkpoint.load(folder, loaded)
+        loading.load(folder, loaded)
     (folder.path / "manifest.json").write_bytes(pickle.dumps(Evil()))
     with pytest.raises(CorruptCheckpoint, match=r"manifest\.json cannot be read"):
-        checkpoint.load(folder, loaded)
+        loading.load(folder, loaded)
     assert not (tmp_path / "evil-was-here").exists()
 
 
@@ -330,14 +329,14 @@ def ranks_together(folder: str) -> dict[str, Any]:
     loaded = {"model": {"w": blank(weights)}}
     found["kept"] = [place.name for place in checkpoint.checkpoints(Place(folder))]
     two = Place(folder) / "step-000002"
-    checkpoint.load(two, loaded)
+    loading.load(two, loaded)
     found["second"] = loaded["model"]["w"].full_tensor().unique().tolist()
     dist.barrier()
     if rank == 0:
         flip(two.path / "__1_0.bin")
     dist.barrier()
     try:
-        checkpoint.load(two, loaded)
+        loading.load(two, loaded)
     except CorruptCheckpoint as error:
         found["corrupt"] = (error.file, error.tensor, str(error))
     return found
@@ -365,7 +364,7 @@ def test_weights_that_change_once_a_save_is_settled_are_saved_as_they_were(tmp_p
         state["optimizer"]["param_groups"][0]["lr"] = 7.0
         saver.wait()
         loaded = blank(numbers())
-        checkpoint.load(Place(tmp_path) / checkpoint.folder_name(step), loaded)
+        loading.load(Place(tmp_path) / checkpoint.folder_name(step), loaded)
         assert fingerprints(loaded) == before
         state = numbers(3.0)
 
@@ -434,7 +433,7 @@ def on_s3(settings: Storage, folder: str) -> list[str]:
         saver.save(state, at(step), manifest())
     saver.wait()
     loaded = blank(state)
-    checkpoint.load(Place(folder) / "step-000004", loaded)
+    loading.load(Place(folder) / "step-000004", loaded)
     assert fingerprints(loaded) == fingerprints(state)
     return Place(folder).names()
 
@@ -452,13 +451,13 @@ def test_s3_is_a_disk_like_any_other(s3: Server, tmp_path: Path) -> None:
         bin_file.write(bytes(data))
         loaded: dict[str, Any] = {"odd": {"rows": torch.empty(7, 5), "columns": torch.empty(6, 11)}}
         with pytest.raises(CorruptCheckpoint, match=r"step-000004: __1_0\.bin, of odd\.rows, has other bytes"):
-            checkpoint.load(found.folder, loaded)
+            loading.load(found.folder, loaded)
         checkpoint.reject(found.folder, "flipped")
         told: list[PassedOver] = []
         found = checkpoint.newest(Place(folder), "f", "o", told.append)
         assert found is not None
         assert (found.folder.name, told[0].reason) == ("step-000003", "flipped")
-        checkpoint.load(found.folder, loaded)  # alone, what three ranks wrote
+        loading.load(found.folder, loaded)  # alone, what three ranks wrote
         (found.folder / "manifest.json").write(b"{")
         assert [place.name for place in checkpoint.checkpoints(Place(folder))] == ["step-000001"]
     finally:
@@ -573,7 +572,7 @@ def test_a_stage_s_weights_are_read_alone_merged_and_written_as_parts(
 
     monkeypatch.setattr(storage, "read_into", counted)
     elsewhere = replace(small.vlm, lm=replace(small.vlm.lm, weights="nowhere"))  # which the checkpoint has no need of
-    model = checkpoint.read_model(replace(small, model=elsewhere), stage, folder)
+    model = loading.read_model(replace(small, model=elsewhere), stage, folder)
     stored = {name: row for name, row in index.tensors.items() if name.startswith("model.")}
     assert sum(asked) == sum(4 * torch.Size(row.shape).numel() for row in stored.values())
     weights = model.state_dict()

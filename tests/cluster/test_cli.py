@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -106,6 +108,28 @@ def test_a_traceback_is_for_those_who_ask(site_file: str, capfd: pytest.CaptureF
     told = capfd.readouterr().err
     assert told.startswith("Traceback")
     assert told.splitlines()[-1].startswith("error: no run 'no-such-run'")
+
+
+def test_nobody_waits_for_what_a_command_does_not_need() -> None:
+    """The process that keeps a driver alive reads no words of the command line; help imports neither torch nor Ray."""
+    told = "print('tyro' in sys.modules, 'torch' in sys.modules, 'ray' in sys.modules)"
+    code = f"import sys, cluster.cli; {told}; import cluster.commands; {told}"
+    shown = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert shown.stdout.splitlines() == ["False False False", "True False False"]
+
+
+def test_before_its_first_step_a_run_imports_nothing_that_it_does_not_need() -> None:
+    """Who deals packs knows nothing of what is learned; neither a driver nor a worker foretells memory."""
+    code = """
+import sys
+from cluster.dealer import Dealer
+Dealer()
+print("pipelines.stream" in sys.modules, any(name.partition(".")[0] == "mllm" for name in sys.modules))
+import cluster.run, cluster.worker
+print("mllm.recipe" in sys.modules, "cluster.memory" in sys.modules)
+"""
+    shown = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert shown.stdout.splitlines() == ["True False", "True False"]
 
 
 def test_a_fault_of_the_program_s_own_is_told_apart(capfd: pytest.CaptureFixture[str]) -> None:

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from benchmarks.common import on_ranks
-from cluster import checkpoint
+from cluster import checkpoint, loading
 from cluster.checkpoint import Manifest, TrainState
 from cluster.engines import Engine, build_engine, finite
 from cluster.fsdp import mesh_shape
@@ -53,7 +53,7 @@ def train(
         assert found is not None
         at = checkpoint.read_state(found.folder)
         state = engine.state()
-        checkpoint.load(found.folder, state)
+        loading.load(found.folder, state)
         engine.load_state(state)
     reports = []
     for step in range(at.step, at.step + steps):
@@ -146,7 +146,7 @@ def trained_with(
     path = save(Place(folder), engine.state(), TrainState(step=1), manifest)
     fresh = build_engine(recipe.vlm.empty(), stage, 2, CPU, restored=True)
     state = fresh.state()
-    checkpoint.load(Place(other) / path.name if other else path, state)
+    loading.load(Place(other) / path.name if other else path, state)
     fresh.load_state(state)
     return [*losses, fresh.train_step(share(packs, 4, steps - 1), 1.0).loss]
 

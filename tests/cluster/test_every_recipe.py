@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from cluster import checkpoint
+from cluster import loading
 from cluster.checkpoint import read_manifest
 from cluster.engines import still
 from cluster.lease import Lease
@@ -102,7 +102,7 @@ def begun(job: StageJob) -> Model:
     """The model that the stage begins with."""
     if job.previous:
         assert job.before
-        return checkpoint.read_model(job.recipe, job.before, Place(job.previous), job.place)
+        return loading.read_model(job.recipe, job.before, Place(job.previous))
     torch.manual_seed(job.recipe.seed)
     return job.recipe.model_of(job.stage).build(job.place)
 
@@ -128,7 +128,7 @@ def look_at_steps(job: StageJob) -> None:
 def look_at_weights(job: StageJob, last: Place, before: dict[str, torch.Tensor], groups: list[Group]) -> None:
     """Every weight that the stage trains had a gradient, and no other; nearly all of them moved, some of each part; no other."""
     assert read_manifest(last).final
-    after = checkpoint.read_model(job.recipe, job.stage, last, job.place, merge=False)
+    after = loading.read_model(job.recipe, job.stage, last, merge=False)
     wanted = {name for group in groups for name in group.names}
     stored = parse_index((last / INDEX).read_bytes()).tensors
     moments = [name.removeprefix("optimizer.state.") for name in stored if name.startswith("optimizer.state.")]

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from cluster.checkpoint import Manifest, TrainState, read_model
+from cluster.checkpoint import Manifest, TrainState
 from cluster.engines import alone, build_engine
+from cluster.loading import read_model
 from cluster.policy import Watch
 from cluster.preview import write_preview
 from cluster.reference import with_reference

@@ -21,7 +21,7 @@ from cluster.evidence import Evidence, thumbnail
 from cluster.journal import Journal, RunState
 from cluster.metrics import RunFolder, StepRecord
 from cluster.phases import PHASES
-from cluster.report import write_report
+from cluster.report import ANSWERS, spread, write_report
 from cluster.site import Site
 from mllm.recipe import Recipe
 from pipelines.types import Limits
@@ -102,8 +102,35 @@ def test_parts_drops_and_answers_are_shown(written: Page) -> None:
     dropped = written.row("image file is truncated")[0]
     assert dropped[1:4] == ["4", "4", "4"]
     assert "example-pairs/00000.tar row 10 ends at <byte> 512" in dropped[4]
-    assert "expected an orange square written after sft orange" in written.text
-    assert "written before training a <b>dog</b>" in written.text, "what a model writes is text, not markup"
+    assert written.row("expected")[0] == ["expected", "an orange square"]
+    assert written.row("after sft")[-1] == ["after sft", "orange"]
+    assert written.row("before training")[-1] == ["before training", "a <b>dog</b>"], "what a model writes is no markup"
+
+
+def test_what_is_written_as_training_goes_stands_below_its_question(tmp_path: Path, recipe: Recipe) -> None:
+    run, state = invented_run(tmp_path / "night", recipe, "running")
+    for done in range(2, 21, 2):
+        run.write_evaluation(evaluation("pretrain", "during", 5.0, f"orange, {done} {SCRIPT}", done))
+    file = write_report(run, recipe, state).path
+    page = Page(file)
+    assert file.read_text().count("held-out picture: pairs-heldout/00000.tar row 0") == 1, "one question, one picture"
+    first = next(number for number, row in enumerate(page.rows) if row[0] == "expected")
+    told = [[" ".join(cell.split()) for cell in row] for row in page.rows[first : first + 1 + ANSWERS]]
+    assert told[0] == ["expected", "an orange square"]
+    assert told[1] == ["pretrain, step 20", f"orange, 20 {SCRIPT}"], "the newest comes first"
+    assert told[-1] == ["before training", "a <b>dog</b>"]
+    steps = [int(when.removeprefix("pretrain, step ")) for when, _ in told if when.startswith("pretrain")]
+    assert steps == sorted(steps, reverse=True)
+    assert f"{12 - ANSWERS} answers between these are not shown" in page.text
+    assert SCRIPT not in file.read_text()
+
+
+def test_things_are_spread_from_the_first_to_the_last() -> None:
+    assert spread(3, 8) == [0, 1, 2]
+    assert spread(8, 8) == list(range(8))
+    for count in range(9, 40):
+        places = spread(count, 8)
+        assert (places[0], places[-1], len(set(places))) == (0, count - 1, 8)
 
 
 @pytest.mark.parametrize("written", ["finished", "failed"], indirect=True)
@@ -151,6 +178,22 @@ def test_a_step_that_leapt_is_seen_in_a_run_of_a_hundred_thousand(tmp_path: Path
     assert max(table["loss_high"]) == 987.5
     assert max(table["grad_norm_high"]) == 54_321.0
     assert max(table["loss"]) < 15, "the mean hardly tells of it"
+
+
+def test_what_was_read_of_a_run_is_not_read_again(tmp_path: Path, recipe: Recipe) -> None:
+    run, _ = invented_run(tmp_path / "night", recipe, "running")
+    run.write_evaluation(evaluation("align", "during", 6.5, "orange", 20))
+    before, during = run.steps("align"), run.evaluations("align")
+    assert (len(before), len(during)) == (40, 1)
+    file = run.steps_file("align").path
+    file.write_bytes(b"x" * (file.stat().st_size - 1) + b"\n")  # where nobody looks a second time
+    run.write_step("align", step(41, 80))
+    run.write_step("align", replace(step(40, 80), loss=1.0))
+    run.write_evaluation(evaluation("align", "during", 6.0, "an orange", 1_000_000))
+    run.write_evaluation(evaluation("align", "during", 6.2, "an orange", 999_999))
+    assert run.steps("align") == [*before[:-1], replace(step(40, 80), loss=1.0), step(41, 80)]
+    assert [each.step for each in run.evaluations("align")] == [20, 999_999, 1_000_000]
+    assert len(RunFolder(run.root).steps("align")) == 2, "who comes anew reads all that is there"
 
 
 def test_bins_hold_every_step_once() -> None:

@@ -11,7 +11,7 @@ from typing import get_args
 import pytest
 import tyro
 
-from cluster import cli
+from cluster.commands import Command
 from cluster.serving import wire
 from cluster.site import load_site
 from mllm.tasks import TaskName
@@ -26,7 +26,7 @@ NAMES = {"eval": "evaluate"}
 @pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
 def test_a_command_is_read(words: list[str]) -> None:
     told = tyro.cli(
-        cli.Command,  # type: ignore[arg-type]  # a union of types is no type to checkers; tyro takes it
+        Command,  # type: ignore[arg-type]  # a union of types is no type to checkers; tyro takes it
         args=words[1:],
         config=(tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes, tyro.conf.FlagCreatePairsOff),
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 import urllib.error
@@ -42,8 +43,15 @@ def test_the_page_follows_the_run_and_stops_asking_at_its_end(site: Site, recipe
         assert get(address) == first, "a page serves all who ask within some seconds"
         now[0] += LEAST
         assert get(address) != first
+        run.write_evaluation(evaluation("pretrain", "during", 5.0, "an orange", 20))
+        now[0] += LEAST
+        assert re.search(r"pretrain, step 20</th>\s*<td><div>an orange</div>", get(address))
         with pytest.raises(urllib.error.HTTPError, match="404"):
             get(address + "etc/passwd")
+        shutil.rmtree(run.root.path)
+        invented_run(run.root.path, replace(recipe, name="other"), "failed", steps=6)
+        now[0] += LEAST
+        assert "of 6</span>" in get(address), "another run under the same name"
 
     invented_run(Path(site.runs) / "done", recipe, "finished")
     assert 'http-equiv="refresh"' not in Pages(site, "done").get().decode()
@@ -69,6 +77,8 @@ def test_a_browser_draws_its_charts(site: Site, recipe: Recipe, tmp_path: Path) 
     assert CHROMIUM
     run, _ = invented_run(Path(site.runs) / "night", recipe, "running")
     run.write_evaluation(evaluation("align", "after", 6.0, SCRIPT))
+    for done in (10, 20):
+        run.write_evaluation(evaluation("pretrain", "during", 5.0, f"at {done} {SCRIPT}", done))
     troubled(run)
     invented_run(Path(site.runs) / "day", override(recipe, ["stages.align.ema=0.9"]), "running")
     other = compare(site, ["night", "day"]).write(tmp_path / "compare.html")
@@ -81,6 +91,9 @@ def test_a_browser_draws_its_charts(site: Site, recipe: Recipe, tmp_path: Path) 
             assert "vega-embed" in shown.stdout
             assert "taken over</title>" not in shown.stdout, "nothing that came from data runs"
             assert "Vega-Lite" not in shown.stderr, shown.stderr[-500:]
+            if page == address:
+                table = shown.stdout.partition('<article class="picture">')[2]
+                assert table.index("at 20 &lt;script") < table.index("at 10 &lt;script"), "what it wrote, newest first"
 
 
 def test_differences_of_recipes_are_told_by_the_names_that_change_them(recipe: Recipe) -> None:

@@ -12,12 +12,14 @@ import tyro
 import yaml
 
 from cluster import cli, supervisor
+from cluster.commands import Command
+from cluster.commands.words import recipe_of
 from tests.conftest import ROOT
 
 DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.glob("*.md"))]
 
-COMMANDS = {get_args(one)[1].name: get_args(one)[0] for one in get_args(cli.Command)}
+COMMANDS = {get_args(one)[1].name: get_args(one)[0] for one in get_args(Command)}
 """The class of each command by its name."""
 
 
@@ -40,7 +42,7 @@ TYPED = [(page, words) for page in PAGES for words in said(page, "mllm")]
     ("page", "words"), TYPED, ids=[f"{page.name}: {' '.join(words)[:60]}" for page, words in TYPED]
 )
 def test_every_command_is_read(page: Path, words: list[str]) -> None:  # noqa: ARG001 -- the page is for the test's name
-    name, *rest = cli._spread([word for word in words if word != cli.DEBUG])
+    name, *rest = cli.spread([word for word in words if word != cli.DEBUG])
     told = tyro.cli(
         COMMANDS[name],
         args=rest,
@@ -57,7 +59,7 @@ def test_commands_that_pages_name_are_there() -> None:
 
 
 def test_every_command_stands_in_some_page() -> None:
-    shown = {cli._spread(list(words))[0] for _, words in TYPED}
+    shown = {cli.spread(list(words))[0] for _, words in TYPED}
     named = {name for page in PAGES for name in COMMANDS if f"`mllm {name}" in page.read_text()}
     assert shown | named >= set(COMMANDS)
 
@@ -95,10 +97,10 @@ def test_changes_that_pages_make_to_recipes_fit() -> None:
             continue
         command = tyro.cli(
             COMMANDS[words[0]],
-            args=cli._spread(words)[1:],
+            args=cli.spread(words)[1:],
             config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff),
         )
-        assert cli._recipe(command.recipe, command.s).name == words[1]  # type: ignore[attr-defined]  # all that take `-s` here have both
+        assert recipe_of(command.recipe, command.s).name == words[1]  # type: ignore[attr-defined]  # all that take `-s` here have both
         seen += 1
     assert seen >= 5
 

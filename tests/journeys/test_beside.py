@@ -41,6 +41,10 @@ def test_checkpoints_are_evaluated_while_the_stage_goes_on_and_judged_by_the_ent
     assert before
     assert after
     assert after.scores[0].loss < during[0].scores[0].loss < before.scores[0].loss
+    asked = {(answer.row, answer.prompt, answer.expected) for answer in before.answers}
+    assert asked
+    assert all({(a.row, a.prompt, a.expected) for a in each.answers} == asked for each in during), "the same questions"
+    assert f"align, step {steps[0]:,}</th>" in folder.report.read_bytes().decode()
 
     judged = [event for event in Journal(folder.root).events() if isinstance(event, GateJudged)]
     assert [f"after step {step}" in event.gate for step, event in zip(steps, judged, strict=False)] == [True] * len(

@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file
 
-from cluster import checkpoint
+from cluster import loading
 from cluster.evaluating import evaluate_run
 from cluster.journal import Journal
 from cluster.run import train, trained_model
@@ -43,7 +43,7 @@ def ways(small: Recipe) -> Recipe:
 def left(recipe: Recipe, stage: Stage, root: Place) -> dict[str, torch.Tensor]:
     """The weights that a stage left, adapters merged."""
     done = next(event for event in Journal(root).state().finished_stages if event.stage == stage.name)
-    return checkpoint.read_model(recipe, stage, Place(root / done.checkpoint)).state_dict()
+    return loading.read_model(recipe, stage, Place(root / done.checkpoint)).state_dict()
 
 
 @pytest.mark.timeout(600)

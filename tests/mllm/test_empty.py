@@ -10,7 +10,7 @@ from torch import nn
 from mllm.recipe import dump
 from mllm.recipes import RECIPES, by_name
 from mllm.tiny import tiny
-from tests.mllm.test_every_recipe import structure
+from tests.structures import structure
 
 MODELS = {json.dumps(structure(json.loads(dump(tiny(by_name(name))))["model"])): name for name in reversed([*RECIPES])}
 

@@ -1,0 +1,72 @@
+"""What a recipe is, and what a run of it would be."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated
+
+from tyro.conf import Positional, arg
+
+from cluster.commands.words import Change, SiteFile, recipe_of, site_of
+
+
+@dataclass
+class Recipes:
+    """List the recipes, or print one."""
+
+    name: Positional[str | None] = None
+    json: bool = False
+    """Print it as JSON, every default written out."""
+    tree: bool = False
+    """Print its model along its axes, and its stages: data, trained parts, token budget."""
+
+    def __call__(self) -> None:
+        from rich.console import Console
+
+        from cluster import catalogue
+        from mllm.recipe import dump
+        from mllm.recipes import by_name
+
+        console = Console()
+        if self.name is None:
+            console.print(catalogue.table())
+            return
+        recipe = by_name(self.name)
+        if self.json:
+            print(dump(recipe))
+            return
+        if self.tree:
+            console.print(catalogue.tree(recipe))
+            return
+        from rich.pretty import Pretty
+
+        console.print(Pretty(recipe, expand_all=False))
+
+
+@dataclass
+class Plan:
+    """Tell what a run would be: mixture, trained parts, FLOPs, memory, steps. Needs no GPU and no data."""
+
+    recipe: Positional[str]
+    s: Change = ()
+    """Change the recipe, stages by name: -s stages.pretrain.tune.lm.lr=3e-5"""
+    gpu: str = "a100"
+    """What GPU-hours are of: a100, h100, h200, b200."""
+    mfu: str = "0.35-0.45"
+    """The share of its peak that a GPU reaches, from the least to the most."""
+    measured: Annotated[str | None, arg(name="from", metavar="RUN")] = None
+    """Take the speed that this run's steps have reached in place of --gpu and --mfu."""
+    price: float | None = None
+    """Of a GPU-hour, in any money."""
+    diff: Annotated[str | None, arg(metavar="OTHER")] = None
+    """Another recipe, or a recipe.json: every value in which they differ, and the numbers that change with it."""
+    site: SiteFile = None
+
+    def __call__(self) -> None:
+        from cluster import planned
+
+        site = site_of(self.site)
+        recipe = recipe_of(self.recipe, self.s)
+        speed = planned.speed_of(site, self.gpu, self.mfu, self.measured)
+        other = None if self.diff is None else recipe_of(self.diff, ())
+        print(*planned.lines(recipe, site, speed, self.price, other), sep="\n")
