@@ -95,11 +95,12 @@ def _shown(pack: Pack) -> int:
     places = np.flatnonzero(pack.input_ids == IMAGE_TOKEN)
     if not len(places):
         return 0
-    counts = pack.cuts[:, 1].astype(np.int64)
+    cuts = pack.cuts[pack.cuts[:, 1] > 0]  # frames that are read together with others are seen with them
+    counts = cuts[:, 1].astype(np.int64)
     starts = places[np.cumsum(counts) - counts]
     stops = pack.cu_seqlens[np.searchsorted(pack.cu_seqlens, starts, side="right")]
     following = np.append(starts[1:], len(pack.input_ids))
-    return int(((np.minimum(following, stops) - starts) * pack.cuts[:, 0]).sum())
+    return int(((np.minimum(following, stops) - starts) * cuts[:, 0]).sum())
 
 
 @spec

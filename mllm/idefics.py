@@ -35,7 +35,8 @@ def fits(spec: VLM) -> bool:
     if not isinstance(connector, Perceiver) or not isinstance(fusion, CrossAttention):
         return False
     sees = encoder.layer == -1 and encoder.cls == "keep" and not encoder.normed and not encoder.interpolate
-    asks = connector.activation == "relu" and not connector.projected and fusion.visual_width is None
+    asks = connector.activation == "relu" and not connector.projected and not connector.frames
+    asks = asks and fusion.visual_width is None
     heads = fusion.heads == arch.heads == arch.kv_heads and fusion.heads * fusion.head_size == arch.hidden_size
     blocks = fusion.block == "idefics" and fusion.everywhere and arch.layers % fusion.every == 0
     first = fusion.first == 0 or fusion.every == 1

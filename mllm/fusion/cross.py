@@ -199,7 +199,8 @@ def sight_of(batch: Batch, visual_tokens: int, marks: bool = True) -> Sight:
     Raises ValueError when images and visual tokens do not match; with `marks`, when a tile has not one position.
     """
     device, length = batch.visual.device, len(batch.visual)
-    cuts = batch.cuts[:, :2].tolist()
+    # Frames that are read together with the one before them have no positions, and no tokens of their own.
+    cuts = [(tiles, positions) for tiles, positions in batch.cuts[:, :2].tolist() if positions]
     if not cuts:
         return Sight(
             torch.zeros(length, dtype=torch.bool, device=device), torch.zeros(0, dtype=torch.long, device=device), None
