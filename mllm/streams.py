@@ -185,14 +185,16 @@ def laid_out(ids: Tensor, positions: Tensor, lengths: Tensor, documents: Tensor,
 
 def with_texts(paired: P, words: list[list[int]]) -> P:
     """The same pictures with other texts."""
-    texts = paired.texts
-    if not words:
-        return paired
-    device = texts.ids.device
+    return replace(paired, texts=written(words, paired.texts.documents)) if words else paired
+
+
+def written(words: list[list[int]], documents: Int[Tensor, " S"]) -> Texts:
+    """Tokens of at least one text, end to end; their places in the batch are not known."""
+    device = documents.device
     lengths = torch.tensor([len(each) for each in words], dtype=torch.int32, device=device)
     ids = torch.tensor([i for each in words for i in each], device=device)
     positions = torch.tensor([n for each in words for n in range(len(each))], device=device)
-    return replace(paired, texts=laid_out(ids, positions, lengths, texts.documents, torch.zeros_like(ids)))
+    return laid_out(ids, positions, lengths, documents, torch.zeros_like(ids))
 
 
 class PairEncoder(Model):
