@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float, Int
 from pydantic import Field
 from torch import Tensor
 
-from mllm.chance import chosen
+from mllm.chance import chosen, row_seeds
 from mllm.objectives.base import Collected, Gathered, LossOutput, no_documents
 from mllm.pairs import Texts
 from mllm.streams import Fused, Fuser, P, Paired, with_texts
@@ -87,7 +87,7 @@ class MaskedTokens:
         texts = paired.texts
         if not len(texts.documents):
             return torch.zeros_like(texts.ids, dtype=torch.bool)
-        return self.drawn(seeds(batch)[texts.documents], texts, continues)
+        return self.drawn(row_seeds(batch)[texts.documents], texts, continues)
 
     def drawn(self, rows: Int[Tensor, " S"], texts: Texts, continues: Tensor | None = None) -> Bool[Tensor, " T"]:
         """Which tokens of `texts` are masked where `rows` are the seeds of each one's row."""
@@ -117,7 +117,7 @@ class MaskedTokens:
 
     def _draw(self, batch: Batch, paired: Paired, salt: int) -> Float[Tensor, " T"]:
         texts = paired.texts
-        return chosen(seeds(batch)[texts.documents], texts.owner, texts.positions, salt)
+        return chosen(row_seeds(batch)[texts.documents], texts.owner, texts.positions, salt)
 
 
 @spec
@@ -138,7 +138,7 @@ class Matching(Gathered):
         count = len(texts.documents)
         ids = torch.full((max(count, 1), model.context), NOT_LEARNED, device=texts.ids.device)
         ids[texts.owner, texts.positions] = texts.ids
-        rows = seeds(batch)[texts.documents]
+        rows = row_seeds(batch)[texts.documents]
         zero = torch.zeros_like(rows)
         turn = chosen(rows, torch.arange(count, device=rows.device), zero, TURN) if count else zero.float()
         return ids[:count], rows, turn < self.torn
@@ -199,10 +199,3 @@ class Matching(Gathered):
         there = (places > 0) & (places < lengths[:, None] - 1)
         onto, which = model.aligned(fused, paired)
         return transport_cost(spread, onto, there, onto=which)
-
-
-def seeds(batch: Batch) -> Tensor:
-    """The seed of each document's row, int64 (S,)."""
-    if batch.seeds is None:
-        raise ValueError("the batch knows no seeds of its rows; make it with Batch.of")
-    return batch.seeds

@@ -11,9 +11,9 @@ from jaxtyping import Bool, Float
 from pydantic import Field
 from torch import Tensor
 
-from mllm.chance import chosen
+from mllm.chance import chosen, row_seeds
 from mllm.objectives.base import LossOutput, no_documents
-from mllm.objectives.fused import REGION, Share, seeds
+from mllm.objectives.fused import REGION, Share
 from mllm.regions import PairedRegions, Seen
 from mllm.streams import Fused
 from pipelines.types import Batch, spec
@@ -107,4 +107,4 @@ class MaskedRegions:
         """Which regions are hidden."""
         if not len(paired.texts.documents):
             return torch.zeros_like(paired.tiles, dtype=torch.bool)
-        return chosen(seeds(batch)[paired.texts.documents], paired.owner, paired.place, REGION) < self.share
+        return chosen(row_seeds(batch)[paired.texts.documents], paired.owner, paired.place, REGION) < self.share
