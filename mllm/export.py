@@ -89,7 +89,8 @@ def _whole(form: Form, recipe: Recipe, model: VisionLanguageModel, tokenizer: st
 
 def _processor(form: Form, recipe: Recipe, text: Any) -> Any:
     """What makes pixels and tokens of a conversation for transformers; None where ours and its own cut pictures differently."""
-    from transformers import LlavaNextProcessor, LlavaProcessor
+    from transformers import IdeficsProcessor, LlavaNextProcessor, LlavaProcessor
+    from transformers.models.idefics.image_processing_pil_idefics import IdeficsImageProcessorPil
     from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
     from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 
@@ -111,6 +112,11 @@ def _processor(form: Form, recipe: Recipe, text: Any) -> Any:
             size={"shortest_edge": side}, crop_size=square, image_grid_pinpoints=pinpoints(tiling), **numbers
         )
         return LlavaNextProcessor(image_processor=images, **words)
+    if form.kind == "idefics" and isinstance(tiling, Resize) and tiling.mode == "squash" and recipe.vlm.lm.bos:
+        text.bos_token = recipe.vlm.lm.bos  # which its processor writes before every document
+        return (
+            IdeficsProcessor(IdeficsImageProcessorPil(size=square, **numbers), text) if len(form.words) == 2 else None
+        )
     if form.kind != "llava" or not isinstance(tiling, Pad | Resize):
         return None
     crop = isinstance(tiling, Resize) and tiling.mode == "crop"

@@ -50,7 +50,8 @@ def form_of(spec: VLM) -> Form | None:
     """The form that a model has in transformers, if it has one."""
     encoder = spec.encoder
     if idefics.fits(spec):
-        return Form("idefics", idefics.FAMILY)
+        marks = (IMAGE, idefics.AROUND) if spec.fusion.around else (IMAGE,)  # type: ignore[union-attr]  # a CrossAttention
+        return Form("idefics", idefics.FAMILY, marks)
     if not isinstance(encoder, Encoder) or encoder.cls == "keep" or encoder.normed or encoder.interpolate:
         return None
     if spec.fusion != Splice() or not isinstance(spec.lm.arch, Llama | Qwen2 | Mistral):
@@ -194,8 +195,10 @@ def read_into(model: VisionLanguageModel, spec: VLM, folder: str) -> None:
     marks = _marks(form, stored, folder)
     found: dict[str, Tensor] = {}
     for name, own in model.state_dict().items():
-        if name in ("join.marks", "fusion.mark"):
+        if name == "join.marks":
             value = marks
+        elif name in idefics.MARKS:
+            value = idefics.mark(stored, folder, IMAGE if name == "fusion.mark" else idefics.AROUND)
         elif isinstance(spec.fusion, CrossAttention):
             value = stored.get(idefics.theirs(name, spec.fusion.every))
             value = value.flatten() if value is not None and name.endswith("_gate") else value
@@ -230,9 +233,7 @@ def _stored(family: Any, folder: str) -> dict[str, Tensor]:
 
 
 def _marks(form: Form, stored: dict[str, Tensor], folder: str) -> Tensor | None:
-    """The join's marks, (n, D), or the fusion's, (D,), from where the form has them."""
-    if form.kind == "idefics":
-        return idefics.mark(stored, folder, IMAGE)
+    """The join's marks, (n, D), from where the form has them."""
     if form.kind == "llava_next":
         return stored["model.image_newline"][None]
     if form.kind != "internvl" or len(form.words) == 1:

@@ -30,6 +30,7 @@ from mllm.connectors import (
 from mllm.encoders import Encoder, Encoders, Folder, VisionEncoder
 from mllm.folders import check_form, read_into
 from mllm.fusion import (
+    CrossAttention,
     Fusion,
     InLMSampler,
     PreLMAdapter,
@@ -201,6 +202,7 @@ class VLM(ModelSpec):
             join=tiling.join,
             separators=self.join.separators,
             together=self.reads_videos,
+            around=isinstance(self.fusion, CrossAttention) and self.fusion.around,
         )
 
     def _joins(self, tiling: Tiling) -> None:

@@ -195,19 +195,22 @@ class Encoder:
 
     def _visual(self, shown: list[Picture | Codes]) -> Iterator[Part]:
         """Each picture by itself, or with the frames that follow it in its video, where the model reads them together."""
+        marked = False  # whether the mark behind a picture stands before this one
         while shown:
             first = shown.pop(0)
             if isinstance(first, Codes):
                 yield Part(ids=np.array(first.ids, np.int32), learn=np.full(len(first.ids), first.learn))
+                marked = False
                 continue
             frames = [first]
             while self.layout.together and shown and isinstance(shown[0], Picture) and _follows(frames[-1], shown[0]):
                 frames.append(shown[0])
                 shown.pop(0)
-            yield self._images(tuple(frames))
+            yield self._images(tuple(frames), marked)
+            marked = self.layout.around
 
-    def _images(self, images: tuple[Picture, ...]) -> Part:
-        length, tiles = self.layout.tokens(images[0].cut), sum(image.cut.tiles for image in images)
+    def _images(self, images: tuple[Picture, ...], marked: bool) -> Part:
+        length, tiles = self.layout.tokens(images[0].cut) - marked, sum(image.cut.tiles for image in images)
         if length >= self.budget.tokens or tiles > self.budget.tiles:
             raise SkipSample(
                 Reason.IMAGE_TOO_LONG,

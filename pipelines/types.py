@@ -339,8 +339,9 @@ class VisionLayout:
 
     `shape` is (3, side, side) for fixed tiles and (3 * patch * patch,) for patches. `merge` is the side of the square of
     patches that becomes one token where `join` is "patches". With `together` the frames of a video become the tokens of one,
-    all at once: its first frame has their positions and the others none. Raises ValueError when the numbers contradict one
-    another.
+    all at once: its first frame has their positions and the others none. With `around` a mark stands before and behind each
+    picture, and one alone between neighbours, which counts to the first of them. Raises ValueError when the numbers contradict
+    one another.
     """
 
     shape: tuple[int, ...]
@@ -349,6 +350,7 @@ class VisionLayout:
     merge: int = 1
     separators: Separators = Separators()
     together: bool = False
+    around: bool = False
 
     def __post_init__(self) -> None:
         if self.join == "unpad" and self.side**2 != self.tokens_per_tile:
@@ -377,9 +379,9 @@ class VisionLayout:
         tiles: every tile's tokens, one after the other. unpad: the overview's, then the grid's without its padding and one
         newline a row; a tile alone has no newline. scales: those of one tile, scales being joined over channels.
         slices: `tokens_per_tile` for the overview and for each slice, whatever their shapes. patches: one a square of `merge`
-        x `merge` patches. Separators are added to each.
+        x `merge` patches. Separators are added to each, and both marks `around` it.
         """
-        return self.separators.picture + self._features(cut)
+        return self.separators.picture + 2 * self.around + self._features(cut)
 
     def _features(self, cut: Cut) -> int:
         match self.join:

@@ -10,7 +10,7 @@ LayerNorm and rotary positions for RMSNorm and relative ones. Its batches, share
 GELU. Of a video 8 frames are read together, one a second; of a longer one as many from all of it.
 
 Idefics (arXiv:2306.16527) is the Flamingo that transformers has, read from its folders and written as they are: gated layers in
-the form of LLaMA's own, norms of queries and keys. Pictures here have no <fake_token_around_image> beside them.
+the form of LLaMA's own, norms of queries and keys, and <fake_token_around_image> around each picture, which is never guessed.
 """
 
 from dataclasses import replace
@@ -190,7 +190,7 @@ def idefics_9b() -> Recipe:
             connector=Perceiver(heads=16, head_size=96, activation="relu", qk_norm=True, projected=False),
             lm=CausalLM(arch=LLAMA_7B, weights="huggyllama/llama-7b", chat=Vicuna(), bos="<s>", eos="</s>"),
             fusion=CrossAttention(
-                every=4, first=0, heads=32, head_size=128, everywhere=True, block="idefics", qk_norm=True
+                every=4, first=0, heads=32, head_size=128, everywhere=True, block="idefics", qk_norm=True, around=True
             ),
         ),
         tiling=Resize(size=224, mode="squash"),
