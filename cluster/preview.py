@@ -180,12 +180,17 @@ def learned_tokens(labels: NDArray[np.int32]) -> NDArray[np.bool_]:
 
 
 def _pictures(pack: Pack, tiling: AnyTiling) -> Iterator[Picture]:
+    found: list[Picture] = []
     at = 0
     for tiles, tokens, *numbers in pack.cuts.tolist():
         cut = cut_of(tiling, tiles, tuple(numbers))
         views = tuple(_views(pack.tiles[at : at + tiles], cut, tiling))
-        yield Picture(views=views, tokens=tokens, height=cut.height, width=cut.width)
+        if tokens:
+            found.append(Picture(views=views, tokens=tokens, height=cut.height, width=cut.width))
+        else:  # a frame that is read together with those before it
+            found[-1] = replace(found[-1], views=(*found[-1].views, *views))
         at += tiles
+    return iter(found)
 
 
 def cut_of(tiling: AnyTiling, tiles: int, numbers: tuple[int, ...]) -> Cut:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from mllm.chance import noise, seeds_of_tiles
 from mllm.classify import Scores
 from mllm.crossmodal import UNITER, VLBERT, CrossModal, PixelBERT, answer_head
+from mllm.dropout import RowDropout, within
 from mllm.encoders import Folder
 from mllm.model import Model
 from mllm.pairs import Texts
@@ -43,6 +44,7 @@ class CrossEncoder(Model):
         self.vocabulary = spec.arch.vocab_size
         self.mask = spec.mask
         self.backend: Backend | None = None
+        self.begins = RowDropout(spec.dropout, 0)
         self.register_buffer("continues", continuing(folder(spec.words.tokenizer or ""), self.vocabulary))
 
     def forward(self, batch: Batch) -> Float[Tensor, "P D"]:
@@ -130,6 +132,11 @@ class _OneStream(CrossEncoder):
     looks: Any
     answer: nn.Module | None
 
+    def _leave_out(self, rate: float) -> None:
+        """Let layers of BERT leave out a share of what they add."""
+        for number, layer in enumerate(self.net.bert.encoder.layer):
+            within((layer.attention.output, layer.output), rate, 1 + 2 * number).told_by(layer)
+
     def answers(self) -> nn.Module | None:
         return self.answer
 
@@ -145,8 +152,13 @@ class _OneStream(CrossEncoder):
         of_text = bounds[:-1][texts.owner] + texts.positions
         starts = bounds[:-1] + lengths - (run.counts.cumsum(0) - run.counts)
         of_picture = starts.repeat_interleave(run.counts) + torch.arange(len(run.x), device=bounds.device)
-        x = torch.cat([words, run.x])[torch.cat([of_text, of_picture]).argsort()][None]
-        how = {"longest": int((lengths + run.counts).max()), "causal": False, "backend": self.backend}
+        x = torch.cat([words, run.x])[torch.cat([of_text, of_picture]).argsort()]
+        owner = torch.arange(len(lengths), device=bounds.device).repeat_interleave(bounds.diff(), output_size=len(x))
+        place = torch.arange(len(x), device=bounds.device) - bounds[owner]
+        drawn = self.begins.chance(batch, texts.documents, owner, place)
+        self.begins.told(drawn)
+        x = self.begins(x)[None]
+        how = {"longest": int((lengths + run.counts).max()), "causal": False, "backend": self.backend, "draws": drawn}
         for layer in self.net.bert.encoder.layer:
             x = layer(x, None, documents=bounds.to(torch.int32), **how)
         hidden = x[0]
@@ -179,6 +191,7 @@ class Uniter(_OneStream):
         super().__init__(spec, folder)
         width = arch.shape.hidden_size
         self.net = arch.build(folder(spec.weights) if spec.weights else None)
+        self._leave_out(spec.dropout)
         self.row = arch.row
         self.looks = BoxAndFeatures(arch.row, width)
         self.told = RegionHeads(arch.row, width, tied=True)
@@ -229,6 +242,7 @@ class VlBert(_OneStream):
         super().__init__(spec, folder)
         width = arch.shape.hidden_size
         self.net = arch.build(folder(spec.weights) if spec.weights else None)
+        self._leave_out(spec.dropout)
         self.net.bert.pooler = None
         self.row = arch.row
         self.looks = _WithClues(arch, width)
@@ -297,6 +311,7 @@ class PixelBert(_OneStream):
         super().__init__(spec, folder)
         width = arch.shape.hidden_size
         self.net = arch.build(folder(spec.weights) if spec.weights else None)
+        self._leave_out(spec.dropout)
         self.tower = arch.tower.build(folder(arch.tower_weights) if arch.tower_weights else None, -1)
         self.looks = _Cells(arch.tower.width, width)
         self.cells, self.taken = arch.cells, arch.taken

@@ -16,17 +16,22 @@ ROUNDS = 10
 """Blocks that are tried before a mask is left as it is (BEiT's own code)."""
 
 
+def row_seeds(batch: Batch) -> Int[Tensor, " S"]:
+    """The seed of each document's row."""
+    if batch.seeds is None:
+        raise ValueError("the batch knows no seeds of its rows; make it with Batch.of")
+    return batch.seeds
+
+
 def tile_seeds(batch: Batch) -> Int[Tensor, " N"]:
     """A seed for each tile, of its row and its place among the row's; zero for the blank one."""
     if not len(batch.cuts):
         return torch.zeros(len(batch.tiles), dtype=torch.long, device=batch.tiles.device)
-    if batch.seeds is None:
-        raise ValueError("the batch knows no seeds of its rows; make it with Batch.of")
     documents = shown(batch).documents.repeat_interleave(batch.cuts[:, 0].long(), output_size=len(batch.tiles))
     counts = torch.bincount(documents, minlength=len(batch.sources))
     # Tiles of one document are told apart by their place among the pack's own tiles of that document.
     place = torch.arange(len(documents), device=documents.device) - (counts.cumsum(0) - counts)[documents]
-    return batch.seeds[documents] * 4096 + place
+    return row_seeds(batch)[documents] * 4096 + place
 
 
 def seeds_of_tiles(batch: Batch) -> list[int]:
@@ -74,10 +79,15 @@ def chosen(
 
     The last steps of MurmurHash3 (Appleby, 2011), whose every bit depends on every bit it is given.
     """
-    x = (seeds[owner] * 0x9E3779B1 + place * 0x85EBCA77 + salt * 0xC2B2AE3D) & MASK
+    return (mixed(seeds[owner] * 0x9E3779B1 + place * 0x85EBCA77 + salt * 0xC2B2AE3D) >> 8).float() / 2**24
+
+
+def mixed(x: Int[Tensor, "..."]) -> Int[Tensor, "..."]:
+    """32 bits for the lowest 32 of each of `x`, in which every one of these shows."""
+    x = x & MASK
     for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
         x = ((x ^ (x >> shift)) * factor) & MASK
-    return ((x ^ (x >> 16)) >> 8).float() / 2**24
+    return x ^ (x >> 16)
 
 
 MASK = 0xFFFFFFFF

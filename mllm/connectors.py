@@ -198,6 +198,13 @@ class Branches:
     kind: Literal["branches"] = "branches"
     parts: tuple[Part, ...]
 
+    def __post_init__(self) -> None:
+        if any(isinstance(part, Perceiver) and part.frames for part in self.parts):
+            raise ValueError(
+                "branches read tile by tile, and a perceiver of `frames` reads a video's together; set its frames to 0, or take "
+                "it by itself"
+            )
+
     def tokens(self, patches: int) -> int:
         """Visual tokens that a tile of `patches` patches becomes."""
         return sum(part.tokens(patches) for part in self.parts)

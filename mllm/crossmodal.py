@@ -18,6 +18,7 @@ from pydantic import Field
 from torch import nn
 
 from mllm.convnets import ResNet, ResNeXt
+from mllm.dropout import Dropout
 from mllm.dual import Layers
 from mllm.encoders import Folder
 from mllm.model import Model, ModelSpec, Words, check_tiles
@@ -33,7 +34,7 @@ SMALL_ROW = RegionRow(features=16, classes=8, attributes=0)
 
 
 def _bert(shape: Layers, vocab_size: int, positions: int, pooled: bool, weights: str | None) -> Any:
-    """BERT (arXiv:1810.04805) with its head of masked words, without dropout; `pooled` with the head of its second task too."""
+    """BERT (arXiv:1810.04805) with its head of masked words, `pooled` with its second task's too; no dropout of its own."""
     from transformers import BertConfig, BertForMaskedLM, BertForPreTraining
 
     register_documents()
@@ -251,12 +252,14 @@ class CrossModal(ModelSpec):
 
     Weights of BERT begin a single stream, those of LXMERT an LXMERT. `answers` is the length of the list of answers that
     questions are answered from, 0 without such a head. A pair's picture is its document's first. `mask` is the id that
-    stands for a masked token. `mean` and `std` normalise RGB in [0, 1] where the model looks at pixels.
+    stands for a masked token. `mean` and `std` normalise RGB in [0, 1] where the model looks at pixels. `dropout` is the share of
+    hidden states that is left out in training (see `mllm.dropout`).
     """
 
     kind: Literal["cross_modal"] = "cross_modal"
     arch: Arch
     answers: Annotated[int, Field(ge=0)] = 0
+    dropout: Dropout = 0.0
     weights: str | None = None
     tokenizer: str | None = None
     bos: str = "[CLS]"

@@ -95,11 +95,12 @@ def _shown(pack: Pack) -> int:
     places = np.flatnonzero(pack.input_ids == IMAGE_TOKEN)
     if not len(places):
         return 0
-    counts = pack.cuts[:, 1].astype(np.int64)
+    cuts = pack.cuts[pack.cuts[:, 1] > 0]  # frames that are read together with others are seen with them
+    counts = cuts[:, 1].astype(np.int64)
     starts = places[np.cumsum(counts) - counts]
     stops = pack.cu_seqlens[np.searchsorted(pack.cu_seqlens, starts, side="right")]
     following = np.append(starts[1:], len(pack.input_ids))
-    return int(((np.minimum(following, stops) - starts) * pack.cuts[:, 0]).sum())
+    return int(((np.minimum(following, stops) - starts) * cuts[:, 0]).sum())
 
 
 @spec
@@ -209,10 +210,12 @@ def _batch(
     """One document and some that are empty, every number of it of its own size. Whole numbers are real; what is large is on the
     meta device. Where a fusion tells pictures apart, they are one picture of many tiles."""
     each, tiles = layout.tokens(cut), pictures * cut.tiles
-    visual = min(pictures * each, tokens)
+    positions = pictures * each
     cuts = [(cut.tiles, each, *cut.numbers)] * pictures
     if model.fusion.sees_pictures:
-        cuts = [(tiles, pictures * each, *cut.numbers)]
+        positions -= 2 * (pictures - 1) * layout.around
+        cuts = [(tiles, positions, *cut.numbers)]
+    visual = min(positions, tokens)
     labels = torch.full((tokens,), NOT_LEARNED)
     labels[:learned] = 0
     features = None
@@ -224,7 +227,7 @@ def _batch(
         labels=labels,
         positions=torch.arange(tokens),
         visual=torch.arange(tokens) < visual,
-        visual_count=pictures * each,
+        visual_count=positions,
         cu_seqlens=torch.tensor([0, *[tokens] * documents], dtype=torch.int32),
         max_seqlen=tokens,
         sources=torch.zeros(documents, dtype=torch.long),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from mllm.bert import CrossEncoder
 from mllm.crossmodal import LXMERT, CrossModal
+from mllm.dropout import Dropouts, within
 from mllm.encoders import Folder
 from mllm.regions import PairedRegions, Seen, regions_of
 from mllm.streams import Fused
@@ -21,11 +23,16 @@ from pipelines.types import Batch
 
 @dataclass(slots=True)
 class Side:
-    """Where a stream's pairs begin, int32 (P+1,), and the lengths of its pairs' runs and of the other stream's."""
+    """Where a stream's pairs begin, int32 (P+1,), and the lengths of its pairs' runs and of the other stream's.
+
+    `drawn` and `beside` are the chance of both streams' positions by which something is left out, None for none.
+    """
 
     bounds: Int[Tensor, " bounds"]
     lengths: tuple[int, ...]
     others: tuple[int, ...]
+    drawn: Int[Tensor, " T"] | None
+    beside: Int[Tensor, " V"] | None
     backend: Backend | None
 
 
@@ -43,18 +50,37 @@ class Lxmert(CrossEncoder):
             layer.visual_attention.att = _Attention(layer.visual_attention.att)
             for own in (layer.lang_self_att, layer.visn_self_att):
                 own.self = _Attention(own.self)
+        self._leave_out(spec.dropout)
+
+    def _leave_out(self, rate: float) -> None:
+        """Let layers leave out a share of what they add; what reads both streams does so for both."""
+        encoder, number = self.net.lxmert.encoder, 1
+        for layer in (*encoder.layer, *encoder.r_layers):
+            alone = within((layer.attention.output, layer.output), rate, number)
+            layer.register_forward_pre_hook(_of_one(alone))
+            number += 2
+        for layer in encoder.x_layers:
+            words = within((layer.lang_self_att.output, layer.lang_output), rate, number)
+            regions = within((layer.visn_self_att.output, layer.visn_output), rate, number + 2)
+            both = within((layer.visual_attention.output,), rate, number + 4)
+            layer.register_forward_pre_hook(_of_both(words, regions))
+            layer.visual_attention.register_forward_pre_hook(_of_reader(both), with_kwargs=True)
+            number += 5
 
     def fuse(self, batch: Batch, paired: PairedRegions) -> Fused:
         """Layers of words, layers of regions, and layers in which each reads the other and then itself."""
         texts, lxmert = paired.texts, self.net.lxmert
-        of_words, of_regions = self._sides(paired)
+        of_words, of_regions = self._sides(batch, paired)
         look = lxmert.embeddings
         kind = look.token_type_embeddings.weight[0]
         words = look.LayerNorm(look.word_embeddings(texts.ids) + look.position_embeddings(texts.positions) + kind)
         seen = self.rows_of(batch, paired)
         features = seen.features.masked_fill(paired.unseen[:, None], 0.0).to(words.dtype)
         encoder = lxmert.encoder
-        x, y = words[None], encoder.visn_fc(features, seen.boxes.to(words.dtype))[None]
+        self.begins.told(of_words.drawn)
+        x = self.begins(words)[None]
+        self.begins.told(of_regions.drawn)
+        y = self.begins(encoder.visn_fc(features, seen.boxes.to(words.dtype)))[None]
         for layer in encoder.layer:
             x = layer(x, of_words)[0]
         for layer in encoder.r_layers:
@@ -67,11 +93,17 @@ class Lxmert(CrossEncoder):
     def answers(self) -> nn.Module | None:
         return getattr(self.net, "answer_head", None)
 
-    def _sides(self, paired: PairedRegions) -> tuple[Side, Side]:
-        bounds = paired.texts.cu_seqlens
+    def _sides(self, batch: Batch, paired: PairedRegions) -> tuple[Side, Side]:
+        texts, bounds = paired.texts, paired.texts.cu_seqlens
+        of_words = self.begins.chance(batch, texts.documents, texts.owner, texts.positions)
+        behind = self.context + paired.place  # all words
+        of_regions = self.begins.chance(batch, texts.documents, paired.owner, behind)
         words, regions = tuple(bounds.diff().tolist()), tuple(paired.counts.tolist())
         other = nn.functional.pad(paired.counts.cumsum(0), (1, 0)).to(torch.int32)
-        return Side(bounds, words, regions, self.backend), Side(other, regions, words, self.backend)
+        return (
+            Side(bounds, words, regions, of_words, of_regions, self.backend),
+            Side(other, regions, words, of_regions, of_words, self.backend),
+        )
 
     def rows_of(self, batch: Batch, paired: PairedRegions) -> Seen:
         return regions_of(batch.tiles[paired.tiles], self.row)
@@ -100,6 +132,38 @@ class Lxmert(CrossEncoder):
     def units(self) -> list[nn.Module]:
         encoder = self.net.lxmert.encoder
         return [*encoder.layer, *encoder.r_layers, *encoder.x_layers]
+
+
+Hook = Callable[..., None]
+"""What is run before a module, with what it is called with."""
+
+
+def _of_one(stream: Dropouts) -> Hook:
+    """Tells those of a layer of one stream."""
+
+    def tell(_: nn.Module, args: tuple[Any, ...]) -> None:
+        stream.told(args[1].drawn)
+
+    return tell
+
+
+def _of_both(words: Dropouts, regions: Dropouts) -> Hook:
+    """Tells each stream's of a layer across."""
+
+    def tell(_: nn.Module, args: tuple[Any, ...]) -> None:
+        words.told(args[1].drawn)
+        regions.told(args[3].drawn)
+
+    return tell
+
+
+def _of_reader(both: Dropouts) -> Hook:
+    """Tells those of the stream that reads, when attention across is told of the one that it reads."""
+
+    def tell(_: nn.Module, __: tuple[Any, ...], words: dict[str, Any]) -> None:
+        both.told(words["ctx_att_mask"].beside)
+
+    return tell
 
 
 class _Attention(nn.Module):

@@ -96,8 +96,20 @@ def shown(batch: Batch) -> Shown:
     """All pictures of a batch in order."""
     tiles, positions = batch.cuts[:, 0].long(), batch.cuts[:, 1].long()
     places = batch.visual.nonzero().squeeze(1)
-    first = places[positions.cumsum(0) - positions]
+    # A further frame of a video has no position; its document is that of the last position before it.
+    first = places[positions.cumsum(0) - positions - (positions == 0).long()]
     return Shown(batch.document_of_token()[first], tiles.cumsum(0) - tiles)
+
+
+def frames_of(batch: Batch, tiles: int) -> list[int]:
+    """How many of a batch's `tiles`, one after the other, are read together: the frames of a video, 1 for any other tile."""
+    counts: list[int] = []
+    for count, positions in batch.cuts[:, :2].tolist():
+        if positions:
+            counts += [1] * count
+        else:
+            counts[-1] += count
+    return counts or [1] * tiles
 
 
 def first_pictures(batch: Batch) -> Shown:

@@ -31,7 +31,7 @@ from mllm.fusion import UnifiedVocabulary
 from mllm.instructed import Instructions
 from mllm.masked import MaskedImage
 from mllm.multiway import Multiway
-from mllm.objectives import DPO, Gathered, NextToken, Objective, OneOf, Sum, TwoVocabularies
+from mllm.objectives import DPO, AtOnce, Gathered, NextToken, Objective, OneOf, Sum, TwoVocabularies
 from mllm.streams import SingleStream
 from mllm.vlm import VLM
 from mllm.ways import (
@@ -289,7 +289,7 @@ class Recipe:
     def _objective_fits(self, stage: Stage) -> None:
         """The model must be able to learn the objective, and the engine to train it so."""
         kind, parallel = stage.objective.kind, stage.parallel
-        kinds = stage.objective.kinds if isinstance(stage.objective, Sum | OneOf) else (kind,)
+        kinds = stage.objective.kinds if isinstance(stage.objective, Sum | OneOf | AtOnce) else (kind,)
         for one in kinds:
             if one in self.model.learns:
                 continue

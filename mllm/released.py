@@ -21,6 +21,7 @@ from torch import Tensor
 
 from mllm.adapters import ADAPTER, put_on
 from mllm.export import read_back
+from mllm.folders import idefics
 from mllm.folders.wholes import TAGS, Form, form_of
 from mllm.model import Model
 from mllm.recipe import Recipe
@@ -228,16 +229,20 @@ def _by_transformers(form: Form, recipe: Recipe, folder: Path, batch: Batch) -> 
 
 def asked(form: Form, recipe: Recipe, config: Any, folder: Path, batch: Batch) -> dict[str, Tensor]:
     """A row of ours as the class of transformers is called with it."""
+    from transformers import AutoTokenizer
+
+    encoder = recipe.vlm.tower
+    pixels = normalize(batch.tiles, torch.tensor(encoder.mean), torch.tensor(encoder.std))
+    text = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    if form.kind == "idefics":
+        image, *around = text.convert_tokens_to_ids(list(form.words))
+        return idefics.looked_at(idefics.as_words(batch, image, *around or [None]), image, pixels)
     place = config.video_token_id if form.kind == "llava_next_video" else config.image_token_id
     ids = torch.where(batch.visual, place, batch.input_ids)
     if len(form.words) == 3:  # tags stand around each picture
-        from transformers import AutoTokenizer
-
-        tags = AutoTokenizer.from_pretrained(folder, trust_remote_code=False).convert_tokens_to_ids(list(TAGS))
+        tags = text.convert_tokens_to_ids(list(TAGS))
         for run in batch.visual.nonzero().squeeze(1).split(batch.cuts[:, 1].tolist()):
             ids[run[0]], ids[run[-1]] = tags
-    encoder = recipe.vlm.tower
-    pixels = normalize(batch.tiles, torch.tensor(encoder.mean), torch.tensor(encoder.std))
     match form.kind:
         case "llava_next":  # of several pictures those with fewer tiles are filled up
             rows = torch.nn.utils.rnn.pad_sequence(list(pixels.split(batch.cuts[:, 0].tolist())), batch_first=True)

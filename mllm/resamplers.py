@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import accumulate
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
+from pydantic import Field
 from safetensors import safe_open
 from torch import Tensor, nn
 
@@ -117,9 +119,12 @@ def _safetensors(folder: str) -> list[Path]:
 class Perceiver:
     """Flamingo's resampler (arXiv:2204.14198, 3.1, app. A.1.1), in OpenFlamingo's form: latents attend [features; latents].
 
-    As wide as the features, then one matrix to the language model's width. Frames of a video are resampled one by one, without
-    embeddings of their time. Idefics (arXiv:2306.16527, as transformers has it) has ReLU for `activation`, LayerNorm of each
-    head's queries and keys (`qk_norm`), and no matrix behind (`projected`): its latents leave as wide as the features are.
+    As wide as the features, then one matrix to the language model's width. With `frames`, frames of a video are read together:
+    to the features of each a learned embedding of its time is added, the first of `frames` to a picture by itself, and the
+    latents see them all. A video of more frames has the embeddings stretched to their number, linearly, as the paper does where
+    it is asked. Without, each frame is resampled as a picture. Idefics (arXiv:2306.16527, as transformers has it) has ReLU for
+    `activation`, LayerNorm of each head's queries and keys (`qk_norm`), and no matrix behind (`projected`): its latents leave as
+    wide as the features are.
     """
 
     kind: Literal["perceiver"] = "perceiver"
@@ -130,9 +135,10 @@ class Perceiver:
     activation: Literal["gelu", "relu"] = "gelu"
     qk_norm: bool = False
     projected: bool = True
+    frames: Annotated[int, Field(ge=0)] = 0
 
     def tokens(self, patches: int) -> int:  # noqa: ARG002 -- as many as there are latents
-        """Visual tokens of a tile."""
+        """Visual tokens of a tile, or of a video."""
         return self.queries
 
     def tiny(self) -> Self:
@@ -148,15 +154,47 @@ class Resampler(nn.Module):
     def __init__(self, spec: Perceiver, d_in: int, d_out: int) -> None:
         super().__init__()
         self.latents = nn.Parameter(torch.randn(spec.queries, d_in))
+        self.times = nn.Parameter(0.02 * torch.randn(spec.frames, d_in)) if spec.frames else None
         self.layers = nn.ModuleList(ResamplerLayer(spec, d_in) for _ in range(spec.depth))
         self.norm = nn.LayerNorm(d_in)
         self.project = nn.Linear(d_in, d_out) if spec.projected else nn.Identity()
 
-    def forward(self, features: Float[Tensor, "N P Dv"]) -> Float[Tensor, "N Q D"]:
+    def forward(self, features: Float[Tensor, "N P Dv"], frames: Sequence[int] = ()) -> Float[Tensor, "M Q D"]:
+        """`frames` are how many of the tiles, one after the other, are one video's; each is a picture if nothing is said.
+
+        Raises ValueError when they are not as many as there are tiles.
+        """
+        if self.times is None:
+            return self._read(features)
+        counts = list(frames) or [1] * len(features)
+        if sum(counts) != len(features):
+            raise ValueError(
+                f"{len(counts)} videos have {sum(counts)} frames, and there are {len(features)} tiles: they come from different "
+                "packs"
+            )
+        starts = [end - count for end, count in zip(accumulate(counts), counts, strict=True)]
+        found, order = [], []
+        for count in dict.fromkeys(counts):  # videos of as many frames all at once
+            mine = [number for number, own in enumerate(counts) if own == count]
+            places = torch.tensor([[starts[n] + frame for frame in range(count)] for n in mine], device=features.device)
+            shown = features[places] + self._embeddings(count).to(features.dtype)[:, None]
+            found.append(self._read(shown.flatten(1, 2)))
+            order += mine
+        back = torch.tensor(sorted(range(len(order)), key=order.__getitem__), device=features.device)
+        return torch.cat(found)[back]
+
+    def _read(self, features: Float[Tensor, "M K Dv"]) -> Float[Tensor, "M Q D"]:
         latents = self.latents.to(features.dtype).expand(len(features), -1, -1)
         for layer in self.layers:
             latents = layer(features, latents)
         return self.project(self.norm(latents)).clone()
+
+    def _embeddings(self, count: int) -> Float[Tensor, "count Dv"]:
+        """Of the times of a video of `count` frames."""
+        assert self.times is not None
+        if count <= len(self.times):
+            return self.times[:count]
+        return F.interpolate(self.times.T[None], size=count, mode="linear", align_corners=True)[0].T
 
 
 class ResamplerLayer(nn.Module):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol, Self, TypeVar
 
@@ -9,6 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from mllm.dropout import Dropout, Dropouts, RowDropout, within
 from mllm.encoders import Folder
 from mllm.layers import TOY, Layers, Patched
 from mllm.model import HALF, RGB, Model, PictureModel, Words, check_mask
@@ -58,11 +60,13 @@ class ViLT(Patched):
 class SingleStream(PictureModel):
     """A pair encoder and the way text is written for it.
 
-    A pair's picture is its document's first. `mask` is the id that stands for a masked token.
+    A pair's picture is its document's first. `mask` is the id that stands for a masked token. `dropout` is the share of hidden
+    states that is left out in training (see `mllm.dropout`).
     """
 
     kind: Literal["single_stream"] = "single_stream"
     arch: ViLT
+    dropout: Dropout = 0.0
     tokenizer: str | None = None
     bos: str = "[CLS]"
     eos: str = "[SEP]"
@@ -179,14 +183,16 @@ def laid_out(ids: Tensor, positions: Tensor, lengths: Tensor, documents: Tensor,
 
 def with_texts(paired: P, words: list[list[int]]) -> P:
     """The same pictures with other texts."""
-    texts = paired.texts
-    if not words:
-        return paired
-    device = texts.ids.device
+    return replace(paired, texts=written(words, paired.texts.documents)) if words else paired
+
+
+def written(words: list[list[int]], documents: Int[Tensor, " S"]) -> Texts:
+    """Tokens of at least one text, end to end; their places in the batch are not known."""
+    device = documents.device
     lengths = torch.tensor([len(each) for each in words], dtype=torch.int32, device=device)
     ids = torch.tensor([i for each in words for i in each], device=device)
     positions = torch.tensor([n for each in words for n in range(len(each))], device=device)
-    return replace(paired, texts=laid_out(ids, positions, lengths, texts.documents, torch.zeros_like(ids)))
+    return laid_out(ids, positions, lengths, documents, torch.zeros_like(ids))
 
 
 class PairEncoder(Model):
@@ -200,8 +206,11 @@ class PairEncoder(Model):
     def __init__(self, spec: SingleStream, folder: Folder) -> None:
         super().__init__()
         self.net = spec.arch.build(folder(spec.weights) if spec.weights else None)
-        for layer in self.net.vilt.encoder.layer:
+        self.begins = RowDropout(spec.dropout, 0)
+        for number, layer in enumerate(self.net.vilt.encoder.layer):
             layer.attention.attention = _Attention(layer.attention.attention)
+            drops = within((layer.attention.output, layer.output), spec.dropout, 1 + 2 * number)
+            layer.register_forward_pre_hook(_of_layer(drops))
         self.match = nn.Linear(spec.arch.shape.hidden_size, 2)
         self.context = spec.arch.context
         self.vocabulary = spec.arch.vocab_size
@@ -229,8 +238,13 @@ class PairEncoder(Model):
         of_text = bounds[:-1][texts.owner] + texts.positions
         of_picture = (bounds[:-1] + lengths)[:, None] + torch.arange(each, device=bounds.device)
         order = torch.cat([of_text, of_picture.flatten()]).argsort()
-        x = torch.cat([words, patches.reshape(count * each, width)])[order][None]
-        where = bounds.to(torch.int32), texts.max_seqlen + each, self.backend
+        x = torch.cat([words, patches.reshape(count * each, width)])[order]
+        owner = torch.arange(count, device=bounds.device).repeat_interleave(bounds.diff(), output_size=len(x))
+        place = torch.arange(len(x), device=bounds.device) - bounds[owner]
+        drawn = self.begins.chance(batch, texts.documents, owner, place)
+        self.begins.told(drawn)
+        x = self.begins(x)[None]
+        where = Where(bounds.to(torch.int32), texts.max_seqlen + each, drawn, self.backend)
         for layer in self.net.vilt.encoder.layer:
             x = layer(x, where)[0]
         hidden = self.net.vilt.layernorm(x[0])
@@ -280,6 +294,25 @@ class PairEncoder(Model):
         self.backend = backend
 
 
+@dataclass(slots=True)
+class Where:
+    """Where pairs begin in what lies end to end, int32 (P+1,), how long the longest is, and the chance of positions, if any."""
+
+    bounds: Int[Tensor, " bounds"]
+    longest: int
+    drawn: Int[Tensor, " L"] | None
+    backend: Backend | None
+
+
+def _of_layer(drops: Dropouts) -> Callable[..., None]:
+    """Tells a layer's dropout by which chance, as the layer is called."""
+
+    def tell(_: nn.Module, args: tuple[Any, ...]) -> None:
+        drops.told(args[1].drawn)
+
+    return tell
+
+
 class _Attention(nn.Module):
     """ViLT's attention with its own matrices, over packed pairs; in the place of a mask it is told where they begin."""
 
@@ -291,10 +324,10 @@ class _Attention(nn.Module):
     def forward(
         self,
         hidden_states: Float[Tensor, "1 T D"],
-        attention_mask: tuple[Tensor, int, Backend | None],
+        attention_mask: Where,
         output_attentions: bool = False,  # noqa: ARG002 -- the signature is transformers'
     ) -> tuple[Tensor]:
-        bounds, longest, backend = attention_mask
-        x = hidden_states[0]
+        where, x = attention_mask, hidden_states[0]
         q, k, v = (part(x).unflatten(-1, (self.heads, -1)) for part in (self.query, self.key, self.value))
-        return (varlen_attention(q, k, v, bounds, longest, causal=False, backend=backend).flatten(1)[None],)
+        out = varlen_attention(q, k, v, where.bounds, where.longest, causal=False, backend=where.backend)
+        return (out.flatten(1)[None],)

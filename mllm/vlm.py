@@ -29,11 +29,22 @@ from mllm.connectors import (
 )
 from mllm.encoders import Encoder, Encoders, Folder, VisionEncoder
 from mllm.folders.wholes import check_form, read_into
-from mllm.fusion import Fusion, InLMSampler, PreLMAdapter, RoutedExperts, SideAttention, Splice, UnifiedVocabulary
+from mllm.fusion import (
+    CrossAttention,
+    Fusion,
+    InLMSampler,
+    PreLMAdapter,
+    PromptAdapter,
+    RoutedExperts,
+    SideAttention,
+    Splice,
+    UnifiedVocabulary,
+)
 from mllm.instructed import InstructedQuerying, asked_of_tiles
 from mllm.joins import Joined, Joining, Tiles, cuts_of, slice_grids, with_scales
 from mllm.lm import CausalLM
 from mllm.model import Model, ModelSpec, Words
+from mllm.pairs import frames_of
 from ops.attention import Backend
 from pipelines.objects import Objects
 from pipelines.tiling import Tiling
@@ -85,6 +96,12 @@ class VLM(ModelSpec):
             )
         width = self.encoder.towers[0].width
         wanted = self.fusion.width(width, self.lm.arch.hidden_size)
+        if self.reads_videos and (self.join != Tiles() or isinstance(self.fusion, PromptAdapter)):
+            raise ValueError(
+                "connector.frames makes the tokens of one tile of a whole video, which join 'tiles' without separators lays down "
+                f"and fusion 'prompt_adapter' does not read, and this is join {self.join.kind!r} with fusion "
+                f"{self.fusion.kind!r}; take another of them, or set connector.frames to 0"
+            )
         if isinstance(self.connector, Perceiver) and not self.connector.projected and wanted != width:
             raise ValueError(
                 f"connector 'perceiver' is not projected, so its tokens are as wide as the features, {width}, and fusion "
@@ -118,6 +135,11 @@ class VLM(ModelSpec):
                 "fusion 'in_lm_sampler' finds its queries by their place in the sequence, where the join puts marks between "
                 "them; take the join 'tiles' without separators"
             )
+
+    @property
+    def reads_videos(self) -> bool:
+        """Whether the frames of a video become the tokens of one tile, all together."""
+        return isinstance(self.connector, Perceiver) and self.connector.frames > 0
 
     @property
     def one_stands_beside(self) -> bool:
@@ -179,6 +201,8 @@ class VLM(ModelSpec):
             tokens_per_tile=self.fusion.positions(tokens),
             join=tiling.join,
             separators=self.join.separators,
+            together=self.reads_videos,
+            around=isinstance(self.fusion, CrossAttention) and self.fusion.around,
         )
 
     def _joins(self, tiling: Tiling) -> None:
@@ -238,6 +262,7 @@ class VisionLanguageModel(Model):
         self.fusion = _fusion(spec, width)
         self.fusion.attach(self.lm)
         self.one_stands_beside = spec.one_stands_beside
+        self.reads_videos = spec.reads_videos
         if isinstance(spec.fusion, InLMSampler):
             self.connector.shows_cells = True  # type: ignore[assignment]  # an Aggregator's word
         self.border = nn.Flatten(0, 1)  # a module, so that whoever measures can hook on where vision ends
@@ -289,6 +314,14 @@ class VisionLanguageModel(Model):
                 if share is not None:  # the connector needs all of a picture's scales: each rank does all pictures
                     features = share.context.gather(features.flatten(0, 1)).unflatten(0, (-1, features.shape[1]))
                 return (self.connector(with_scales(features, self.join.spec.scales)),)
+            case _ if self.reads_videos:
+                if share is not None:
+                    raise ValueError(
+                        "ranks share this pack, and a video's frames must stay together; set parallel.context to 1, or the "
+                        "perceiver's frames to 0"
+                    )
+                features = self.features(batch)
+                return (self.connector(features, frames_of(batch, len(features))),)
             case _ if (reading := self.instructed) is not None:
                 features = self.features(batch)
                 return (reading(features, asked_of_tiles(batch, len(features))),)

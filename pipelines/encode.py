@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import cached_property
 from itertools import groupby, takewhile
@@ -99,15 +100,23 @@ class TextCodec:
 
 @spec
 class Part:
-    """A run of text, which may be cut between tokens, or an image with all of its positions, which may not."""
+    """A run of text, which may be cut between tokens, or an image with all of its positions, which may not.
+
+    `images` are several where they are the frames of a video that the model reads together.
+    """
 
     ids: NDArray[np.int32]
     learn: NDArray[np.bool_]
-    image: Picture | None = None
+    images: tuple[Picture, ...] = ()
 
     @property
     def tiles(self) -> int:
-        return 0 if self.image is None else self.image.cut.tiles
+        return sum(image.cut.tiles for image in self.images)
+
+    @property
+    def visual(self) -> tuple[int, ...]:
+        """Positions of each image: the first has them all."""
+        return (len(self.ids), *[0] * (len(self.images) - 1)) if self.images else ()
 
     def cut(self, at: int) -> tuple[Part, Part]:
         head = Part(ids=self.ids[:at], learn=self.learn[:at])
@@ -181,22 +190,33 @@ class Encoder:
                 ids, learn = self.codec.encode([span for span in run if isinstance(span, Span)])
                 parts.append(Part(ids=ids, learn=learn))
             else:
-                parts += [self._visual(part) for part in run if not isinstance(part, Span)]
+                parts += self._visual([part for part in run if not isinstance(part, Span)])
         return parts
 
-    def _visual(self, part: Picture | Codes) -> Part:
-        if isinstance(part, Picture):
-            return self._image(part)
-        return Part(ids=np.array(part.ids, np.int32), learn=np.full(len(part.ids), part.learn))
+    def _visual(self, shown: list[Picture | Codes]) -> Iterator[Part]:
+        """Each picture by itself, or with the frames that follow it in its video, where the model reads them together."""
+        marked = False  # whether the mark behind a picture stands before this one
+        while shown:
+            first = shown.pop(0)
+            if isinstance(first, Codes):
+                yield Part(ids=np.array(first.ids, np.int32), learn=np.full(len(first.ids), first.learn))
+                marked = False
+                continue
+            frames = [first]
+            while self.layout.together and shown and isinstance(shown[0], Picture) and _follows(frames[-1], shown[0]):
+                frames.append(shown[0])
+                shown.pop(0)
+            yield self._images(tuple(frames), marked)
+            marked = self.layout.around
 
-    def _image(self, picture: Picture) -> Part:
-        length, tiles = self.layout.tokens(picture.cut), picture.cut.tiles
+    def _images(self, images: tuple[Picture, ...], marked: bool) -> Part:
+        length, tiles = self.layout.tokens(images[0].cut) - marked, sum(image.cut.tiles for image in images)
         if length >= self.budget.tokens or tiles > self.budget.tiles:
             raise SkipSample(
                 Reason.IMAGE_TOO_LONG,
                 f"{length} tokens and {tiles} tiles; a pack holds {self.budget.tokens} and {self.budget.tiles}",
             )
-        return Part(ids=np.full(length, IMAGE_TOKEN, np.int32), learn=np.zeros(length, np.bool_), image=picture)
+        return Part(ids=np.full(length, IMAGE_TOKEN, np.int32), learn=np.zeros(length, np.bool_), images=images)
 
     def _split(self, parts: list[Part]) -> list[list[Part]]:
         """Greedy pieces within the budget. Images that would end a piece open the next one, beside their text."""
@@ -209,11 +229,11 @@ class Encoder:
             if len(part.ids) <= room and part.tiles <= room_tiles:
                 pieces[-1].append(part)
                 continue
-            if part.image is None and room > 0:
+            if not part.images and room > 0:
                 head, part = part.cut(room)
                 pieces[-1].append(head)
             carried: list[Part] = []
-            while len(pieces[-1]) > 1 and pieces[-1][-1].image is not None:
+            while len(pieces[-1]) > 1 and pieces[-1][-1].images:
                 carried.insert(0, pieces[-1].pop())
             pieces.append(carried)
             queue.appendleft(part)
@@ -221,7 +241,7 @@ class Encoder:
 
     def _sample(self, document: Measured, sequences: list[list[Part]], piece: int) -> Sample:
         ids, labels = zip(*(_shifted(parts) for parts in sequences), strict=True)
-        images = [part for parts in sequences for part in parts if part.image is not None]
+        shown = [part for parts in sequences for part in parts if part.images]
         first = replace(document.id, piece=piece)
         return Sample(
             id=first,
@@ -229,11 +249,16 @@ class Encoder:
             input_ids=np.concatenate(ids),
             labels=np.concatenate(labels),
             lengths=tuple(len(sequence) for sequence in ids),
-            pictures=tuple(part.image for part in images if part.image is not None),
-            visual=tuple(len(part.ids) for part in images),
+            pictures=tuple(image for part in shown for image in part.images),
+            visual=tuple(count for part in shown for count in part.visual),
             rows=(first, *document.more),
             label=document.label,
         )
+
+
+def _follows(one: Picture, other: Picture) -> bool:
+    """Whether `other` is a later frame of the same video."""
+    return one.frame is not None and other.frame is not None and one.of is other.of and one.frame < other.frame
 
 
 def _shifted(parts: list[Part]) -> tuple[NDArray[np.int32], NDArray[np.int32]]:

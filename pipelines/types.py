@@ -338,7 +338,10 @@ class VisionLayout:
     """All that the pipeline must know of a model: the shape of one row of `tiles` and the tokens that a picture becomes.
 
     `shape` is (3, side, side) for fixed tiles and (3 * patch * patch,) for patches. `merge` is the side of the square of
-    patches that becomes one token where `join` is "patches". Raises ValueError when the numbers contradict one another.
+    patches that becomes one token where `join` is "patches". With `together` the frames of a video become the tokens of one,
+    all at once: its first frame has their positions and the others none. With `around` a mark stands before and behind each
+    picture, and one alone between neighbours, which counts to the first of them. Raises ValueError when the numbers contradict
+    one another.
     """
 
     shape: tuple[int, ...]
@@ -346,6 +349,8 @@ class VisionLayout:
     join: Join = "tiles"
     merge: int = 1
     separators: Separators = Separators()
+    together: bool = False
+    around: bool = False
 
     def __post_init__(self) -> None:
         if self.join == "unpad" and self.side**2 != self.tokens_per_tile:
@@ -374,9 +379,9 @@ class VisionLayout:
         tiles: every tile's tokens, one after the other. unpad: the overview's, then the grid's without its padding and one
         newline a row; a tile alone has no newline. scales: those of one tile, scales being joined over channels.
         slices: `tokens_per_tile` for the overview and for each slice, whatever their shapes. patches: one a square of `merge`
-        x `merge` patches. Separators are added to each.
+        x `merge` patches. Separators are added to each, and both marks `around` it.
         """
-        return self.separators.picture + self._features(cut)
+        return self.separators.picture + 2 * self.around + self._features(cut)
 
     def _features(self, cut: Cut) -> int:
         match self.join:
@@ -417,8 +422,9 @@ class Sample:
 
     `input_ids` int32 (t,) with `IMAGE_TOKEN` at visual positions; `labels` int32 (t,) already shifted: `labels[i]` is
     the token to be predicted at position i, or `NOT_LEARNED`; `lengths` of its sequences: one, or two where a row has a
-    preferred and a rejected answer, which stay in one pack. `visual` are the positions that each of `pictures` takes;
-    `rows` all that went into it, `id` first; `weight` multiplies the loss of its tokens.
+    preferred and a rejected answer, which stay in one pack. `visual` are the positions that each of `pictures` takes, none for
+    a frame that is read together with the one before it; `rows` all that went into it, `id` first; `weight` multiplies the loss
+    of its tokens.
     """
 
     id: RowId
@@ -456,9 +462,10 @@ class Pack:
     `input_ids`, `labels`, `positions` int32 (T,), positions restarting at every document; `cu_seqlens` int32 (S+1,).
     Of each document: `sources` int16 (S,); `branches` int8 (S,), of `Branch`; `classes` int32 (S,), -1 where it has none;
     `weights` float32 (S,), what the loss of its tokens is multiplied by; `ids` (S,), its row. `tiles` uint8 (N, *shape of
-    a tile); `cuts` int32 (I, 11) of each picture: its tiles, its positions and `Cut.numbers`. `at` is the pack's place in the
-    order and `of` the number of packs in its window; `rows` were trained on here, `dropped` rows are named by the pack that they
-    would have been in, or by the window's first. Annotators may add `features`, bfloat16 as uint16 (N, P, D), of the frozen
+    a tile); `cuts` int32 (I, 11) of each picture: its tiles, its positions and `Cut.numbers`; one of no positions is a further
+    frame of the video that the picture before it belongs to. `at` is the pack's place in the order and `of` the number of packs
+    in its window; `rows` were trained on here, `dropped` rows are named by the pack that they would have been in, or by the
+    window's first. Annotators may add `features`, bfloat16 as uint16 (N, P, D), of the frozen
     encoder in place of the tiles; `references` float32 (S, 2), under a reference model the log-probability of each document's
     learned tokens, and of those among them that the other answer has not (`pipelines.answers`); and `instructions` int32 (S, L),
     each document's prompt in another vocabulary, filled up with `NOT_LEARNED`.

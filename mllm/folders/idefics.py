@@ -2,7 +2,7 @@
 
 A CLIP vision transformer read whole, a perceiver without a matrix behind, gated blocks of the language model's own form, a Llama.
 Its `<image>` is the mark of an image's place here, and a row of its second table of embeddings, for new words, there.
-Between pictures transformers' processor writes `<fake_token_around_image>`, which ours has not: the mark alone.
+Around pictures its processor writes `<fake_token_around_image>`, which is the mark around them here (`CrossAttention.around`).
 """
 
 from __future__ import annotations
@@ -10,21 +10,26 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
+from jaxtyping import Int
 from torch import Tensor
 
 from mllm.archs import Llama
 from mllm.connectors import Perceiver
 from mllm.encoders import ClipVision, Encoder
 from mllm.fusion import CrossAttention
+from mllm.fusion.cross import around_of
 from mllm.joins import Tiles
+from pipelines.types import Batch
 
 if TYPE_CHECKING:
     from mllm.vlm import VLM, VisionLanguageModel
 
 FAMILY = "IdeficsForVisionText2Text"
+AROUND = "<fake_token_around_image>"
 WORDS = "model.embed_tokens.weight"
 NEW_WORDS = "model.embed_tokens.additional_embedding.weight"
 NEW_HEAD = "lm_head.additional_fc.weight"
+MARKS = ("fusion.mark", "fusion.around")
 
 
 def fits(spec: VLM) -> bool:
@@ -35,7 +40,8 @@ def fits(spec: VLM) -> bool:
     if not isinstance(connector, Perceiver) or not isinstance(fusion, CrossAttention):
         return False
     sees = encoder.layer == -1 and encoder.cls == "keep" and not encoder.normed and not encoder.interpolate
-    asks = connector.activation == "relu" and not connector.projected and fusion.visual_width is None
+    asks = connector.activation == "relu" and not connector.projected and not connector.frames
+    asks = asks and fusion.visual_width is None
     heads = fusion.heads == arch.heads == arch.kv_heads and fusion.heads * fusion.head_size == arch.hidden_size
     blocks = fusion.block == "idefics" and fusion.everywhere and arch.layers % fusion.every == 0
     first = fusion.first == 0 or fusion.every == 1
@@ -129,7 +135,7 @@ def theirs(name: str, every: int) -> str:
         return rest.removeprefix("model.")
     words = rest.split(".")
     if part == "fusion":
-        if rest == "mark":
+        if rest in ("mark", "around"):
             return NEW_WORDS
         _, layer, module, *kind = words
         return ".".join((f"model.gated_cross_attn_layers.{int(layer) // every}", BLOCK[module], *kind))
@@ -140,35 +146,51 @@ def theirs(name: str, every: int) -> str:
 
 
 def whole(spec: VLM, model: VisionLanguageModel, text: Any, image: str) -> Any:
-    """transformers' model with the weights of `model`, good for saving; `text` is a tokenizer that has the word `image`.
+    """transformers' model with the weights of `model`, good for saving; `text` is a tokenizer that has the words `image` and, if
+    the model has marks around pictures, `AROUND`.
 
-    The mark becomes that word's embedding: a new row, or the row that the vocabulary has for it.
+    A mark becomes its word's embedding: a new row, or the row that the vocabulary has for it.
     """
     import transformers
 
     assert isinstance(spec.fusion, CrossAttention)
-    vocabulary, place = spec.lm.arch.vocab_size, text.convert_tokens_to_ids(image)
+    vocabulary = spec.lm.arch.vocab_size
     config = config_of(spec, model, max(len(text) - vocabulary, 0))
     with torch.device("meta"):
         made = getattr(transformers, FAMILY)(config)
     shapes = {name: value.shape for name, value in made.state_dict().items()}
     state: dict[str, Tensor] = {}
     for name, value in model.state_dict().items():
-        if name != "fusion.mark":
+        if name not in MARKS:
             key = theirs(name, spec.fusion.every)
             state[key] = value.reshape(shapes[key]).contiguous()
-    mark, head = model.state_dict()["fusion.mark"], state["lm_head.weight"]
+    marks, head = {n: v for n, v in model.state_dict().items() if n in MARKS}, state["lm_head.weight"]
     if NEW_WORDS in shapes:
         # A new word's row of the head is the mean of all others, so that none of them is ever the likeliest.
         state[NEW_HEAD] = head.mean(0).expand(shapes[NEW_HEAD]).contiguous()
-        state[NEW_WORDS] = mark.new_zeros(shapes[NEW_WORDS])
-    at, row = (WORDS, place) if place < vocabulary else (NEW_WORDS, place - vocabulary)
-    state[at] = state[at].clone()
-    state[at][row] = mark
+        state[NEW_WORDS] = head.new_zeros(shapes[NEW_WORDS])
+    for name, mark in marks.items():
+        place = text.convert_tokens_to_ids(image if name == "fusion.mark" else AROUND)
+        at, row = (WORDS, place) if place < vocabulary else (NEW_WORDS, place - vocabulary)
+        state[at] = state[at].clone()
+        state[at][row] = mark
     made.load_state_dict(state, strict=True, assign=True)
     made.generation_config.eos_token_id = text.eos_token_id
     made.generation_config.pad_token_id = text.pad_token_id
     return made
+
+
+def as_words(batch: Batch, image: int, around: int | None) -> Int[Tensor, " T"]:
+    """The batch's tokens with the ids of `image` and of `AROUND`, if the model has that, where marks stand here."""
+    ids = torch.where(batch.visual, image, batch.input_ids)
+    return ids if around is None else torch.where(around_of(batch), around, ids)
+
+
+def looked_at(ids: Int[Tensor, " T"], image: int, pixels: Tensor) -> dict[str, Tensor]:
+    """What transformers' class is called with for one document: each position sees the latest of the pictures before it."""
+    latest = (ids == image).cumsum(0)[:, None]
+    mask = latest == torch.arange(1, len(pixels) + 1, device=ids.device)
+    return {"input_ids": ids[None], "pixel_values": pixels[None], "image_attention_mask": mask[None].long()}
 
 
 def mark(stored: dict[str, Tensor], folder: str, image: str) -> Tensor:
@@ -178,8 +200,8 @@ def mark(stored: dict[str, Tensor], folder: str, image: str) -> Tensor:
     vocabulary = AutoTokenizer.from_pretrained(folder, trust_remote_code=False).get_vocab()
     if image not in vocabulary:
         raise ValueError(
-            f"the tokenizer of {folder!r} has no {image}, whose embedding stands at a picture's place; take the folder's own "
-            "tokenizer"
+            f"the tokenizer of {folder!r} has no {image}, whose embedding stands at a picture's place or around it; take the "
+            "folder's own tokenizer"
         )
     first, place = len(stored[WORDS]), vocabulary[image]
     return stored[WORDS][place] if place < first else stored[NEW_WORDS][place - first]

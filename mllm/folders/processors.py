@@ -81,6 +81,19 @@ def llava_processor(spec: VLM, tiling: AnyTiling, text: Any, next_: bool) -> Any
     return LlavaProcessor(image_processor=images, **words)
 
 
+def idefics_processor(spec: VLM, tiling: AnyTiling, text: Any) -> Any:
+    """What makes pixels and tokens of pages for Idefics; None where ours was trained on them otherwise."""
+    from transformers import IdeficsProcessor
+    from transformers.models.idefics.image_processing_pil_idefics import IdeficsImageProcessorPil
+
+    if not isinstance(tiling, Resize) or tiling.mode != "squash" or not spec.lm.bos:
+        return None
+    text.bos_token = spec.lm.bos  # which its processor writes before every document
+    numbers: Any = {"image_mean": list(spec.tower.mean), "image_std": list(spec.tower.std)}
+    square = {"height": tiling.size, "width": tiling.size}
+    return IdeficsProcessor(IdeficsImageProcessorPil(size=square, **numbers), text)
+
+
 def clip_pictures(model: Any, tiling: Resize) -> Any:
     """What makes pixels of a picture for models of one picture."""
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil

@@ -24,7 +24,7 @@ from mllm.archs import Llama, Mistral, Qwen2
 from mllm.connectors import MLP, PixelShuffle, Pool, bare
 from mllm.encoders import ClipVision, Encoder, InternViT, SiglipVision
 from mllm.folders import idefics
-from mllm.folders.processors import IMAGE, llava_processor, pinpoints, tokenizer_of
+from mllm.folders.processors import IMAGE, idefics_processor, llava_processor, pinpoints, tokenizer_of
 from mllm.fusion import CrossAttention, Splice
 from mllm.joins import Tiles, Unpad
 from mllm.weights import UntrustedCode, refusal
@@ -59,6 +59,8 @@ class Form:
         processor = None
         if self.kind in ("llava", "llava_next"):
             processor = llava_processor(spec, tiling, text, self.kind == "llava_next")
+        if self.kind == "idefics" and len(self.words) == 2:  # with marks around pictures, which its processor writes
+            processor = idefics_processor(spec, tiling, text)
         (text if processor is None else processor).save_pretrained(out)
 
     def read(self, recipe: Recipe, folder: Path) -> Model:
@@ -76,7 +78,8 @@ def form_of(spec: VLM) -> Form | None:
     """The form that a model has in transformers, if it has one."""
     encoder = spec.encoder
     if idefics.fits(spec):
-        return Form("idefics", idefics.FAMILY)
+        marks = (IMAGE, idefics.AROUND) if spec.fusion.around else (IMAGE,)  # type: ignore[union-attr]  # a CrossAttention
+        return Form("idefics", idefics.FAMILY, marks)
     if not isinstance(encoder, Encoder) or encoder.cls == "keep" or encoder.normed or encoder.interpolate:
         return None
     if spec.fusion != Splice() or not isinstance(spec.lm.arch, Llama | Qwen2 | Mistral):
@@ -215,8 +218,10 @@ def read_into(model: VisionLanguageModel, spec: VLM, folder: str) -> None:
     marks = _marks(form, stored, folder)
     found: dict[str, Tensor] = {}
     for name, own in model.state_dict().items():
-        if name in ("join.marks", "fusion.mark"):
+        if name == "join.marks":
             value = marks
+        elif name in idefics.MARKS:
+            value = idefics.mark(stored, folder, IMAGE if name == "fusion.mark" else idefics.AROUND)
         elif isinstance(spec.fusion, CrossAttention):
             value = stored.get(idefics.theirs(name, spec.fusion.every))
             value = value.flatten() if value is not None and name.endswith("_gate") else value
@@ -251,9 +256,7 @@ def _stored(family: Any, folder: str) -> dict[str, Tensor]:
 
 
 def _marks(form: Form, stored: dict[str, Tensor], folder: str) -> Tensor | None:
-    """The join's marks, (n, D), or the fusion's, (D,), from where the form has them."""
-    if form.kind == "idefics":
-        return idefics.mark(stored, folder, IMAGE)
+    """The join's marks, (n, D), from where the form has them."""
     if form.kind == "llava_next":
         return stored["model.image_newline"][None]
     if form.kind != "internvl" or len(form.words) == 1:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from pydantic import Field
 from torch import Tensor, nn
 
@@ -34,7 +34,9 @@ class CrossAttention:
     `first` is the layer that the first block precedes, the last of the first `every` if nothing is said. `block` is the form of
     the blocks: OpenFlamingo's LayerNorm and GELU, or those of Idefics (arXiv:2306.16527; transformers), which are of the same
     form as the language model's own layers: RMSNorm and a SwiGLU, both of its sizes. `qk_norm` norms each head's queries and
-    keys in the same way; `gates` are one number for a branch, or one for each of its channels.
+    keys in the same way; `gates` are one number for a branch, or one for each of its channels. With `around` another learned mark
+    stands before and behind each image, and one between neighbours (Idefics' `<fake_token_around_image>`); an image is seen from
+    its own mark on.
     """
 
     shares: ClassVar[bool] = False
@@ -50,6 +52,7 @@ class CrossAttention:
     block: Literal["flamingo", "idefics"] = "flamingo"
     qk_norm: bool = False
     gates: Literal["scalar", "vector"] = "scalar"
+    around: bool = False
 
     def __post_init__(self) -> None:
         if self.first is not None and self.first >= self.every:
@@ -68,7 +71,7 @@ class CrossAttention:
         return self.visual_width or encoder
 
     def positions(self, tokens: int) -> int:  # noqa: ARG002 -- one signature for all fusions
-        """Positions that a tile takes: its mark."""
+        """Positions that a tile takes: its mark. Those around an image are the layout's."""
         return 1
 
     def tiny(self) -> CrossAttention:
@@ -84,13 +87,14 @@ class CrossAttention:
 
 
 class CrossAttended(Fused):
-    """The gated blocks, by the number of the layer that each precedes, and the mark that stands for an image."""
+    """The gated blocks, by the number of the layer that each precedes, and the marks that stand for an image and around it."""
 
     sees_pictures = True
 
     def __init__(self, spec: CrossAttention, lm: CausalLM, visual_width: int) -> None:
         super().__init__()
         self.mark = nn.Parameter(torch.randn(lm.arch.hidden_size) * 0.02)
+        self.around = nn.Parameter(torch.randn(lm.arch.hidden_size) * 0.02) if spec.around else None
         first = spec.every - 1 if spec.first is None else spec.first
         places = range(first, lm.arch.layers, spec.every)
         self.blocks = nn.ModuleDict({str(number): GatedBlock(spec, lm, visual_width) for number in places})
@@ -99,7 +103,9 @@ class CrossAttended(Fused):
         self, lm: LanguageModel, text: Float[Tensor, "T D"], visual: Float[Tensor, "V Dv"], batch: Batch
     ) -> Float[Tensor, "T D"]:
         text = torch.where(batch.visual.unsqueeze(1), self.mark.to(text.dtype), text)
-        sight = sight_of(batch, len(visual))
+        if self.around is not None:
+            text = torch.where(around_of(batch).unsqueeze(1), self.around.to(text.dtype), text)
+        sight = sight_of(batch, len(visual), around=self.around is not None)
 
         def before(number: int, hidden: Tensor) -> tuple[Tensor, dict[str, Any]]:
             if str(number) not in self.blocks:
@@ -110,7 +116,8 @@ class CrossAttended(Fused):
 
     def parts(self, lm: LanguageModel) -> dict[str, list[nn.Parameter]]:
         gates = [p for name, p in self.named_parameters() if name.endswith("gate")]
-        return {**super().parts(lm), "fusion.gates": gates, "fusion.mark": [self.mark]}
+        marks = [self.mark] if self.around is None else [self.mark, self.around]
+        return {**super().parts(lm), "fusion.gates": gates, "fusion.mark": marks}
 
     def units(self) -> list[nn.Module]:
         return list(self.blocks.values())
@@ -193,20 +200,34 @@ def told(
     return torch.zeros_like(q.flatten(1)).index_copy(0, sight.rows, seen.flatten(1))
 
 
-def sight_of(batch: Batch, visual_tokens: int, marks: bool = True) -> Sight:
+def around_of(batch: Batch) -> Bool[Tensor, " T"]:
+    """Positions of the marks around images: one behind each, and one before it where no other image ends there."""
+    tiles, positions = batch.cuts[:, 0].long(), batch.cuts[:, 1].long()
+    owner = torch.arange(len(positions), device=positions.device).repeat_interleave(positions)
+    place = torch.arange(len(owner), device=owner.device) - (positions.cumsum(0) - positions)[owner]
+    before = (positions - tiles - 1)[owner]
+    marks = (place < before) | (place >= before + tiles[owner])
+    return torch.zeros_like(batch.visual).masked_scatter(batch.visual, marks)
+
+
+def sight_of(batch: Batch, visual_tokens: int, marks: bool = True, around: bool = False) -> Sight:
     """Who sees what in a pack of `visual_tokens`: from an image's first position on to the next image or the document's end.
 
-    Raises ValueError when images and visual tokens do not match; with `marks`, when a tile has not one position.
+    Raises ValueError when images and visual tokens do not match; with `marks`, when a tile has not one position, `around` those
+    of `around_of`, the first of which sees the image before.
     """
     device, length = batch.visual.device, len(batch.visual)
-    cuts = batch.cuts[:, :2].tolist()
+    # Frames that are read together with the one before them have no positions, and no tokens of their own.
+    cuts = [(tiles, positions) for tiles, positions in batch.cuts[:, :2].tolist() if positions]
     if not cuts:
         return Sight(
             torch.zeros(length, dtype=torch.bool, device=device), torch.zeros(0, dtype=torch.long, device=device), None
         )
     tiles = sum(tiles for tiles, _ in cuts)
     each, rest = divmod(visual_tokens, tiles)
-    marked = batch.visual_count == tiles and all(tiles == positions for tiles, positions in cuts)
+    more = (1, 2) if around else (0,)
+    marked = batch.visual_count == sum(positions for _, positions in cuts)
+    marked = marked and all(positions - tiles in more for tiles, positions in cuts)
     if rest or (marks and not marked):
         raise ValueError(
             f"the pack's {len(cuts)} images have {tiles} tiles at {batch.visual_count} positions, and there are {visual_tokens} "
@@ -216,8 +237,8 @@ def sight_of(batch: Batch, visual_tokens: int, marks: bool = True) -> Sight:
     bounds = batch.cu_seqlens.tolist()
     queries, keys, rows = [], [], []
     starts, at = [], 0
-    for _, count in cuts:
-        starts.append(places[at])
+    for tiles, count in cuts:
+        starts.append(places[at + (count - tiles - 1 if around else 0)])
         at += count
     document = 0
     for number, start in enumerate(starts):

@@ -12,6 +12,7 @@ from mllm.objectives.contrast import Contrastive
 from mllm.objectives.data import MaskedData
 from mllm.objectives.fused import MaskedTokens, Matching
 from mllm.objectives.language import DPO, Ids, NextToken
+from mllm.objectives.once import AtOnce
 from mllm.objectives.pictures import Classification, MaskedCodes, MaskedPixels
 from mllm.objectives.regions import MaskedRegions
 from mllm.objectives.retrieval import RetrievalToken
@@ -36,12 +37,14 @@ Objective = Annotated[
     | Captioning
     | RetrievalToken
     | Sum
-    | OneOf,
+    | OneOf
+    | AtOnce,
     Field(discriminator="kind"),
 ]
 
 __all__ = [
     "DPO",
+    "AtOnce",
     "Captioning",
     "Classification",
     "Contrastive",

@@ -9,13 +9,14 @@ from typing import Annotated, Any, Literal, Protocol
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 from pydantic import Field
 from torch import Tensor
 
-from mllm.chance import chosen
+from mllm.chance import chosen, row_seeds
 from mllm.objectives.base import Collected, Gathered, LossOutput, no_documents
-from mllm.streams import Fused, Fuser, Paired, with_texts
+from mllm.pairs import Texts
+from mllm.streams import Fused, Fuser, P, Paired, with_texts
 from ops.transport import transport_cost
 from pipelines.types import NOT_LEARNED, Batch, spec
 
@@ -48,11 +49,19 @@ class MaskedTokens:
 
     def __call__(self, model: Fuser, batch: Batch) -> LossOutput:
         paired = model.pairs(batch)
-        texts = paired.texts
+        seen, masked = self.hide(model, batch, paired)
+        return self.read(model, batch, paired, masked, model.fuse(batch, seen))
+
+    def hide(self, model: Fuser, batch: Batch, paired: P) -> tuple[P, Bool[Tensor, " T"]]:
+        """The pairs as a model sees them, and which of their tokens are masked."""
         masked = self.masked(batch, paired, model.continues)
         ids = self.hidden(model, batch, paired, masked)
-        seen = replace(paired, texts=replace(texts, ids=ids))
-        logits = model.words_of(model.fuse(batch, seen).texts[masked]).float()
+        return replace(paired, texts=replace(paired.texts, ids=ids)), masked
+
+    def read(self, model: Fuser, batch: Batch, paired: Paired, masked: Bool[Tensor, " T"], fused: Fused) -> LossOutput:
+        """The loss of what was made of the pairs as `hide` showed them."""
+        texts = paired.texts
+        logits = model.words_of(fused.texts[masked]).float()
         right = texts.ids[masked]
         each = F.cross_entropy(logits, right, reduction="none")
         documents = no_documents(batch)
@@ -78,16 +87,21 @@ class MaskedTokens:
         texts = paired.texts
         if not len(texts.documents):
             return torch.zeros_like(texts.ids, dtype=torch.bool)
+        return self.drawn(row_seeds(batch)[texts.documents], texts, continues)
+
+    def drawn(self, rows: Int[Tensor, " S"], texts: Texts, continues: Tensor | None = None) -> Bool[Tensor, " T"]:
+        """Which tokens of `texts` are masked where `rows` are the seeds of each one's row."""
         last = texts.cu_seqlens[1:].long() - 1
         inner = texts.positions > 0
         inner[last] = False
+        draw = chosen(rows, texts.owner, texts.positions, HIDE)
         if not self.whole_words or continues is None:
-            return inner & (self._draw(batch, paired, HIDE) < self.share)
+            return inner & (draw < self.share)
         # A word is drawn by its first token, which bos never is.
         first = (continues[texts.ids] == 0) | (texts.positions <= 1)
         number = torch.arange(len(first), device=first.device)
         begin = torch.where(first, number, 0).cummax(0).values
-        return inner & (self._draw(batch, paired, HIDE)[begin] < self.share)
+        return inner & (draw[begin] < self.share)
 
     def hidden(self, model: Vocabulary, batch: Batch, paired: Paired, masked: Tensor) -> Tensor:
         """Ids of the pairs' texts, int64 (T,), with what stands in the place of those that are masked."""
@@ -103,7 +117,7 @@ class MaskedTokens:
 
     def _draw(self, batch: Batch, paired: Paired, salt: int) -> Float[Tensor, " T"]:
         texts = paired.texts
-        return chosen(seeds(batch)[texts.documents], texts.owner, texts.positions, salt)
+        return chosen(row_seeds(batch)[texts.documents], texts.owner, texts.positions, salt)
 
 
 @spec
@@ -124,7 +138,7 @@ class Matching(Gathered):
         count = len(texts.documents)
         ids = torch.full((max(count, 1), model.context), NOT_LEARNED, device=texts.ids.device)
         ids[texts.owner, texts.positions] = texts.ids
-        rows = seeds(batch)[texts.documents]
+        rows = row_seeds(batch)[texts.documents]
         zero = torch.zeros_like(rows)
         turn = chosen(rows, torch.arange(count, device=rows.device), zero, TURN) if count else zero.float()
         return ids[:count], rows, turn < self.torn
@@ -148,7 +162,14 @@ class Matching(Gathered):
 
     def again(self, model: Fuser, batch: Batch, told: list[tuple[list[int], bool]]) -> LossOutput:
         paired = model.pairs(batch)
-        fused = model.fuse(batch, with_texts(paired, [words for words, _ in told]))
+        return self.read(
+            model, batch, paired, told, model.fuse(batch, with_texts(paired, [words for words, _ in told]))
+        )
+
+    def read(
+        self, model: Fuser, batch: Batch, paired: Paired, told: list[tuple[list[int], bool]], fused: Fused
+    ) -> LossOutput:
+        """The loss of what was made of the pairs with the texts that they were told."""
         count = len(told)
         logits = model.match(fused.pooled[:count]).float()
         belongs = torch.tensor([right for _, right in told], dtype=torch.long, device=logits.device)
@@ -178,10 +199,3 @@ class Matching(Gathered):
         there = (places > 0) & (places < lengths[:, None] - 1)
         onto, which = model.aligned(fused, paired)
         return transport_cost(spread, onto, there, onto=which)
-
-
-def seeds(batch: Batch) -> Tensor:
-    """The seed of each document's row, int64 (S,)."""
-    if batch.seeds is None:
-        raise ValueError("the batch knows no seeds of its rows; make it with Batch.of")
-    return batch.seeds

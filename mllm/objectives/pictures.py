@@ -6,12 +6,12 @@ from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from pydantic import Field
 from torch import Tensor
 
 from mllm.bert import CrossEncoder
-from mllm.classify import ImageClassifier
+from mllm.classify import ImageClassifier, Scores
 from mllm.masked import MaskedAutoencoder, MaskedPredictor
 from mllm.objectives.base import LossOutput, no_documents
 from pipelines.types import Batch, spec
@@ -29,9 +29,14 @@ class Classification:
     smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
 
     def __call__(self, model: ImageClassifier | CrossEncoder, batch: Batch) -> LossOutput:
-        scores = model.scores(batch)
+        return self.read(batch, model.scores(batch))
+
+    def read(self, batch: Batch, scores: Scores, asked: Bool[Tensor, " I"] | None = None) -> LossOutput:
+        """The loss of `scores`; of those that are not `asked` nothing counts."""
         logits = scores.logits.float()
         classes = batch.classes[scores.documents]
+        if asked is not None:
+            classes = torch.where(asked, classes, -1)
         if len(classes) and int(classes.max()) >= logits.shape[1]:
             raise ValueError(
                 f"the batch has class {int(classes.max())} and the model scores of {logits.shape[1]}; raise model.classes"

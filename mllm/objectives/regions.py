@@ -11,10 +11,11 @@ from jaxtyping import Bool, Float
 from pydantic import Field
 from torch import Tensor
 
-from mllm.chance import chosen
+from mllm.chance import chosen, row_seeds
 from mllm.objectives.base import LossOutput, no_documents
-from mllm.objectives.fused import REGION, Share, seeds
+from mllm.objectives.fused import REGION, Share
 from mllm.regions import PairedRegions, Seen
+from mllm.streams import Fused
 from pipelines.types import Batch, spec
 
 Target = Literal["features", "classes", "kl", "attributes"]
@@ -46,8 +47,19 @@ class MaskedRegions:
 
     def __call__(self, model: Any, batch: Batch) -> LossOutput:
         paired: PairedRegions = model.pairs(batch)
+        seen, masked = self.hide(batch, paired)
+        return self.read(model, batch, paired, masked, model.fuse(batch, seen))
+
+    def hide(self, batch: Batch, paired: PairedRegions) -> tuple[PairedRegions, Bool[Tensor, " V"]]:
+        """The pairs as a model sees them, and which of their regions are hidden."""
         masked = self.masked(batch, paired)
-        hidden = model.fuse(batch, replace(paired, hidden=masked)).pictures[masked]
+        return replace(paired, hidden=masked), masked
+
+    def read(
+        self, model: Any, batch: Batch, paired: PairedRegions, masked: Bool[Tensor, " V"], fused: Fused
+    ) -> LossOutput:
+        """The loss of what was made of the pairs as `hide` showed them."""
+        hidden = fused.pictures[masked]
         seen: Seen = model.rows_of(batch, paired)
         each = hidden.new_zeros(len(hidden), dtype=torch.float32)
         right = torch.zeros_like(each)
@@ -95,4 +107,4 @@ class MaskedRegions:
         """Which regions are hidden."""
         if not len(paired.texts.documents):
             return torch.zeros_like(paired.tiles, dtype=torch.bool)
-        return chosen(seeds(batch)[paired.texts.documents], paired.owner, paired.place, REGION) < self.share
+        return chosen(row_seeds(batch)[paired.texts.documents], paired.owner, paired.place, REGION) < self.share

@@ -52,6 +52,20 @@ class Term:
     weight: Annotated[float, Field(gt=0)] = 1.0
 
 
+def factors(terms: Sequence[Term], totals: Sequence[Tensor] | Tensor) -> list[float]:
+    """What each term's sum is multiplied by, so that all divided by the first's weight are their means; `totals` are weights."""
+    base = totals[0].clamp(min=1)
+    return [term.weight * float(base / total.clamp(min=1)) for term, total in zip(terms, totals, strict=True)]
+
+
+def added(shares: Sequence[float], outputs: Sequence[LossOutput]) -> LossOutput:
+    """The sum of losses, each so many times; weight, learned and right positions are those of the first."""
+    losses: list[Tensor] = [share * output.sum for share, output in zip(shares, outputs, strict=True)]
+    documents = outputs[0].documents.clone()
+    documents[:, 0] = sum(share * output.documents[:, 0] for share, output in zip(shares, outputs, strict=True))
+    return LossOutput(sum=torch.stack(losses).sum(), weight=outputs[0].weight, documents=documents)
+
+
 @spec
 class Sum(Gathered):
     """The sum of the means of several objectives: each one's sum by its own weight, both over the whole step, times `weight`.
@@ -92,11 +106,8 @@ class Sum(Gathered):
                 told.append(term.objective.whole([pack[place][1] for pack in packs], group))
             else:
                 told.append([None] * len(packs))
-        base = totals[0].clamp(min=1)
-        factors = [
-            term.weight * float(base / total.clamp(min=1)) for term, total in zip(self.terms, totals, strict=True)
-        ]
-        return [(factors, [each[number] for each in told]) for number in range(len(packs))]
+        shares = factors(self.terms, totals)
+        return [(shares, [each[number] for each in told]) for number in range(len(packs))]
 
     def again(self, model: Any, batch: Batch, told: tuple[list[float], list[Any]]) -> LossOutput:
         outputs = []
@@ -104,10 +115,7 @@ class Sum(Gathered):
             for term, own in zip(self.terms, told[1], strict=True):
                 one = term.objective
                 outputs.append(one.again(model, batch, own) if isinstance(one, Gathered) else one(model, batch))
-        losses: list[Tensor] = [factor * output.sum for factor, output in zip(told[0], outputs, strict=True)]
-        documents = outputs[0].documents.clone()
-        documents[:, 0] = sum(f * output.documents[:, 0] for f, output in zip(told[0], outputs, strict=True))
-        return LossOutput(sum=torch.stack(losses).sum(), weight=outputs[0].weight, documents=documents)
+        return added(told[0], outputs)
 
     def settle(self, model: Any, told: Sequence[tuple[list[float], list[Any]]]) -> None:
         for place, term in enumerate(self.terms):

@@ -7,10 +7,10 @@ MPT-1B has no norms of queries and keys, and Otter's embeddings stay frozen.
 
 Flamingo's own parts were never published: an NFNet-F6 without its last convolution, and Chinchillas in GPT-NeoX's form, with
 LayerNorm and rotary positions for RMSNorm and relative ones. Its batches, shares and steps are not certain; the gated layers have
-GELU, and a video's frames are resampled one by one, without embeddings of their time, and each is seen as an image.
+GELU. Of a video 8 frames are read together, one a second; of a longer one as many from all of it.
 
 Idefics (arXiv:2306.16527) is the Flamingo that transformers has, read from its folders and written as they are: gated layers in
-the form of LLaMA's own, norms of queries and keys. Pictures here have no <fake_token_around_image> beside them.
+the form of LLaMA's own, norms of queries and keys, and <fake_token_around_image> around each picture, which is never guessed.
 """
 
 from dataclasses import replace
@@ -26,6 +26,7 @@ from mllm.vlm import VLM
 from pipelines.chat import Vicuna
 from pipelines.corpora import Conversations, Interleaved, Obelics, Pairs, TextOnly, Videos
 from pipelines.tiling import Resize
+from pipelines.types import Frames
 
 MPT_7B = MPT(hidden_size=4096, layers=32, heads=32)
 MPT_1B = MPT(vocab_size=50_368, hidden_size=2048, layers=24, heads=16)
@@ -124,7 +125,7 @@ def _flamingo(name: str, arch: GPTNeoX, every: int) -> Recipe:
             Source(corpus=Interleaved(name="m3w-43m", max_images=5), weight=1.0),
             Source(corpus=Pairs(name="align-1.8b"), weight=1.0, loss_weight=0.2),
             Source(corpus=Pairs(name="ltip-312m"), weight=1.0, loss_weight=0.2),
-            Source(corpus=Videos(name="vtp-27m"), weight=1.0, loss_weight=0.03),
+            Source(corpus=Videos(name="vtp-27m", frames=Frames(count=8, fps=1.0)), weight=1.0, loss_weight=0.03),
         ),
         tune={"connector": rate, "fusion": rate},
         context=2048,
@@ -138,7 +139,7 @@ def _flamingo(name: str, arch: GPTNeoX, every: int) -> Recipe:
         paper="arXiv:2204.14198",
         model=VLM(
             encoder=Encoder(arch=NFNet(), weights="flamingo-nfnet-f6", layer=-1),
-            connector=Perceiver(heads=16, head_size=96),
+            connector=Perceiver(heads=16, head_size=96, frames=8),
             lm=_neox(arch, f"chinchilla-{name}"),
             fusion=CrossAttention(every=every, heads=arch.heads, head_size=128, everywhere=True, visual_width=1536),
         ),
@@ -189,7 +190,7 @@ def idefics_9b() -> Recipe:
             connector=Perceiver(heads=16, head_size=96, activation="relu", qk_norm=True, projected=False),
             lm=CausalLM(arch=LLAMA_7B, weights="huggyllama/llama-7b", chat=Vicuna(), bos="<s>", eos="</s>"),
             fusion=CrossAttention(
-                every=4, first=0, heads=32, head_size=128, everywhere=True, block="idefics", qk_norm=True
+                every=4, first=0, heads=32, head_size=128, everywhere=True, block="idefics", qk_norm=True, around=True
             ),
         ),
         tiling=Resize(size=224, mode="squash"),

@@ -2,14 +2,15 @@
 
 COCO and Visual Genome captions, VQA 2.0, GQA and Visual Genome's questions, 36 regions a picture. Masked words, matching, masked
 regions (features by smooth L1, objects and attributes weighed by the detector's certainty), 9,500 answers. 256 rows a step, rate
-1e-4, 20 epochs, texts of 20 tokens. Deviations: each task has a forward of its own, where the released code masks words and
-regions of one in which half of the texts are torn from their pictures; hidden regions are zeros, of which the released code
-leaves a fifth as another region or as they are; no dropout. In the paper's other run answers are learned in the last ten
-epochs alone: a second stage without their term before it.
+1e-4, 20 epochs, texts of 20 tokens. One forward has all tasks: half of the texts are torn from their pictures, words and regions
+of what is shown then are masked, and answers are asked of pairs that belong together. Deviations: hidden regions are zeros, of
+which the released code leaves a fifth as another region or as they are; objects and attributes are told of hidden regions alone,
+as the paper says, where the released code asks all of them; dropout is of hidden states alone, none of attention. In the paper's
+other run answers are learned in the last ten epochs alone: a second stage without their term before it.
 """
 
 from mllm.crossmodal import LXMERT, CrossModal
-from mllm.objectives import Classification, MaskedRegions, MaskedTokens, Matching, Sum, Term
+from mllm.objectives import AtOnce, Classification, MaskedRegions, MaskedTokens, Matching, Term
 from mllm.recipe import Epochs, Linear, Recipe, Source, Stage
 from mllm.recipes.shared import decayed
 from mllm.recipes.uniter import FREE, PARTS
@@ -33,7 +34,7 @@ def lxmert() -> Recipe:
         max_tiles=64 * 36,
         tokens_per_step=256 * A_ROW,
         duration=Epochs(count=20),
-        objective=Sum(
+        objective=AtOnce(
             terms=(
                 Term(objective=MaskedTokens()),
                 Term(objective=Matching()),
@@ -43,7 +44,7 @@ def lxmert() -> Recipe:
         ),
         schedule=Linear(warmup=0.05),
     )
-    model = CrossModal(arch=arch, answers=9500, tokenizer="bert-base-uncased")
+    model = CrossModal(arch=arch, answers=9500, tokenizer="bert-base-uncased", dropout=0.1)
     return Recipe(
         name="lxmert",
         paper="arXiv:1908.07490",

@@ -2,7 +2,8 @@
 
 4,096 pairs a step, rate 1e-4 with a tenth of warm-up and a straight way down, decay 0.01, 100,000 steps; half of the pairs are
 torn, 15 % of words masked whole, alignment 0.1. Deviations: pictures are squeezed to 384 x 384 where ViLT keeps their aspect; it
-begins from nothing where ViLT begins from a ViT-B/32 of ImageNet-21k.
+begins from nothing where ViLT begins from a ViT-B/32 of ImageNet-21k; dropout (0.1 in the released code) is not between the two
+matrices of a feed-forward.
 """
 
 from mllm.dual import Layers
@@ -32,7 +33,7 @@ def vilt_b32() -> Recipe:
         schedule=Linear(warmup=0.1),
     )
     arch = ViLT(shape=Layers(hidden_size=768, layers=12, heads=12, intermediate_size=3072))
-    model = SingleStream(arch=arch, tokenizer="bert-base-uncased")
+    model = SingleStream(arch=arch, dropout=0.1, tokenizer="bert-base-uncased")
     return Recipe(
         name="vilt_b32",
         paper="arXiv:2102.03334",

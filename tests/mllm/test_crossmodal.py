@@ -16,10 +16,11 @@ from cluster.engines import alone, build_engine
 from cluster.preview import cut_of, write_preview
 from cluster.site import Site
 from mllm.bert import CrossEncoder
-from mllm.objectives import Classification, MaskedRegions, MaskedTokens, Matching, OneOf, Sum, Term
+from mllm.objectives import AtOnce, Classification, Contrastive, MaskedRegions, MaskedTokens, Matching, OneOf, Sum, Term
 from mllm.recipe import FSDP, Full, Recipe, RecipeError, override
 from mllm.recipes import by_name
 from mllm.regions import geometry, regions_of, waves
+from mllm.streams import with_texts
 from mllm.tiny import tiny
 from mllm.tune import apply_tuning
 from ops.transport import plan, transport_cost
@@ -264,6 +265,13 @@ OBJECTIVES = {
     ),
     "lxmert": Sum(terms=(Term(objective=Matching(alignment=0.3)), Term(objective=Classification()))),
 }
+TASKS = (
+    Term(objective=MaskedTokens(share=0.3)),
+    Term(objective=Matching(), weight=0.5),
+    Term(objective=MaskedRegions(targets=("features", "classes"), smooth=True, sure=True)),
+    Term(objective=Classification(), weight=2.0),
+)
+"""LXMERT's, each at once or one after the other."""
 
 
 def steps(recipe: Recipe, site: Site, objective: Any, turns: int, seed: int = 0) -> list[tuple[float, float]]:
@@ -281,12 +289,81 @@ def steps(recipe: Recipe, site: Site, objective: Any, turns: int, seed: int = 0)
     return reports
 
 
-@pytest.mark.parametrize("name", OBJECTIVES)
+def counted(model: CrossEncoder, shown: Any = None) -> list[Any]:
+    """What the model is shown from here on, one forward after the other; it reads `shown` instead, if that is given."""
+    passes: list[Any] = []
+    fuse = model.fuse
+
+    def counting(batch: Batch, paired: Any) -> Any:
+        passes.append(paired)
+        return fuse(batch, paired if shown is None else shown)
+
+    model.fuse = counting  # type: ignore[method-assign]  # it is looked over its shoulder
+    return passes
+
+
+def asked(site: Site, recipe: Recipe) -> Batch:
+    """Pairs, some with an answer and some without."""
+    windows, samples = samples_of(site, recipe)
+    found = [s for s in samples if s.label is not None][:5] + [s for s in samples if s.label is None][:7]
+    assert len(found) == 12
+    return batch_of(windows, found)
+
+
+def test_all_tasks_take_one_forward_and_lose_what_each_would_alone(site: Site) -> None:
+    """On the same masks: each term by itself reads what was shown to all of them."""
+    recipe = tiny(by_name("lxmert"))
+    model, again = model_of(recipe), model_of(recipe)
+    batch = asked(site, recipe)
+    objective = AtOnce(terms=TASKS)
+    passes = counted(model)
+    shares, texts = told = objective.whole([objective.collect(model, batch)], None)[0]
+    assert passes == []  # a step is looked through without asking the model
+    together = objective.again(model, batch, told)
+    (shown,) = passes
+    belongs = torch.tensor([right for _, right in texts])
+    assert 0 < (belongs & (batch.classes >= 0)).sum() < (batch.classes >= 0).sum()
+
+    torn = with_texts(again.pairs(batch), [words for words, _ in texts])
+    again.pairs = lambda batch: torn  # type: ignore[method-assign]  # noqa: ARG005 -- the texts that were shown
+    assert len(counted(again, shown)) == 0
+    answered = replace(batch, classes=torch.where(belongs, batch.classes, -1))
+    words, matching, regions, answers = (term.objective for term in TASKS)
+    assert isinstance(matching, Matching)
+    apart = [
+        words(again, batch),  # type: ignore[arg-type]  # of this kind
+        matching.again(again, batch, texts),
+        regions(again, batch),  # type: ignore[arg-type]  # of this kind
+        answers(again, answered),  # type: ignore[arg-type]  # of this kind
+    ]
+    assert (shown.texts.ids != torn.texts.ids).sum() > 3
+    assert shown.hidden.sum() == apart[2].weight
+    summed = torch.stack([share * output.sum for share, output in zip(shares, apart, strict=True)]).sum()
+    assert float(together.sum) == pytest.approx(float(summed), rel=1e-6)
+    for share, term, output in zip(shares, TASKS, apart, strict=True):  # each a mean of its own
+        assert share == pytest.approx(term.weight * float(apart[0].weight / output.weight), rel=1e-6)
+    together.sum.backward()
+    summed.backward()
+    for (name, p), other in zip(model.named_parameters(), again.parameters(), strict=True):
+        assert p.grad is not None, name
+        torch.testing.assert_close(p.grad, other.grad, rtol=1e-4, atol=1e-5)
+
+
+def test_tasks_at_once_are_of_four_kinds() -> None:
+    for terms in ((), TASKS[:1] * 2, (Term(objective=Contrastive()),)):
+        with pytest.raises(ValueError, match="give each of matching, masked_tokens, masked_regions and classification"):
+            AtOnce(terms=terms)
+    with pytest.raises(RecipeError, match="cannot learn 'classification'"):
+        override(by_name("lxmert"), ["model.answers=0"])
+
+
+@pytest.mark.parametrize("name", [*OBJECTIVES, "at once"])
 def test_the_curve_knows_no_turns(site: Site, name: str) -> None:
-    recipe = tiny(by_name(name))
+    recipe = tiny(by_name("lxmert" if name == "at once" else name))
+    objective = AtOnce(terms=TASKS) if name == "at once" else OBJECTIVES[name]
     with alone():
-        once = steps(recipe, site, OBJECTIVES[name], 1)
-        thrice = steps(recipe, site, OBJECTIVES[name], 3)
+        once = steps(recipe, site, objective, 1)
+        thrice = steps(recipe, site, objective, 3)
     assert thrice == [pytest.approx(pair, rel=5e-4) for pair in once]
 
 

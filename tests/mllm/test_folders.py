@@ -1,10 +1,12 @@
 """Folders of transformers' whole models, both ways: what ours writes theirs reads, what theirs writes ours reads, same logits."""
 
+import io
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -14,13 +16,15 @@ from cluster.site import load_site
 from mllm.archs import Mistral
 from mllm.connectors import Pool
 from mllm.export import export, form_of, read_back
-from mllm.folders import wholes
+from mllm.folders import idefics, wholes
 from mllm.recipe import Recipe, RecipeError, dump, load, override
 from mllm.recipes import by_name
 from mllm.tiny import tiny
 from mllm.vlm import VisionLanguageModel
 from ops.images import normalize
-from pipelines.types import IMAGE_TOKEN, Batch, Pack
+from pipelines.encode import Encoder, TextCodec
+from pipelines.pictures import measure, pixels
+from pipelines.types import IMAGE_TOKEN, Batch, Budget, Document, Image, Pack, RowId, Text
 from pipelines.windows import PackWindows
 from tests.conftest import ROOT
 
@@ -63,6 +67,10 @@ def asked(recipe: Recipe, model: VisionLanguageModel, tokenizer: Any) -> Asked:
     form = wholes.form_of(recipe.vlm)
     assert form is not None
     place = tokenizer.convert_tokens_to_ids(form.words[0])
+    if form.kind == "idefics":
+        around = tokenizer.convert_tokens_to_ids(idefics.AROUND)
+        pixels = normalize(batch.tiles, model.encoder.mean, model.encoder.std)  # type: ignore[arg-type]  # one tower
+        return Asked(batch, idefics.looked_at(idefics.as_words(batch, place, around), place, pixels), ~batch.visual)
     ids = torch.where(batch.input_ids == IMAGE_TOKEN, place, batch.input_ids)
     if len(form.words) == 3:  # tags around each picture
         at = (batch.input_ids == IMAGE_TOKEN).nonzero().squeeze(1)
@@ -76,10 +84,6 @@ def asked(recipe: Recipe, model: VisionLanguageModel, tokenizer: Any) -> Asked:
             words |= {"pixel_values": pixels[None], "image_sizes": batch.cuts[:, 5:7]}
         case "llava_next_video":
             words |= {"pixel_values_videos": pixels[None]}
-        case "idefics":  # each position sees the latest picture before it
-            latest = (ids == place).cumsum(0)[:, None]
-            words |= {"pixel_values": pixels[None]}
-            words |= {"image_attention_mask": (latest == torch.arange(1, len(pixels) + 1))[None].long()}
         case _:
             words |= {"pixel_values": pixels}
     return Asked(batch, words, ~batch.visual)
@@ -117,8 +121,14 @@ def test_transformers_reads_what_we_write_and_we_read_what_it_writes(name: str, 
     family = getattr(transformers, form.family).from_pretrained(folder).eval()
     compare(recipe, model, family, tokenizer)
     state, again = model.state_dict(), read_back(folder).state_dict()
-    if form.kind == "idefics":  # the mark is the embedding of the tokenizer's own <image>, which stands nowhere else
-        state["lm.model.model.embed_tokens.weight"][tokenizer.convert_tokens_to_ids("<image>")] = state["fusion.mark"]
+    if (
+        form.kind == "idefics"
+    ):  # a mark is the embedding of a word, which the tokenizer may have among those that it had
+        words = state["lm.model.model.embed_tokens.weight"]
+        for name, word in zip(idefics.MARKS, form.words, strict=True):
+            place = tokenizer.convert_tokens_to_ids(word)
+            if place < len(words):
+                words[place] = state[name]
     assert all(torch.equal(value, again[key]) for key, value in state.items())
 
     lively(family)  # other weights, under its own names
@@ -146,6 +156,49 @@ def test_the_processor_of_a_llava_next_cuts_pictures_as_we_do(tmp_path: Path) ->
         cut = recipe.tiling.cut(width=size[0], height=size[1])
         assert inputs["pixel_values"].shape[1] == cut.tiles
         assert int((inputs["input_ids"] == processor.image_token_id).sum()) == layout.tokens(cut)
+
+
+@torch.no_grad()
+def test_the_processor_of_an_idefics_writes_pages_as_we_do(tmp_path: Path) -> None:
+    """Two pictures side by side, and one among words: the same tokens, and from them and the same pixels the same logits."""
+    from PIL import Image as Pillow
+
+    recipe = small("idefics_9b")
+    torch.manual_seed(0)
+    model = recipe.vlm.build().eval()
+    lively(model)
+    folder = export(recipe, model, TOKENIZER, tmp_path / "export")
+    processor = transformers.AutoProcessor.from_pretrained(folder)
+    assert type(processor).__name__ == "IdeficsProcessor"
+    family = transformers.IdeficsForVisionText2Text.from_pretrained(folder).eval()
+
+    side = recipe.tiling.size
+    chance = np.random.default_rng(0)
+    shown = [Pillow.fromarray(chance.integers(0, 256, (side, side, 3), np.uint8)) for _ in range(3)]
+    first, second, third = shown
+    page = ["A red shirt,", first, second, "and a hat.", third, "On a chair:"]
+    inputs = processor(text=page, add_eos_token=True, return_tensors="pt")
+
+    lm = recipe.vlm.lm
+    codec = TextCodec(TOKENIZER, lm.bos, lm.eos)
+    encoder = Encoder(codec, lm.chat, recipe.vlm.layout(recipe.tiling), Budget(tokens=256, tiles=8))
+    segments = tuple(Text(text=part) if isinstance(part, str) else Image(data=_png(part)) for part in page)
+    document = Document(id=RowId(corpus="c", shard="s", epoch=0, row=0), source=0, segments=segments)
+    samples = encoder.encode(measure(document, recipe.tiling))
+    batch = Batch.of(Pack.of_samples(samples, pixels(samples[0].pictures, recipe.tiling)))
+    ids = processor.tokenizer.convert_tokens_to_ids(["<image>", idefics.AROUND])
+    assert inputs["input_ids"][0].tolist() == idefics.as_words(batch, *ids).tolist()
+
+    theirs = family(**inputs).logits[0]
+    ours = model(batch) @ model.lm.head.T
+    text = ~batch.visual
+    torch.testing.assert_close(ours[text], theirs[text, : ours.shape[1]], rtol=1e-3, atol=1e-3)
+
+
+def _png(picture: Any) -> bytes:
+    file = io.BytesIO()
+    picture.save(file, "png")
+    return file.getvalue()
 
 
 def test_weights_of_the_whole_must_fit_a_class_and_the_numbers(tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ from mllm.fusion import (
     Splice,
     UnifiedVocabulary,
 )
-from mllm.fusion.cross import sight_of
+from mllm.fusion.cross import around_of, sight_of
 from mllm.fusion.experts import borders, gathered_positions
 from mllm.objectives import NextToken, TwoVocabularies
 from mllm.recipe import FSDP, Full, RecipeError, dump, load, override
@@ -39,6 +39,7 @@ FUSIONS: dict[str, Fusion] = {
     "splice": Splice(),
     "cross": CrossAttention(every=1, heads=2, head_size=16),
     "every second": CrossAttention(every=2, heads=2, head_size=16, everywhere=True),
+    "marks around": CrossAttention(every=1, heads=2, head_size=16, around=True),
     "adapter": PreLMAdapter(hidden=16),
     "adapter of queries": PreLMAdapter(hidden=16, text="queries", queries=1),
     "experts": RoutedExperts(),
@@ -127,6 +128,27 @@ def test_closed_gates_leave_the_language_model_as_it_is(name: str) -> None:
     assert torch.equal(logits(model, batch), plain)
     randomize(model.parts()["fusion.gates"])
     assert (logits(model, batch) - plain).abs().max() > 1e-3
+
+
+def test_marks_stand_around_images_and_neighbours_share_one() -> None:
+    vlm = toy(FUSIONS["marks around"])
+    batch = packed(vlm, [[5, PICTURE, PICTURE, 6], [7], [PICTURE, 8, PICTURE]])
+    assert batch.cuts[:, 1].tolist() == [3, 2, 3, 3]
+    first, second, third = (x.tolist() for x in around_of(batch).split([7, 1, 7]))
+    assert first == [False, True, False, True, False, True, False]
+    assert second == [False]
+    assert third == [True, False, True, False, True, False, True]
+    sight = sight_of(batch, 16, around=True)
+    assert sight.runs == Runs((2, 3, 4, 2), (4,) * 4)  # each from its own mark on, up to the next one's
+    assert sight.rows.tolist() == [2, 3, 4, 5, 6, 9, 10, 11, 12, 13, 14]
+    model = fused("marks around")
+    before = logits(model, batch)
+    with torch.no_grad():
+        model.fusion.around.add_(1.0)
+    changed = (logits(model, batch) - before).abs().amax(1) > 1e-4
+    assert changed.tolist() == [False, *[True] * 6, False, *[True] * 7]
+    with pytest.raises(ValueError, match="the pipeline was planned with another model"):
+        sight_of(packed(toy(FUSIONS["cross"]), [SHOWN]), 4, around=True)
 
 
 def test_text_before_the_first_image_sees_none() -> None:

@@ -60,7 +60,7 @@ def spread(samples: list[Sample], windows: PackWindows, ways: int) -> list[Pack]
 def test_it_fuses_as_transformers_does(site: Site, recipe: Recipe) -> None:
     from transformers import ViltForMaskedLM
 
-    model = model_of(recipe)
+    model = model_of(recipe).eval()
     assert isinstance(recipe.model, SingleStream)
     theirs = ViltForMaskedLM(recipe.model.arch.config()).eval()
     theirs.load_state_dict(model.net.state_dict())

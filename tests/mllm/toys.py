@@ -77,11 +77,14 @@ def pack_of(vlm: VLM, docs: list[Doc], tiles: np.ndarray | None = None, learn_fr
     Tokens from the `learn_from`-th of each document on are learned.
     """
     layout = vlm.layout(TILING)
-    each = layout.tokens_per_tile
-    ids, labels, lengths, pictures = [], [], [], 0
+    ids, labels, lengths, counts = [], [], [], []
     for doc in docs:
-        flat = [x for item in doc for x in ([IMAGE_TOKEN] * each if item is PICTURE else [item])]
-        pictures += sum(item is PICTURE for item in doc)
+        flat: list[Any] = []
+        for place, item in enumerate(doc):
+            if item is PICTURE:
+                shared = layout.around and place > 0 and doc[place - 1] is PICTURE  # a mark with the picture before
+                counts.append(layout.tokens(CUT) - shared)
+            flat += [IMAGE_TOKEN] * counts[-1] if item is PICTURE else [item]
         target = [NOT_LEARNED if x == IMAGE_TOKEN or n < learn_from else x for n, x in enumerate(flat)]
         ids += flat
         labels += [*target[1:], NOT_LEARNED]
@@ -99,8 +102,8 @@ def pack_of(vlm: VLM, docs: list[Doc], tiles: np.ndarray | None = None, learn_fr
         classes=np.full(count, -1, np.int32),
         weights=np.ones(count, np.float32),
         ids=(),
-        tiles=picture_tiles(pictures, layout.shape) if tiles is None else tiles,
-        cuts=np.array([[1, each, *CUT.numbers]] * pictures, np.int32).reshape(-1, 2 + len(CUT.numbers)),
+        tiles=picture_tiles(len(counts), layout.shape) if tiles is None else tiles,
+        cuts=np.array([[1, count, *CUT.numbers] for count in counts], np.int32).reshape(-1, 2 + len(CUT.numbers)),
         rows=(),
     )
 
