@@ -10,12 +10,13 @@ import torch
 import torch.distributed as dist
 
 from benchmarks.common import on_ranks
-from cluster.engines import build_engine
+from cluster.engines import alone, build_engine
 from cluster.fullest import fullest
 from cluster.memory import memory
 from mllm.encoders import ClipVision
 from mllm.recipe import DDP, FSDP, Full, Parallel, Recipe, Stage, ZeRO
 from mllm.recipes import by_name
+from mllm.tiny import tiny
 
 KEPT, AGAIN = FSDP(dtype="float32", recompute="none"), FSDP(dtype="float32", recompute="full")
 
@@ -97,6 +98,19 @@ def test_layers_that_are_not_built_are_counted_too() -> None:
     assert foretold == [pytest.approx(bytes_, rel=0.15) for bytes_ in least(on_ranks(2, measured, recipe, stages, 1))]
 
 
+@pytest.mark.parametrize("name", ["clip_b32", "vit_b16", "mae_b16", "vilt_b32", "coca_base"])
+def test_kinds_without_a_language_model_are_foretold_too(name: str) -> None:
+    """What is masked, and who stands beside whom, is counted as rows say it: their seeds are known where nothing else is."""
+    recipe = tiny(by_name(name))
+    first = recipe.stages[0]
+    wide = {"context": 4 * first.context, "max_tiles": 4 * first.max_tiles, "tokens_per_step": 8 * first.context}
+    stage = replace(first, parallel=KEPT, **wide)
+    recipe = replace(recipe, stages=(stage,))
+    with alone():
+        (bytes_,) = measured(recipe, [stage], 2)
+    assert memory(recipe, stage, (1,))[1] == pytest.approx(bytes_, rel=0.15)
+
+
 def test_a_plan_s_worlds_hold_together() -> None:
     recipe = by_name("vila_smoke")
     stage = replace(recipe.stage("sft"), parallel=AGAIN)
@@ -126,6 +140,6 @@ def other_group(recipe: Recipe) -> tuple[dict[int, int], int]:
 
 def test_a_plan_neither_needs_nor_leaves_a_process_group() -> None:
     recipe = by_name("vila_smoke")
-    alone = memory(recipe, recipe.stage("align"), (2,))
+    outside = memory(recipe, recipe.stage("align"), (2,))
     assert not dist.is_initialized()
-    assert on_ranks(1, other_group, recipe) == [(alone, 1)]
+    assert on_ranks(1, other_group, recipe) == [(outside, 1)]
