@@ -131,10 +131,10 @@ def test_every_branch_of_every_layer_leaves_something_out(site: Site, name: str)
     assert len({module.number for module in found}) == len(found) == 1 + (16 if name == "lxmert" else 4)
     assert not [m for m in model.modules() if isinstance(m, nn.Dropout) and m.p > 0]
     windows, samples = samples_of(site, recipe)
-    seen: dict[int, list[float]] = {}
+    seen: dict[nn.Module, list[float]] = {}
     for module in found:
         module.register_forward_hook(
-            lambda module, _, out: seen.setdefault(int(module.number), []).append((out == 0).float().mean().item())
+            lambda module, _, out: seen.setdefault(module, []).append((out == 0).float().mean().item())
         )
     hidden(model, batch_of(windows, samples))
     twice = 1 + (name == "lxmert")  # both streams begin, and attention across is read by both
