@@ -21,8 +21,8 @@ from pipelines import storage, trust
 from pipelines.place import Place
 
 if TYPE_CHECKING:
+    from cluster.job import StageJob
     from cluster.metrics import Evaluation
-    from cluster.worker import StageJob
 
 LOOK = 5.0
 """Seconds between two looks for a checkpoint to evaluate."""
@@ -37,7 +37,7 @@ def evaluate(job: StageJob, folder: Place, step: int) -> Evaluation:
     import torch
 
     from cluster.engines import alone, build_engine
-    from cluster.worker import evaluation_of
+    from cluster.scoring import evaluation_of
     from mllm.recipe import FSDP
 
     assert job.held_out

@@ -23,6 +23,7 @@ from cluster.beside import Beside
 from cluster.callbacks import Stage, failures, resizing, root_of
 from cluster.dealer import dumped, start_dealer
 from cluster.enter import DATASET, asking, dealing, placeholder, train_worker
+from cluster.job import StageJob, failure_file
 from cluster.journal import (
     Decision,
     Fault,
@@ -48,7 +49,6 @@ from cluster.reference import with_reference
 from cluster.schedule import planned_steps
 from cluster.site import Site
 from cluster.versions import versions
-from cluster.worker import StageJob, failure_file
 from mllm.recipe import Recipe, dump, fingerprint, load
 from mllm.tune import apply_tuning, describe
 from pipelines.place import Place

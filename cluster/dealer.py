@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from pipelines.value import spec
 
 if TYPE_CHECKING:
-    from cluster.worker import StageJob
+    from cluster.job import StageJob
     from pipelines.place import Place
     from pipelines.windows import Pools, Stream
 

@@ -119,7 +119,7 @@ def _probe(probe: ProbeScore) -> str:
 
 
 def _evaluated(site: Site, recipe: Recipe, stage: Stage, model: Model) -> Evaluation:
-    from cluster.worker import evaluation_of
+    from cluster.scoring import evaluation_of
 
     held_out = site.held_out(recipe, stage)
     assert held_out is not None  # the recipe holds some out

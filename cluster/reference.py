@@ -12,7 +12,7 @@ from mllm.annotators import ReferenceLogProbs
 from pipelines.place import Place
 
 if TYPE_CHECKING:
-    from cluster.worker import StageJob
+    from cluster.job import StageJob
     from pipelines.windows import Stream
 
 

@@ -2,118 +2,38 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import os
 import resource
 import socket
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, replace
-from statistics import median
+from dataclasses import replace
 from typing import Any
 
 import pyarrow as pa
 import torch
 import torch.distributed as dist
 
-from cluster import checkpoint, gauges, loading, quarantine
-from cluster.checkpoint import CorruptCheckpoint, Manifest, PassedOver, ShardTally, TrainState
-from cluster.counted import stage_cost
-from cluster.deal import Deal, Held, Step
+from cluster import checkpoint, gauges, loading
+from cluster.checkpoint import CorruptCheckpoint, Manifest, PassedOver, TrainState
+from cluster.deal import Deal, Step
 from cluster.engines import Engine, StepReport, build_engine, local
-from cluster.journal import Decision, Fault, FaultKind, Fenced, GroupStarted, Journal
-from cluster.metrics import Evaluation, PackRecord, RunFolder, SourceLoss, StepRecord
-from cluster.mfu import peak_flops
+from cluster.job import Leave, StageJob, StopRun, failure_file
+from cluster.journal import Decision, Fault, FaultKind, Fenced, GroupStarted
 from cluster.phases import PHASES, Paces, Phases
-from cluster.policy import Verdict, Watch, after_start, judge, stragglers
+from cluster.policy import Verdict, after_start, judge, stragglers
 from cluster.profiling import Profiler
 from cluster.pulse import Beats
+from cluster.recording import meter_of, record_step, tally_of
 from cluster.saver import SaveFailed, Saver
 from cluster.schedule import due, learning_rate_factor, progress, stale
-from mllm import evaluate
-from mllm.flops import Cost, Work, work_of
+from cluster.scoring import empty_pack, evaluation_of
 from mllm.model import Model
-from mllm.recipe import LoRA, Recipe, Source, Stage
-from mllm.tune import peak_rate
 from pipelines import storage, trust
-from pipelines.annotate import OfPacks
 from pipelines.place import Place
-from pipelines.types import Measured, Pack, Picture, Rejected, Text, spec
-from pipelines.windows import PackWindows, Stream
-
-QUESTIONS = 24
-"""Pictures of the few-shot probe."""
-
-ANSWERS_EACH = 3
-"""Held-out rows of each source that the model writes an answer to."""
-
-ANSWER_TOKENS = 24
-
-
-@spec
-class StageJob:
-    """All that a worker needs to train a stage: values and paths, no handles."""
-
-    recipe: Recipe
-    stage: Stage
-    stream: Stream
-    held_out: Stream | None
-    run: str
-    token: int
-    watch: Watch
-    fingerprint: str
-    previous: str | None
-    weights: dict[str, str]
-    versions: dict[str, str]
-
-    @property
-    def folder(self) -> RunFolder:
-        return RunFolder(self.run)
-
-    @property
-    def journal(self) -> Journal:
-        """The run's journal, to be written under the token of the controller that made this job."""
-        return Journal(self.folder.root, self.token)
-
-    @property
-    def before(self) -> Stage | None:
-        """The stage that this one follows."""
-        return self.recipe.before(self.stage)
-
-    @property
-    def adapted(self) -> bool:
-        """Whether this stage or the one before has adapters, so that their checkpoints have other names."""
-        stages = [stage for stage in (self.before, self.stage) if stage]
-        return any(isinstance(how, LoRA) for stage in stages for how in stage.tune.values())
-
-    def place(self, name: str) -> str:
-        """The folder (or hub id) of weights by their name in the recipe."""
-        return self.weights.get(name, name)
-
-    @property
-    def checkpoints(self) -> Place:
-        return self.folder.checkpoints(self.stage.name)
-
-    def resume_from(self, tell: Callable[[PassedOver], object] = lambda _: None) -> Place | None:
-        """The checkpoint to go on from, or None at the stage's beginning; `tell` hears of those that are passed over."""
-        found = checkpoint.newest(self.checkpoints, self.fingerprint, self.stream.order.fingerprint, tell)
-        return found.folder if found else None
-
-
-class StopRun(RuntimeError):
-    """A fault that trying again cannot mend: the stage ends at once, with these words."""
-
-
-class TooManyBadRows(StopRun):
-    """A shard's share of dropped rows exceeds what its source declares."""
-
-
-class Leave(RuntimeError):
-    """The group ends so that Ray starts another from the checkpoint: trying again is the mend."""
 
 
 def train(job: StageJob, pulse: Any, tables: Iterable[pa.Table]) -> None:
@@ -135,10 +55,6 @@ def train(job: StageJob, pulse: Any, tables: Iterable[pa.Table]) -> None:
             (job.folder.logs / "failure.txt").write_text(traceback.format_exc())
     finally:
         beats.close()
-
-
-def failure_file(run: RunFolder) -> Place:
-    return run.root / "failure.txt"
 
 
 def _train(job: StageJob, beats: Beats, tables: Iterable[pa.Table]) -> None:
@@ -251,7 +167,7 @@ class Training:
         self.saver = saver
         self.rank = dist.get_rank()
         self.first = self.rank == 0
-        self.meter = _meter(job, engine.device) if self.first else None
+        self.meter = meter_of(job, engine.device) if self.first else None
         self.folder = job.folder
         self.skipped = self.unwritten = 0
         self.board = gauges.Board(job.folder.name, job.stage.name)
@@ -370,9 +286,9 @@ class Training:
         if report.taken and job.stage.guard.spike is not None:
             recent = (*recent, (report.loss, report.grad_norm))[-job.stage.guard.window :]
         tokens = sum(held.tokens for held in step.all)
-        tally = _tally(job, state.shards, step.all)
+        tally = tally_of(job, state.shards, step.all)
         self.state = replace(state.advanced(tokens, following, step.following, tally), recent=recent)
-        self._compare(_record(job, self.state, step, report, factor, self.meter, self.folder))
+        self._compare(record_step(job, self.state, step, report, factor, self.meter, self.folder))
         self._show(replace(report.phases, data=step.waited))
         if verdict != "fine" and job.stage.guard.bad == "stop" and not report.taken:
             raise StopRun(_no_number(job, state, step, report))
@@ -472,14 +388,6 @@ def _no_number(job: StageJob, state: TrainState, step: Step, report: StepReport)
     )
 
 
-def empty_pack(stream: Stream) -> Pack:
-    """What fills up a rank's share: the same kind of pack as all others, so that every rank runs the same modules."""
-    pack = Pack.empty(stream.tiling.shape)
-    for annotator in stream.annotators:
-        pack = annotator.empty(pack) if isinstance(annotator, OfPacks) else pack
-    return pack
-
-
 def _device() -> torch.device:
     import ray.train.torch
 
@@ -541,181 +449,9 @@ def _progress(job: StageJob, state: TrainState, step: Step) -> float:
     return progress(job.stage, job.stream.windows, state.step + 1, tokens, step.following, of)
 
 
-def _tally(job: StageJob, before: dict[str, ShardTally], held: list[Held]) -> dict[str, ShardTally]:
-    """Rows met and dropped by shard. Raises TooManyBadRows, on every rank alike."""
-    tally = dict(before)
-    fresh: list[Rejected] = []
-    for pack in held:
-        for shard in {shard for shard, _ in pack.rows}:
-            old = tally.get(shard, ShardTally())
-            rows = len({row for name, row in pack.rows if name == shard})
-            tally[shard] = replace(old, seen=old.seen + rows)
-        for rejected in pack.dropped:
-            shard = f"{rejected.row.corpus}/{rejected.row.shard}"
-            old = tally.get(shard, ShardTally())
-            tally[shard] = ShardTally(seen=old.seen + 1, dropped=old.dropped + 1)
-            fresh.append(rejected)
-    if fresh and dist.get_rank() == 0:
-        quarantine.append(job.folder, job.stage.name, fresh)
-    limits = {source.corpus.name: source for source in job.stage.mixture}
-    for rejected in fresh:
-        _check_share(limits[rejected.row.corpus], tally, rejected, job.folder.name)
-    return tally
-
-
-def _check_share(source: Source, tally: dict[str, ShardTally], last: Rejected, run: str) -> None:
-    shard = f"{last.row.corpus}/{last.row.shard}"
-    found = tally[shard]
-    if found.seen >= source.min_rows and found.dropped > source.max_bad * found.seen:
-        raise TooManyBadRows(
-            f"shard {shard}: {found.dropped} of {found.seen} rows were dropped, more than the {source.max_bad:.0%} that its "
-            f"source allows (max_bad); the last was {last.label()}. See them with: mllm data quarantine {run}"
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class Meter:
-    """What a pack costs and what a device could compute, FLOP/s. `cost` is None for a model that cannot be counted."""
-
-    cost: Cost | None
-    peak: float
-
-
-def _meter(job: StageJob, device: torch.device) -> Meter:
-    try:
-        cost = stage_cost(job.recipe, job.stage)
-    except (ValueError, RuntimeError):  # a run does not stop for want of a number; `mllm plan` says why it is missing
-        cost = None
-    return Meter(cost, peak_flops(device, job.stage.parallel.dtype))
-
-
-def _record(
-    job: StageJob,
-    state: TrainState,
-    step: Step,
-    report: StepReport,
-    factor: float,
-    meter: Meter | None,
-    folder: RunFolder,
-) -> list[tuple[Phases, int]]:
-    """Rank 0, which has the `meter`, writes the step's line, and gets the phases and tokens of all ranks."""
-    timings: list[Any] = [None] * dist.get_world_size()
-    tokens = sum(len(pack.input_ids) for pack in step.mine)
-    work = sum((work_of(pack) for pack in step.mine), Work())
-    phases = replace(report.phases, data=step.waited)
-    dist.gather_object((phases, report.seconds, tokens, work), timings if dist.get_rank() == 0 else None)
-    if meter is None:
-        return []
-    ranks, seconds, loads, works = zip(*timings, strict=True)
-    waits = [each.data for each in ranks]
-    slowest = max(range(len(ranks)), key=lambda rank: ranks[rank].own)
-    work = sum(works, Work())
-    total = sum(held.tokens for held in step.all)
-    dropped = [rejected for held in step.all for rejected in held.dropped]
-    reasons: dict[str, int] = {}
-    for rejected in dropped:
-        reasons[str(rejected.reason)] = reasons.get(str(rejected.reason), 0) + 1
-    record = StepRecord(
-        step=state.step,
-        progress=state.progress,
-        loss=report.loss,
-        grad_norm=report.grad_norm,
-        lr=factor * peak_rate(job.stage.tune),
-        tokens=total,
-        learned=report.learned,
-        images=sum(held.images for held in step.all),
-        rows=sum(len(held.rows) for held in step.all),
-        fill=total / (len(step.all) * job.stage.context),
-        imbalance=max(loads) * len(loads) / max(1, sum(loads)),
-        seconds=max(seconds) + max(waits),
-        data_wait=max(waits),
-        taken=report.taken,
-        world=len(loads),
-        time=time.time(),
-        sources=tuple(
-            SourceLoss(source=source.corpus.name, loss=total / weight, accuracy=right / weight, tokens=int(weight))
-            for source, (total, weight, right) in zip(job.stage.mixture, report.sources.tolist(), strict=True)
-            if weight
-        ),
-        packs=tuple(PackRecord(window=h.at.window, pack=h.at.pack, digest=h.digest) for h in step.all),
-        dropped=tuple(rejected.label() for rejected in dropped),
-        reasons=reasons,
-        flops=meter.cost.model_flops(work) if meter.cost else 0.0,
-        hardware_flops=meter.cost.hardware_flops(work) if meter.cost else 0.0,
-        peak=meter.peak,
-        usual=Phases(**{name: median(getattr(each, name) for each in ranks) for name in PHASES}),
-        slowest=(slowest, ranks[slowest]),
-    )
-    folder.write_step(job.stage.name, record)
-    return list(zip(ranks, loads, strict=True))
-
-
 def _evaluate(job: StageJob, engine: Engine, when: str) -> None:
     """Held-out scores over all ranks, the few-shot probe and written answers; rank 0 keeps them."""
     assert job.held_out is not None
     result = evaluation_of(engine, job.held_out, job.recipe, job.stage.name, when)
     if dist.get_rank() == 0:
         job.folder.write_evaluation(result)
-
-
-def evaluation_of(engine: Engine, held_out: Stream, recipe: Recipe, stage: str, when: Any) -> Evaluation:
-    """Evaluate the engine's model on the held-out stream; every rank must call it together."""
-    rank, world = dist.get_rank(), dist.get_world_size()
-    windows = PackWindows(held_out)
-    mine = [pack for k in range(rank, held_out.windows or 0, world) for pack in windows.packs(k)]
-    most = torch.tensor(len(mine), device=engine.device)
-    dist.all_reduce(most, op=dist.ReduceOp.MAX)
-    mine += [empty_pack(held_out)] * (int(most) - len(mine))
-    sums = evaluate.source_sums(engine.score, mine, len(held_out.corpora), engine.device)
-    dist.all_reduce(sums)
-
-    documents = [
-        document
-        for k in range(held_out.windows or 0)
-        for document in windows.documents(windows.rows(k))
-        if isinstance(document, Measured)
-    ]
-    documents.sort(key=lambda document: (document.source, document.id.shard, document.id.row))
-    # Without a language model's loss there is nothing to compare, and nothing to write.
-    speaks = recipe.stage(stage).objective.kind in ("next_token", "two_vocabularies", "dpo")
-    shots = recipe.shots if speaks else ()
-    questions = evaluate.few_shot_questions(documents, windows.encoder, shots, QUESTIONS) if shots else []
-    probe = evaluate.probe_sums(engine.score, questions, windows.pixels, shots, engine.device)
-    return Evaluation(
-        stage=stage,
-        when=when,
-        scores=evaluate.source_scores(sums, held_out.sources),
-        probe=evaluate.probe_scores(probe, shots),
-        answers=tuple(_answers(engine, windows, documents)) if speaks else (),
-    )
-
-
-def _answers(engine: Engine, windows: PackWindows, documents: list[Measured]) -> Iterator[evaluate.Answer]:
-    """What the model writes about a few held-out pictures, greedily."""
-    codec = windows.encoder.codec
-    asked: list[tuple[str, Measured, str]] = []
-    for source, name in enumerate(windows.stream.sources):
-        shown = [d for d in documents if d.source == source and isinstance(d.segments[0], Picture)]
-        for document in shown[:: max(1, len(shown) // ANSWERS_EACH)][:ANSWERS_EACH]:
-            question, expected = evaluate.prompt_of(document)
-            asked.append((name, question, expected))
-    prompts = [windows.encoder.prompt(question) for _, question, _ in asked]
-    stop = codec.special(codec.eos) if codec.eos else None
-    written = evaluate.greedy(engine.next_logits, prompts, windows.pixels(prompts), stop, ANSWER_TOKENS, engine.device)
-    for (name, question, expected), prompt, tokens in zip(asked, prompts, written, strict=True):
-        yield evaluate.Answer(
-            source=name,
-            row=question.id.label(),
-            image=_png(windows.pixels([prompt])[0]),
-            prompt=" ".join(s.text.strip() for s in question.segments if isinstance(s, Text)).strip(),
-            expected=expected[:400],
-            written=codec.decode(tokens).strip(),
-        )
-
-
-def _png(tile: Any) -> str:
-    from PIL import Image
-
-    buffer = io.BytesIO()
-    Image.fromarray(tile.transpose(1, 2, 0)).save(buffer, "PNG", optimize=True)
-    return base64.b64encode(buffer.getvalue()).decode()

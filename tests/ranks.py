@@ -21,9 +21,9 @@ import ray.exceptions
 import torch.distributed as dist
 
 from cluster import worker
+from cluster.job import StageJob, failure_file
 from cluster.pulse import start_pulse
 from cluster.standing import stacks
-from cluster.worker import StageJob, failure_file
 from pipelines.stream import from_table, hands, portions, to_table
 from pipelines.types import Sample
 from pipelines.windows import PackWindows, Plan, Stream

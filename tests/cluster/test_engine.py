@@ -16,8 +16,8 @@ from cluster.checkpoint import Manifest, TrainState
 from cluster.engines import Engine, build_engine, finite
 from cluster.fsdp import mesh_shape
 from cluster.saver import save
+from cluster.scoring import empty_pack, evaluation_of
 from cluster.site import Site, load_site
-from cluster.worker import empty_pack, evaluation_of
 from mllm.annotators import DiscreteCodes, FrozenFeatures, Recaption, ScoreFilter
 from mllm.recipe import DDP, FSDP, Full, LoRA, Muon, Parallel, Recipe, Stage, ZeRO
 from pipelines.place import Place

@@ -16,12 +16,13 @@ import torch
 from cluster import loading
 from cluster.checkpoint import read_manifest
 from cluster.engines import still
+from cluster.job import StageJob
 from cluster.lease import Lease
 from cluster.metrics import RunFolder
 from cluster.reference import with_reference
+from cluster.scoring import empty_pack
 from cluster.shards import INDEX, parse_index
 from cluster.site import Site
-from cluster.worker import StageJob, empty_pack
 from mllm.annotators import ReferenceLogProbs
 from mllm.model import Model
 from mllm.objectives import TwoVocabularies

@@ -15,10 +15,11 @@ from torch import nn
 from benchmarks.common import on_ranks
 from cluster.checkpoint import TrainState
 from cluster.deal import Step, describe
+from cluster.job import StageJob
 from cluster.phases import PHASES, Paces, Phases
 from cluster.policy import Watch
 from cluster.saver import Saver
-from cluster.worker import StageJob, Training
+from cluster.worker import Training
 from mllm.recipe import DDP, FSDP, Frozen, Full, Parallel, Recipe, Stage, Steps
 from pipelines.types import Position
 from pipelines.windows import PackWindows, Stream

@@ -9,13 +9,14 @@ import torch
 
 from cluster.checkpoint import Manifest, TrainState
 from cluster.engines import alone, build_engine
+from cluster.job import StageJob
 from cluster.loading import read_model
 from cluster.policy import Watch
 from cluster.preview import write_preview
 from cluster.reference import with_reference
 from cluster.saver import save
+from cluster.scoring import empty_pack
 from cluster.site import Site
-from cluster.worker import StageJob, empty_pack
 from mllm.annotators import ReferenceLogProbs
 from mllm.objectives import DPO
 from mllm.recipe import Full, LoRA, Recipe, Tuning, dump, load
