@@ -11,6 +11,7 @@ import importlib
 import pickle
 from typing import TYPE_CHECKING, Any
 
+from pipelines.garbage import collect_rarely, collect_usually
 from pipelines.value import spec
 
 if TYPE_CHECKING:
@@ -37,8 +38,10 @@ class Dealer:
     """The actor."""
 
     def __init__(self) -> None:
+        collect_rarely()
         for name in ("cluster.checkpoint", "pipelines.stream"):
             importlib.import_module(name)  # now, and not when a group waits for its packs
+        collect_usually()
         self.ahead: tuple[bytes, int, Pools, list[Any]] | None = None
 
     def foresee(self, what: bytes, world: int) -> None:

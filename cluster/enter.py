@@ -11,6 +11,8 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
+from pipelines.garbage import collect_rarely
+
 T = TypeVar("T")
 
 DATASET = "packs"
@@ -59,7 +61,8 @@ def placeholder() -> Any:
 
 
 def ask() -> None:
-    """Ask for this worker's packs. The first is waited for by a thread."""
+    """Ask for this worker's packs, the first thing in its process that is not Ray's. The first is waited for by a thread."""
+    collect_rarely()
     import ray.train
 
     from pipelines.late import tables_of

@@ -18,6 +18,7 @@ from cluster.metrics import RunFolder
 from cluster.site import Site
 from mllm.model import Model
 from mllm.recipe import Recipe, load
+from pipelines.garbage import collect_usually
 from pipelines.place import Place
 
 
@@ -56,6 +57,7 @@ def train(recipe: Recipe, site: Site, name: str | None, console: Console, unchec
                 Telemetry(folder, recipe, sinks, live.say),
             ):
                 imports.join()
+                collect_usually()
                 controller.run()
             console.print("writing export and report")
             _export(site, recipe, folder, console)

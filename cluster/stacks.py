@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -55,9 +56,14 @@ def shortened(model: VLM, depths: Depths) -> VLM:
 
 def layer_weights(model: VLM, where: str) -> int:
     """Parameters of a layer of the tower whose layers are told at `where`."""
-    tower = _at(model, where.removesuffix(".arch.layers"))
+    return _weights_of_one(_at(model, where.removesuffix(".arch.layers")))
+
+
+@cache
+def _weights_of_one(tower: Encoder) -> int:
+    alone = replace(tower, arch=replace(tower.arch, layers=1), layer=-1)  # type: ignore[call-arg]  # it has layers, see _places
     with torch.device("meta"):
-        built = tower.build(str)
+        built = alone.build(str)
     return sum(p.numel() for p in built.units()[0].parameters())
 
 

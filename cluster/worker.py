@@ -33,6 +33,7 @@ from cluster.schedule import due, learning_rate_factor, progress, stale
 from cluster.scoring import empty_pack, evaluation_of
 from mllm.model import Model
 from pipelines import storage, trust
+from pipelines.garbage import collect_usually
 from pipelines.place import Place
 
 
@@ -79,6 +80,7 @@ def _train(job: StageJob, beats: Beats, tables: Iterable[pa.Table]) -> None:
     model = empty if resumed or rank != 0 else _build_model(job)
     engine = build_engine(model, job.stage, len(job.stage.mixture), _device(), restored=resumed is not None)
     _restore(engine, job, resumed)
+    collect_usually()
     if job.held_out and job.folder.evaluation(job.stage.name, "before") is None:
         beats("evaluate", state.step)
         _evaluate(job, engine, "before")

@@ -213,7 +213,7 @@ def _batch(
     positions = pictures * each
     cuts = [(cut.tiles, each, *cut.numbers)] * pictures
     if model.fusion.sees_pictures:
-        positions -= 2 * (pictures - 1) * layout.around
+        positions -= (2 * pictures - 1) * layout.around  # as if one stood before it, so that every position sees it
         cuts = [(tiles, positions, *cut.numbers)]
     visual = min(positions, tokens)
     labels = torch.full((tokens,), NOT_LEARNED)

@@ -16,6 +16,8 @@ import pyarrow as pa
 from ray.data import Datasource, ReadTask
 from ray.data.block import BlockMetadata
 
+from pipelines.garbage import collect_rarely, collect_usually
+
 if TYPE_CHECKING:
     from ray.data import DataIterator
 
@@ -31,7 +33,9 @@ class Late:
     """An actor that is made of bytes."""
 
     def __init__(self, made: bytes) -> None:
+        collect_rarely()
         self.maker: Maker = pickle.loads(made)()
+        collect_usually()
 
     def __call__(self, table: pa.Table) -> Iterator[pa.Table]:
         return self.maker(table)

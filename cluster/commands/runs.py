@@ -33,6 +33,9 @@ class Train(Trained):
     """Train a recipe here, or on the Ray cluster that the site names; go on where it stopped."""
 
     def __call__(self) -> None:
+        from pipelines.garbage import collect_rarely
+
+        collect_rarely()
         from cluster.run import train
         from cluster.supervisor import is_first
 

@@ -36,7 +36,7 @@ class Known:
     often: Float[Tensor, " P"]
     answered: Bool[Tensor, " P"]
     regions: Float[Tensor, ""]
-    continues: Int[Tensor, " C"]
+    continues: Int[Tensor, " C"] | None
 
 
 @spec

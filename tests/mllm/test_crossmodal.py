@@ -339,7 +339,7 @@ def test_all_tasks_take_one_forward_and_lose_what_each_would_alone(site: Site) -
     assert (shown.texts.ids != torn.texts.ids).sum() > 3
     assert shown.hidden.sum() == apart[2].weight
     summed = torch.stack([share * output.sum for share, output in zip(shares, apart, strict=True)]).sum()
-    assert float(together.sum) == pytest.approx(float(summed), rel=1e-6)
+    assert together.sum.item() == pytest.approx(summed.item(), rel=1e-6)
     for share, term, output in zip(shares, TASKS, apart, strict=True):  # each a mean of its own
         assert share == pytest.approx(term.weight * float(apart[0].weight / output.weight), rel=1e-6)
     together.sum.backward()

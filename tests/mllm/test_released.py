@@ -46,6 +46,7 @@ def released(recipe: Recipe, model: Model, folder: Path) -> Released:
         ("llava_next_7b", "LlavaNextForConditionalGeneration"),
         ("llava_next_video_7b", "LlavaNextVideoForConditionalGeneration"),
         ("internvl_15_26b", "InternVLForConditionalGeneration"),
+        ("idefics_9b", "IdeficsForVisionText2Text"),
         ("openflamingo_9b", "mllm"),
         ("cambrian_1_8b", "mllm"),
         ("clip_b32", "mllm"),

@@ -9,6 +9,8 @@ import torch
 from PIL import Image as Pillow
 from torch import Tensor
 
+from cluster.preview import Picture as Shown
+from cluster.preview import Reader
 from mllm.connectors import Branches, Linear, Perceiver
 from mllm.fusion import CrossAttention, Fusion, PromptAdapter, Splice
 from mllm.objectives import NextToken
@@ -27,6 +29,7 @@ from tests.mllm.toys import LLAMA, TILING, built, logits, randomize, toy
 
 FUSIONS: dict[str, Fusion] = {"splice": Splice(), "cross": CrossAttention(every=1, heads=2, head_size=16)}
 QUERIES = 4
+CODEC = TextCodec(str(ROOT / "examples" / "tokenizer"), "<|endoftext|>", "<|im_end|>")
 Row = tuple[Text | Image | Video, ...]
 
 
@@ -62,8 +65,7 @@ def model_of(fusion: str, frames: int = 4) -> tuple[VLM, VisionLanguageModel]:
 
 
 def samples_of(vlm: VLM, rows: list[Row], budget: Budget | None = None) -> list[Sample]:
-    codec = TextCodec(str(ROOT / "examples" / "tokenizer"), "<|endoftext|>", "<|im_end|>")
-    encoder = Encoder(codec, ChatML(), vlm.layout(TILING), budget or Budget(tokens=512, tiles=32))
+    encoder = Encoder(CODEC, ChatML(), vlm.layout(TILING), budget or Budget(tokens=512, tiles=32))
     documents = [
         Document(id=RowId(corpus="c", shard="s", epoch=0, row=number), source=0, segments=row)
         for number, row in enumerate(rows)
@@ -165,6 +167,15 @@ def test_a_video_is_never_torn() -> None:
     with pytest.raises(SkipSample, match="4 tokens and 5 tiles; a pack holds 48 and 4") as skip:
         samples_of(vlm, [(clip(1, 2, 3, 4, 5), PHRASE)], budget)
     assert skip.value.reason is Reason.IMAGE_TOO_LONG
+
+
+def test_a_preview_shows_a_videos_frames_as_one_picture() -> None:
+    vlm, _ = model_of("splice")
+    samples = samples_of(vlm, ROWS)
+    pack = Pack.of_samples(samples, pixels([p for s in samples for p in s.pictures], TILING))
+    page = Reader(CODEC, TILING).pack(pack)
+    found = [[len(run.views) for run in document.runs if isinstance(run, Shown)] for document in page.documents]
+    assert found == [[], [1], [3], [2, 1, 3], [2]]
 
 
 def test_flamingos_resampler_reads_eight_frames() -> None:
