@@ -282,6 +282,8 @@ def _course(words: str, features: bool, depths: Depths, world: int) -> _Course:
         held.moment("begin")
         with warnings.catch_warnings():  # torch wonders at hooks of a layer before which nothing learns
             warnings.filterwarnings("ignore", "Full backward hook is firing")
+            # What it looks at when it makes a fake of a number that was computed for real.
+            warnings.filterwarnings("ignore", "The .grad attribute of a Tensor that is not a leaf")
             try:
                 engine.train_step([pack, pack], 1.0)  # the second meets the gradients of the first
             except (DataDependentOutputException, DynamicOutputShapeException) as error:
