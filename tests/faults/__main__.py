@@ -162,11 +162,12 @@ def _table(
     asked: argparse.Namespace,
     steps: int,
 ) -> str:
+    seed, times = asked.seed, asked.restarts
     deaths = ", ".join(f"{death} {seconds:.1f} s" for death, seconds in plain.items())
     lines = [
         "# Faults",
         "",
-        f"`make faults`, seed {asked.seed}, {datetime.now(UTC):%Y-%m-%d}, {os.cpu_count()} cores, Python {platform.python_version()}, "
+        f"`make faults`, seed {seed}, {datetime.now(UTC):%Y-%m-%d}, {os.cpu_count()} cores, Python {platform.python_version()}, "
         f"torch {torch.__version__}. One run of three stages of {steps} steps on two workers, a head and three nodes on one "
         "machine, everything on S3 (SeaweedFS); then one of 1 to 3 workers. Seconds are from the beginning of the fault to the "
         "end of the next optimiser step of workers that begin again, so they contain the fault's own duration where it has one; "
@@ -174,7 +175,7 @@ def _table(
         "of it.",
         "",
         "*Plain* is Ray Train by itself on the same cluster, just before: two workers with the same model, batches from an actor "
-        f"of Ray Data as this run has them, the same thing done to it (medians of {asked.restarts}: {deaths}). Where the driver ends, "
+        f"of Ray Data as this run has them, the same thing done to it (medians of {times}: {deaths}). Where the driver ends, "
         "its command is given again at once. A hang, which Ray Train does not notice, damaged checkpoints and a worker without "
         "memory are set beside the restart after a worker's death, by as many of them as groups of workers must begin. *By "
         "plain* leaves out *its own* seconds: those that an outage lasts whatever is done about it, and of a hang those until it "
