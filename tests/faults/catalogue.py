@@ -15,6 +15,7 @@ import textwrap
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Literal
 
@@ -63,10 +64,20 @@ def stop_worker(rig: Rig, rng: random.Random, _: str) -> None:
 
 
 def starve_worker(rig: Rig, rng: random.Random, _: str) -> None:
-    """No more memory for one worker: its next allocation fails, as in a container at its limit."""
+    """No more memory for one worker: what it asks the kernel for is refused, as in a container at its limit.
+
+    One that gets along for `STARVED` seconds, with what it has set free itself, is killed as the kernel's own killer does.
+    """
     worker = rig.pick(rng, "RayTrainWorker")
     used = worker.memory_info().vms
     worker.rlimit(psutil.RLIMIT_AS, (used, used))
+    with suppress(psutil.TimeoutExpired):
+        worker.wait(STARVED)
+        return
+    worker.kill()
+
+
+STARVED = 20.0
 
 
 def lose_node(rig: Rig, rng: random.Random, _: str) -> None:
@@ -226,7 +237,7 @@ LONG_RUN: tuple[Fault, ...] = (
     Fault("S3 refuses in a checkpoint, 20 s", refuse_checkpoint, restarts=False, lasts=20),
     Fault("newest checkpoint corrupt, worker killed", corrupt_checkpoint, groups=2),
     Fault("two controllers", second_controller, restarts=False),
-    Fault("a worker has no more memory", starve_worker),
+    Fault("a worker has no more memory", starve_worker, hides=True),
     Fault("object store nearly full, 15 s", fill_store, restarts=False, lasts=15),
 )
 """What one run goes through in each of its stages, in an order drawn anew for each."""

@@ -67,6 +67,7 @@ def overcome(rig: Rig, stage: str, fault: Fault, rng: random.Random) -> Overcome
     since = began
     if fault.restarts:
         rig.wait_for(lambda: rig.groups()[-1].time > began, 300, SELDOM)
+        assert rig.groups()[-1].stage == stage, f"{fault.what}: nobody began again before {stage} was done"
         since = rig.groups()[-1].time
     rig.wait_for(lambda: _further(rig, stage, lines, before, since) is not None, 300, SELDOM)
     further = _further(rig, stage, lines, before, since)
