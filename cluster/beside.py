@@ -135,7 +135,11 @@ class Evaluations:
     def _evaluate(self, folder: Place, step: int, tokens: int) -> None:
         import ray
 
-        found: Evaluation = ray.get(_task(evaluate).remote(self.job, folder, step))
+        checkpoint.hold(self.job.checkpoints, folder.name)
+        try:
+            found: Evaluation = ray.get(_task(evaluate).remote(self.job, folder, step))
+        finally:
+            checkpoint.hold(self.job.checkpoints, "")
         weight = sum(score.tokens for score in found.scores)
         loss = sum(score.loss * score.tokens for score in found.scores) / max(1, weight)
         self.beside.say(f"{self.job.stage.name}: held-out loss {loss:.4f} after step {step:,}")

@@ -31,6 +31,7 @@ from pipelines.place import Place
 from pipelines.types import Position, spec
 
 MANIFEST, STATE, INDEX, REJECTED = "manifest.json", "state.json", "index.json", "rejected.json"
+HELD = "held.txt"
 
 
 FORMAT = 2
@@ -261,8 +262,25 @@ def removable(attempts: Iterable[Attempt], keep: int, protected: Collection[str]
     return [name for name in names[: names.index(whole[-1])] if name not in kept]
 
 
+def hold(folder: Place, name: str) -> None:
+    """Keep one of a stage's checkpoints from being taken away while it is read beside training; an empty `name` lets go of it."""
+    (folder / HELD).write(name.encode())
+
+
+def held(folder: Place) -> str:
+    """The name of the checkpoint that `hold` keeps, or an empty one."""
+    try:
+        return (folder / HELD).read_bytes().decode()
+    except FileNotFoundError:
+        return ""
+
+
 def retain(folder: Place, keep: int, protected: Collection[str], token: int) -> None:
-    """Take away what `removable` names, the manifest first: what is left half removed is never taken for whole."""
+    """Take away what `removable` names, the manifest first: what is left half removed is never taken for whole.
+
+    What somebody reads at the moment is left, see `hold`.
+    """
+    protected = {*protected, held(folder)}
     found: list[Attempt] = []
     for place in attempts(folder):
         step, of = step_and_token(place.name) or (0, 0)

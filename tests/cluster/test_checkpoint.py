@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import pickle
 import re
+import shutil
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -582,3 +583,19 @@ def test_a_stage_s_weights_are_read_alone_merged_and_written_as_parts(
     assert sum(name.startswith("lm-") for name in names) > 1
     read_back = {k: v for name in names[:-1] for k, v in load_file(tmp_path / "parts" / name).items()}
     assert fingerprints(read_back) == fingerprints(dict(weights))
+
+
+def test_a_checkpoint_that_is_read_beside_training_is_not_taken_away(
+    small: Recipe, stream: Stream, tmp_path: Path
+) -> None:
+    on_ranks(1, tuned, small, small.stage("pretrain"), stream, str(tmp_path))
+    stage = Place(tmp_path)
+    first = checkpoint.checkpoints(stage)[0].name
+    for step in (2, 3):
+        shutil.copytree(tmp_path / first, tmp_path / first.replace("000001", f"{step:06d}"))
+    checkpoint.hold(stage, first)
+    checkpoint.retain(stage, 1, (), 0)
+    assert {place.name for place in checkpoint.attempts(stage)} == {first, first.replace("000001", "000003")}
+    checkpoint.hold(stage, "")
+    checkpoint.retain(stage, 1, (), 0)
+    assert [place.name for place in checkpoint.attempts(stage)] == [first.replace("000001", "000003")]
