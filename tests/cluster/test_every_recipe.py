@@ -190,3 +190,4 @@ def test_two_ranks_train_what_each_stage_says_whatever_they_hold(
                 left[stage.name] = trained(job_of(recipe, stage, site, run, lease.token, previous), ranks)
     finally:
         lease.release()
+    assert set(left) >= set(STAGES[name]), "each stage left a checkpoint"
