@@ -23,7 +23,8 @@ from cluster.beside import Beside
 from cluster.callbacks import Stage, failures, resizing, root_of
 from cluster.dealer import dumped, start_dealer
 from cluster.enter import DATASET, asking, dealing, placeholder, train_worker
-from cluster.job import StageJob, failure_file
+from cluster.failure import Failures
+from cluster.job import StageJob
 from cluster.journal import (
     Decision,
     Fault,
@@ -39,6 +40,7 @@ from cluster.journal import (
     StageStarted,
 )
 from cluster.lease import Held, Lease
+from cluster.leaving import AFTER, end_within
 from cluster.metrics import Evaluation, RunFolder
 from cluster.policy import Standing, gate_values
 from cluster.preflight import refusals, this_machine, untrusted
@@ -48,6 +50,7 @@ from cluster.pulse import start_pulse
 from cluster.reference import with_reference
 from cluster.schedule import planned_steps
 from cluster.site import Site
+from cluster.supervisor import is_driver
 from cluster.versions import versions
 from mllm.recipe import Recipe, dump, fingerprint, load
 from mllm.tune import apply_tuning, describe
@@ -311,7 +314,8 @@ class Controller:
 
     def _fit(self, job: StageJob) -> None:
         """Train the stage; begin again where Ray's own controller was lost, which Ray does not do. Raises what `run` does."""
-        failure_file(self.folder).remove()
+        failures = Failures(self.folder)
+        failures.clear()
         lost: dict[str, int] = {}
         while True:
             try:
@@ -336,8 +340,8 @@ class Controller:
                     Decision(time=time.time(), what="restart", stage=job.stage.name, why="Ray's controller was lost")
                 )
                 time.sleep(2.0 ** (lost[at] - 1) - 1)
-        if failure_file(self.folder).is_file():
-            raise RunError(f"stage {job.stage.name!r}: {failure_file(self.folder).read_text()}")
+        if failure := failures.found():
+            raise RunError(f"stage {job.stage.name!r}: {failure}")
 
     def _fit_once(self, job: StageJob) -> None:
         """One Ray Train run. Ray restarts a crashed group; each start asks `dealing` for the data anew."""
@@ -390,8 +394,9 @@ class Controller:
     def _obediently(self, fit: Callable[[], object], job: StageJob, pulse: Any, watcher: PulseWatcher) -> None:
         """Call `fit` in a thread and do what this process is asked meanwhile. Ray Train would take the signals for itself.
 
-        SIGTERM and the first Ctrl-C save and stop, within `notice` seconds; the second Ctrl-C stops at once. Raises Fenced when
-        another controller has taken the run over, Stopped, KeyboardInterrupt, or what `fit`, the watcher or the lease met.
+        SIGTERM and the first Ctrl-C save and stop, within `notice` seconds; the second Ctrl-C stops at once. A driver that hangs
+        all the same is ended (`cluster/leaving.py`). Raises Fenced when another controller has taken the run over, Stopped,
+        KeyboardInterrupt, or what `fit`, the watcher or the lease met.
         """
         raised: list[BaseException] = []
 
@@ -414,6 +419,8 @@ class Controller:
                     raise error
                 if asked and since is None:
                     since = time.monotonic()
+                    if is_driver():  # else the process is not this run's alone
+                        end_within(self.site.watch.notice + AFTER, self.folder.logs)
                     self.watcher.say(f"{asked[0]}: saving, then stopping (Ctrl-C again stops at once)")
                     why = f"{asked[0]}: to be gone within {self.site.watch.notice:.0f} s"
                     self.journal.append(Decision(time=time.time(), what="save_and_stop", stage=job.stage.name, why=why))

@@ -75,7 +75,3 @@ class TooManyBadRows(StopRun):
 
 class Leave(RuntimeError):
     """The group ends so that Ray starts another from the checkpoint: trying again is the mend."""
-
-
-def failure_file(run: RunFolder) -> Place:
-    return run.root / "failure.txt"

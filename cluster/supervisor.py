@@ -78,8 +78,8 @@ def _drivers(words: Sequence[str], asked: Sequence[int], drivers: list[subproces
             return 2
         if code in ENDS:
             return code
-        if asked:
-            return 128 + asked[0]
+        if asked or code == -signal.SIGALRM:  # that was asked to stop, and hung
+            return 128 + (asked[0] if asked else signal.SIGTERM)
         hasty = hasty + 1 if lived < SOON and code not in (LOST, NOWHERE) else 0
         if hasty > HASTY:
             print(

@@ -6,7 +6,6 @@ import os
 import resource
 import socket
 import time
-import traceback
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -21,7 +20,8 @@ from cluster import checkpoint, gauges, loading
 from cluster.checkpoint import CorruptCheckpoint, Manifest, PassedOver, TrainState
 from cluster.deal import Deal, Step
 from cluster.engines import Engine, StepReport, build_engine, local
-from cluster.job import Leave, StageJob, StopRun, failure_file
+from cluster.failure import Failures
+from cluster.job import Leave, StageJob, StopRun
 from cluster.journal import Decision, Fault, FaultKind, Fenced, GroupStarted
 from cluster.phases import PHASES, Paces, Phases
 from cluster.policy import Verdict, after_start, judge, stragglers
@@ -40,8 +40,8 @@ from pipelines.place import Place
 def train(job: StageJob, pulse: Any, tables: Iterable[pa.Table]) -> None:
     """Train one stage on this rank's `tables` of packs, telling the `Pulse` what it is at.
 
-    A `StopRun` or any ValueError is written down for the controller and not raised, since Ray would only start the group again
-    and meet it again.
+    A `StopRun` or any ValueError is written down for the controller, and not raised where all ranks have met one, since Ray would
+    only start the group again and meet it again.
     """
     storage.use(job.stream.storage)
     trust.use(job.stream.trust_remote_code)
@@ -50,10 +50,8 @@ def train(job: StageJob, pulse: Any, tables: Iterable[pa.Table]) -> None:
     try:
         _train(job, beats, tables)
     except (StopRun, ValueError) as error:
-        if dist.get_rank() == 0:
-            failure_file(job.folder).write(str(error).encode())
-            job.folder.logs.mkdir(parents=True, exist_ok=True)
-            (job.folder.logs / "failure.txt").write_text(traceback.format_exc())
+        if not Failures(job.folder).note(dist.get_rank(), dist.get_world_size(), error):
+            raise  # the others wait for this rank
     finally:
         beats.close()
 
@@ -102,7 +100,7 @@ def _begin(job: StageJob, control: Any) -> tuple[Place | None, TrainState, Model
     """Where to go on from, as rank 0 finds it, once the pause is over that its policy says; None where the run is another's.
 
     With it a model without weights, which is laid out while storage is asked. Raises StopRun where the policy says to begin no
-    more.
+    more, or a rank of the group before this one has written down why.
     """
     if not torch.cuda.is_available():  # ranks of one machine share its cores instead of each taking all
         local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
@@ -116,12 +114,14 @@ def _begin(job: StageJob, control: Any) -> tuple[Place | None, TrainState, Model
                 said = [noted.result()]
     dist.broadcast_object_list(said, src=0, group=control)
     if isinstance(said[0], str):
-        raise StopRun(f"stage {job.stage.name!r}: {said[0]}")
+        raise StopRun(said[0])
     return None if said[0] is None else (*said[0], empty)
 
 
 def _noted(job: StageJob) -> Begun | str:
     """What `_begin` says, written down. Raises Fenced."""
+    if failure := Failures(job.folder).found():
+        return failure
     journal = job.journal
     passed: list[PassedOver] = []
     resumed = job.resume_from(passed.append)
@@ -205,7 +205,7 @@ class Training:
             self.beats("data", self.state.step)
             self.deal.note = self._note()
         raise StopRun(
-            f"stage {self.job.stage.name!r}: the stream ended at {self.state.progress:.1%} after {self.state.step} steps; "
+            f"the stream ended at {self.state.progress:.1%} after {self.state.step} steps; "
             "its mixture is smaller than its duration asks, give the duration in epochs"
         )
 
@@ -384,7 +384,7 @@ def _no_number(job: StageJob, state: TrainState, step: Step, report: StepReport)
     most = job.stage.guard.most
     before = f" and the {most} before it" if job.stage.guard.bad == "skip" else ""
     return (
-        f"stage {job.stage.name!r}: step {state.step + 1}{before} had loss {report.loss:g} and "
+        f"step {state.step + 1}{before} had loss {report.loss:g} and "
         f"gradient norm {report.grad_norm:g}, and were not taken; the last trained on {packs}. A rate that is too high does "
         "this (lower it, or warm up longer), and so do weights that are broken"
     )
@@ -428,7 +428,7 @@ def _restore(engine: Engine, job: StageJob, resumed: Place | None) -> None:
         try:
             _take_over(engine, job, Place(job.previous))
         except CorruptCheckpoint as error:
-            raise StopRun(f"stage {job.stage.name!r} begins from the stage before it, and cannot: {error}") from error
+            raise StopRun(f"it begins from the stage before it, and cannot: {error}") from error
 
 
 def _take_over(engine: Engine, job: StageJob, previous: Place) -> None:

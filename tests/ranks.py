@@ -21,7 +21,8 @@ import ray.exceptions
 import torch.distributed as dist
 
 from cluster import worker
-from cluster.job import StageJob, failure_file
+from cluster.failure import Failures
+from cluster.job import StageJob
 from cluster.pulse import start_pulse
 from cluster.standing import stacks
 from pipelines.stream import from_table, hands, portions, to_table
@@ -83,11 +84,8 @@ class Ranks:
             said = [words for rank, each in enumerate(running) if (words := self._trouble(rank, each))]
         if said:
             self.end()
-        log = job.folder.logs / "failure.txt"
-        if failure_file(
-            job.folder
-        ).is_file():  # what no other group could mend, a worker writes down and does not raise
-            said.append(log.read_text())
+        if Failures(job.folder).found():  # what no other group could mend, a worker writes down and does not raise
+            said += [log.read_text() for log in sorted(job.folder.logs.glob("failure-*.txt"))]
         assert not said, f"{job.recipe.name}, stage {job.stage.name}:\n" + "\n".join(said)
 
     def end(self) -> None:

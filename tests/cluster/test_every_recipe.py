@@ -5,7 +5,6 @@ do in a run: a checkpoint is written and read between them, adapters are merged,
 """
 
 import math
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -46,13 +45,6 @@ ELSEWHERE = {"vila_smoke", "vila_real", "vila_7b", "vila_13b", "fromage", *test_
 def test_every_recipe_has_its_golden_size() -> None:
     told = (test_systems.SIZES, test_fused_systems.SIZES, test_families.SIZES)
     assert {name for sizes in told for name in sizes} | ELSEWHERE == set(RECIPES)
-
-
-@pytest.fixture(scope="module")
-def ranks(ray_cluster: None) -> Iterator[Ranks]:  # noqa: ARG001 -- a fixture cannot use `usefixtures`
-    both = Ranks()
-    yield both
-    both.end()
 
 
 def chosen(recipe: Recipe, names: list[str]) -> list[Stage]:

@@ -1,0 +1,32 @@
+"""A process that was asked to stop ends in time, whatever of it hangs."""
+
+from __future__ import annotations
+
+import faulthandler
+import signal
+from math import ceil
+from pathlib import Path
+
+AFTER = 30.0
+"""Seconds beyond its notice that a driver has to take leave of its cluster and storage."""
+
+TOLD = 5.0
+"""Seconds before its end at which a process that still is there writes down where its threads stand."""
+
+FILE = "stopping.txt"
+
+
+def end_within(seconds: float, logs: Path) -> None:
+    """Have the system end this process after `seconds`, by SIGALRM; a little before, the stacks of all threads go into `logs`.
+
+    Neither needs Python: a library that never returns, or an interpreter that is being torn down, cannot hold it up.
+    """
+    logs.mkdir(parents=True, exist_ok=True)
+    file = (logs / FILE).open("w")  # which stays open: the watchdog writes to its descriptor
+    faulthandler.dump_traceback_later(max(0.1, seconds - TOLD), file=file)
+    _kept.append(file)
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.alarm(ceil(seconds))
+
+
+_kept: list[object] = []
