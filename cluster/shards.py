@@ -325,11 +325,28 @@ class _Piece:
     digest: str
     landings: list[_Landing] = field(default_factory=list)
 
+    def home(self) -> memoryview | None:
+        """Where it can be read to at once: its place in what it is for, where it is for one alone that wants all of it."""
+        if len(self.landings) > 1:
+            return None
+        (landing,) = self.landings
+        low, high = self.begin - landing.first, self.begin + self.length - landing.first
+        assert landing.buffer is not None
+        return landing.buffer[low:high].data if low >= 0 and high <= len(landing.buffer) else None
+
+    def share(self, numbers: np.ndarray[Any, np.dtype[np.uint8]]) -> None:
+        """Copy what each landing wants of it."""
+        for landing in self.landings:
+            assert landing.buffer is not None
+            low, high = max(landing.first, self.begin), min(landing.last, self.begin + self.length)
+            landing.buffer[low - landing.first : high - landing.first] = numbers[low - self.begin : high - self.begin]
+
 
 class ShardReader(StorageReader):
     """Reads what DCP plans for one rank from `folder`, whose index `read_index` gives.
 
-    `read_data` raises CorruptCheckpoint where bytes are missing or have another digest.
+    `read_data` raises CorruptCheckpoint where bytes are missing or have another digest; what was to be filled may hold some of
+    them then.
     """
 
     def __init__(self, folder: Place, read_index: Callable[[], Index]) -> None:
@@ -420,28 +437,28 @@ class ShardReader(StorageReader):
             yield partial(self._fetch, run)
 
     def _fetch(self, run: list[_Piece]) -> list[_Piece]:
-        """Read pieces that lie side by side, check each and put it where it belongs."""
-        file, start, stop = run[0].file, run[0].start, run[-1].start + run[-1].length
-        buffer = _buffer(stop - start)
+        """Read pieces that lie side by side, each to where it belongs, and check them."""
+        file, start = run[0].file, run[0].start
+        room = _buffer(sum(piece.length for piece in run if piece.home() is None))
+        places: list[memoryview] = []
+        for piece in run:
+            home = piece.home()
+            if home is None:
+                home, room = room[: piece.length], room[piece.length :]
+            places.append(home)
         try:
-            length = storage.read_into((self.folder / file).uri, start, buffer)
+            length = storage.read_into((self.folder / file).uri, start, places)
         except FileNotFoundError:
             raise CorruptCheckpoint(self.folder.uri, file, run[0].tensor, "is not there") from None
-        for piece in run:
-            found = buffer[:length][piece.start - start : piece.start - start + piece.length]
-            if len(found) < piece.length:
+        for piece, found in zip(run, places, strict=True):
+            if piece.start + piece.length > start + length:
                 why = f"ends at byte {start + length:,}, before byte {piece.start + piece.length:,}"
                 raise CorruptCheckpoint(self.folder.uri, file, piece.tensor, why)
             if digest(found) != piece.digest:
                 why = f"has other bytes from {piece.start:,} to {piece.start + piece.length:,} than were written"
                 raise CorruptCheckpoint(self.folder.uri, file, piece.tensor, why)
-            numbers = np.frombuffer(found, np.uint8)
-            for landing in piece.landings:
-                assert landing.buffer is not None
-                low, high = max(landing.first, piece.begin), min(landing.last, piece.begin + piece.length)
-                landing.buffer[low - landing.first : high - landing.first] = numbers[
-                    low - piece.begin : high - piece.begin
-                ]
+            if piece.home() is None:
+                piece.share(np.frombuffer(found, np.uint8))
         return run
 
     def _land(self, landing: _Landing) -> None:

@@ -6,10 +6,8 @@
     write(uri, data)           a file, whole                 create(uri, data)   the same, unless there is one
     open_write(uri)            a large file, as it comes     remove(uri)         a file or a folder
 
-Storage fails for a moment (a refused connection, a 503, a body that ends early, a server that says nothing): each request has a
-deadline and is tried again, `ATTEMPTS` times and for `patience` seconds at least, with growing, jittered pauses; then it raises
-`StorageError`. What is not there (FileNotFoundError) or not allowed (PermissionError) is raised at once, since waiting does not
-bring it.
+Each request has a deadline and is tried again for a while; then it raises `StorageError` (`pipelines/reach.py`). What is not
+there (FileNotFoundError) or not allowed (PermissionError) is raised at once, since waiting does not bring it.
 
 Credentials come from the usual AWS chain, or from the site file through `use`; they are never printed.
 """
@@ -20,131 +18,34 @@ import asyncio
 import errno
 import io
 import os
-import random
-import threading
-import time
 from collections import deque
-from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager, suppress
-from dataclasses import field, replace
-from functools import lru_cache, partial
-from itertools import count
-from typing import IO, Any, Protocol, TypeVar
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from itertools import islice
+from typing import IO, Any, TypeVar
 from uuid import uuid4
 
-import fsspec
-from fsspec import AbstractFileSystem
 from fsspec.asyn import AsyncFileSystem, sync
 from fsspec.implementations.local import LocalFileSystem
 
+from pipelines.reach import Storage as Storage
+from pipelines.reach import StorageError as StorageError
+from pipelines.reach import awaited, place, tried
+from pipelines.reach import hasty as hasty
+from pipelines.reach import in_use as in_use
+from pipelines.reach import scheme as scheme
+from pipelines.reach import use as use
+from pipelines.uploads import Elsewhere, ToDisk, ToS3, Writer
 from pipelines.value import spec
 
 T = TypeVar("T")
-
-ATTEMPTS = 5
-"""Times that a request is tried at least."""
-
-PAUSE = 0.25
-"""Seconds before the second attempt; each later pause is twice as long, and each is stretched by up to half at random."""
-
-LONGEST_PAUSE = 4.0
-"""Seconds before any later attempt: when storage comes back, a run should not sleep on."""
 
 AT_ONCE = 16
 """Requests of one `read_many` that are under way together."""
 
 BLOCK = 8 * 2**20
 """Bytes of one request of an opened file."""
-
-PART = 16 * 2**20
-"""Bytes of one part of a large file on its way to S3, which takes up to 10,000 of them: 156 GiB a file."""
-
-PARTS_AT_ONCE = 4
-"""Parts of one file that are under way together."""
-
-
-class StorageError(OSError):
-    """Storage did not answer as it should, again and again; says nothing about the data."""
-
-
-@spec
-class Storage:
-    """How storage is reached: S3's address and keys where the usual AWS chain (environment, profile, role) does not say.
-
-    `deadline` is the seconds that one request may take before it is tried again, `patience` those for which it is tried again at
-    least: an outage that is shorter only makes a run wait; `ahead` is the chunks of rows that are read from
-    remote storage before they are needed. Keys do not show when this is printed.
-    """
-
-    endpoint: str | None = None
-    region: str | None = None
-    key: str | None = field(default=None, repr=False)
-    secret: str | None = field(default=None, repr=False)
-    deadline: float = 30.0
-    patience: float = 60.0
-    ahead: int = 4
-
-    def s3(self) -> dict[str, Any]:
-        """Arguments of s3fs. It gets no retries of its own: two layers of them would multiply. It remembers no listing, since
-        others write here too, and asks for a whole file at once, not for its size before.
-        """
-        return {
-            "endpoint_url": self.endpoint,
-            "key": self.key,
-            "secret": self.secret,
-            "client_kwargs": {} if self.region is None else {"region_name": self.region},
-            "config_kwargs": {"connect_timeout": self.deadline, "retries": {"total_max_attempts": 1}},
-            "use_listings_cache": False,
-            "max_concurrency": 1,
-        }
-
-
-class _Current:
-    """This process's storage: a worker is told once, when it starts."""
-
-    storage = Storage()
-
-
-def use(storage: Storage) -> None:
-    """Reach storage in this way from now on, in this process."""
-    if storage != _Current.storage:
-        _Current.storage = storage
-        _filesystem.cache_clear()
-
-
-def in_use() -> Storage:
-    return _Current.storage
-
-
-@contextmanager
-def hasty(deadline: float) -> Iterator[None]:
-    """As long as this lasts a request is answered within `deadline` seconds or fails: for who asks, and does not train."""
-    before = in_use()
-    use(replace(before, patience=0.0, deadline=min(deadline, before.deadline)))
-    try:
-        yield
-    finally:
-        use(before)
-
-
-@lru_cache(maxsize=16)
-def _filesystem(scheme: str) -> AbstractFileSystem:
-    if scheme not in ("s3", "s3a"):
-        return fsspec.filesystem(scheme)
-    filesystem = fsspec.filesystem(scheme, **_Current.storage.s3())
-    filesystem.retries = 1
-    return filesystem
-
-
-def _place(uri: str) -> tuple[AbstractFileSystem, str]:
-    filesystem = _filesystem(scheme(uri))
-    return filesystem, str(filesystem._strip_protocol(uri))
-
-
-def scheme(uri: str) -> str:
-    """`s3` of `s3://bucket/file`; `file` of a path."""
-    return uri.split("://", 1)[0] if "://" in uri else "file"
 
 
 @spec
@@ -162,30 +63,46 @@ def read(uri: str, start: int | None = None, stop: int | None = None) -> bytes:
     """
     if start is not None and start == stop:
         return b""  # which S3 cannot be asked for
-    filesystem, path = _place(uri)
+    filesystem, path = place(uri)
     if isinstance(filesystem, AsyncFileSystem):
-        data: Any = _tried(uri, lambda: _awaited(filesystem, lambda: _range(filesystem, path, start, stop)))
+        data: Any = tried(uri, lambda: awaited(filesystem, lambda: _range(filesystem, path, start, stop)))
     else:
-        data = _tried(uri, lambda: filesystem.cat_file(path, start=start, end=stop))
+        data = tried(uri, lambda: filesystem.cat_file(path, start=start, end=stop))
     return bytes(data)
 
 
-def read_into(uri: str, start: int, buffer: memoryview) -> int:
-    """Bytes of a file from `start` on, into a writable `buffer`; returns how many there were. Raises as `read` does."""
-    filesystem, path = _place(uri)
-    if not isinstance(filesystem, LocalFileSystem):
-        data = read(uri, start, start + len(buffer))
-        buffer[: len(data)] = data
-        return len(data)
+def read_into(uri: str, start: int, buffers: Sequence[memoryview]) -> int:
+    """Bytes of a file from `start` on, into writable `buffers`, one after the other; returns how many there were. Raises as
+    `read` does.
+    """
+    size = sum(map(len, buffers))
+    filesystem, path = place(uri)
+    if isinstance(filesystem, LocalFileSystem):
+        return tried(uri, lambda: _scatter(path, start, buffers))
+    data = memoryview(read(uri, start, start + size))
+    done = 0
+    for buffer in buffers:
+        here = data[done : done + len(buffer)]
+        buffer[: len(here)] = here
+        done += len(here)
+    return done
 
-    def from_disk() -> int:
-        with open(path, "rb", buffering=0) as source:
-            done = 0
-            while done < len(buffer) and (got := os.preadv(source.fileno(), [buffer[done:]], start + done)):
-                done += got
-            return done
 
-    return _tried(uri, from_disk)
+MOST_BUFFERS = 1024
+"""Linux's limit on those of one call (IOV_MAX)."""
+
+
+def _scatter(path: str, start: int, buffers: Sequence[memoryview]) -> int:
+    left = deque(filter(None, buffers))
+    done = 0
+    with open(path, "rb", buffering=0) as source:
+        while left and (got := os.preadv(source.fileno(), [*islice(left, MOST_BUFFERS)], start + done)):
+            done += got
+            while left and got >= len(left[0]):
+                got -= len(left.popleft())
+            if got:
+                left[0] = left[0][got:]
+    return done
 
 
 async def _range(filesystem: AsyncFileSystem, path: str, start: int | None, stop: int | None) -> Any:
@@ -203,7 +120,7 @@ def read_many(ranges: Sequence[tuple[str, int | None, int | None]]) -> list[byte
     """`read` of each `(uri, start, stop)`, None where there is no such file; on S3 up to `AT_ONCE` requests together."""
     if not ranges:
         return []
-    filesystem, _ = _place(ranges[0][0])
+    filesystem, _ = place(ranges[0][0])
     if not isinstance(filesystem, AsyncFileSystem):
         return [_or_none(*part) for part in ranges]
     found: list[bytes | None] = [None] * len(ranges)
@@ -214,7 +131,7 @@ def read_many(ranges: Sequence[tuple[str, int | None, int | None]]) -> list[byte
         async with gate:
             try:
                 request = _range(filesystem, str(filesystem._strip_protocol(uri)), start, stop)
-                found[number] = await asyncio.wait_for(request, _Current.storage.deadline)
+                found[number] = await asyncio.wait_for(request, in_use().deadline)
             except FileNotFoundError:
                 pass
             except Exception as error:
@@ -229,7 +146,7 @@ def read_many(ranges: Sequence[tuple[str, int | None, int | None]]) -> list[byte
         if worst is not None:
             raise worst
 
-    _tried(ranges[0][0], lambda: sync(filesystem.loop, everyone))
+    tried(ranges[0][0], lambda: sync(filesystem.loop, everyone))
     return found
 
 
@@ -242,9 +159,9 @@ def _or_none(uri: str, start: int | None, stop: int | None) -> bytes | None:
 
 def write(uri: str, data: bytes) -> None:
     """Write a file whole: a reader sees the old one or the new one."""
-    filesystem, path = _place(uri)
+    filesystem, path = place(uri)
     if isinstance(filesystem, AsyncFileSystem):
-        _tried(uri, lambda: _awaited(filesystem, lambda: filesystem._pipe_file(path, data)))
+        tried(uri, lambda: awaited(filesystem, lambda: filesystem._pipe_file(path, data)))
         return
     scratch = f"{path}.{uuid4().hex}.part"  # nodes that share a disk may write the same file at once
     filesystem.makedirs(path.rsplit("/", 1)[0], exist_ok=True)
@@ -257,9 +174,9 @@ def create(uri: str, data: bytes) -> bool:
 
     A writer whose answer was lost on the way finds its own file and is told True: let `data` tell writers apart.
     """
-    filesystem, path = _place(uri)
+    filesystem, path = place(uri)
     if isinstance(filesystem, AsyncFileSystem):
-        made = _tried(uri, lambda: _awaited(filesystem, lambda: _put_if_absent(filesystem, path, data)))
+        made = tried(uri, lambda: awaited(filesystem, lambda: _put_if_absent(filesystem, path, data)))
     else:
         scratch = f"{path}.{uuid4().hex}.part"
         filesystem.makedirs(path.rsplit("/", 1)[0], exist_ok=True)
@@ -294,15 +211,15 @@ def names(folder: str, prefix: str = "", after: str = "") -> list[str]:
     With `prefix` only names that begin so, with `after` only those behind that one: S3, which tells a thousand names at a time,
     is then asked for no others.
     """
-    filesystem, path = _place(folder)
+    filesystem, path = place(folder)
     if (prefix or after) and scheme(folder) in ("s3", "s3a"):
         s3: Any = filesystem
-        return _tried(folder, lambda: _awaited(s3, lambda: _some_names(s3, path, prefix, after)))
+        return tried(folder, lambda: awaited(s3, lambda: _some_names(s3, path, prefix, after)))
     if prefix or after:
         return [name for name in names(folder) if name.startswith(prefix) and name > after]
-    _tried(folder, lambda: filesystem.invalidate_cache(path))
+    tried(folder, lambda: filesystem.invalidate_cache(path))
     try:
-        found: Any = _tried(folder, lambda: filesystem.ls(path, detail=False))
+        found: Any = tried(folder, lambda: filesystem.ls(path, detail=False))
     except (FileNotFoundError, NotADirectoryError):
         return []
     inside = {p.rstrip("/") for p in found} - {path.rstrip("/")}  # S3 may list an empty folder as its own content
@@ -327,10 +244,10 @@ async def _some_names(s3: Any, path: str, prefix: str, after: str) -> list[str]:
 
 def sizes(folder: str) -> dict[str, int]:
     """Bytes of each file that lies right in a folder, by name; of a folder that is not there, none. One listing tells all."""
-    filesystem, path = _place(folder)
-    _tried(folder, lambda: filesystem.invalidate_cache(path))
+    filesystem, path = place(folder)
+    tried(folder, lambda: filesystem.invalidate_cache(path))
     try:
-        found: Any = _tried(folder, lambda: filesystem.ls(path, detail=True))
+        found: Any = tried(folder, lambda: filesystem.ls(path, detail=True))
     except (FileNotFoundError, NotADirectoryError):
         return {}
     files = {info["name"].rsplit("/", 1)[-1]: int(info["size"]) for info in found if info["type"] == "file"}
@@ -339,22 +256,22 @@ def sizes(folder: str) -> dict[str, int]:
 
 def remove(uri: str) -> None:
     """Take a file, or a folder with all that is in it, away; nothing happens where there is none."""
-    filesystem, path = _place(uri)
-    _tried(uri, lambda: filesystem.invalidate_cache(path))
+    filesystem, path = place(uri)
+    tried(uri, lambda: filesystem.invalidate_cache(path))
     with suppress(FileNotFoundError):
-        _tried(uri, lambda: filesystem.rm(path, recursive=True))
+        tried(uri, lambda: filesystem.rm(path, recursive=True))
     if scheme(uri) in ("s3", "s3a"):  # some servers keep a folder that has become empty, under a name of its own
         s3: Any = filesystem
         bucket, key, _ = s3.split_path(path)
         request = {"Bucket": bucket, "Key": f"{key}/"}
-        _tried(uri, lambda: _awaited(s3, lambda: s3._call_s3("delete_object", **request)))
+        tried(uri, lambda: awaited(s3, lambda: s3._call_s3("delete_object", **request)))
         s3.invalidate_cache(path)
 
 
 def stat(uri: str) -> Stat:
     """Size and version of a file. Raises FileNotFoundError."""
-    filesystem, path = _place(uri)
-    info = _tried(uri, lambda: filesystem.info(path, refresh=True) if scheme(uri) != "file" else filesystem.info(path))
+    filesystem, path = place(uri)
+    info = tried(uri, lambda: filesystem.info(path, refresh=True) if scheme(uri) != "file" else filesystem.info(path))
     if info["type"] == "directory":
         raise FileNotFoundError(f"{uri} is a folder")
     return _stat(info)
@@ -375,9 +292,9 @@ def exists(uri: str) -> bool:
 
 def glob(pattern: str) -> dict[str, Stat]:
     """Files whose address matches `pattern` (`*`, `**`, `?`), in order, with what one listing tells of each."""
-    filesystem, path = _place(pattern)
-    _tried(pattern, filesystem.invalidate_cache)
-    found: Any = _tried(pattern, lambda: filesystem.glob(path, detail=True))  # a dict, as `detail` asks
+    filesystem, path = place(pattern)
+    tried(pattern, filesystem.invalidate_cache)
+    found: Any = tried(pattern, lambda: filesystem.glob(path, detail=True))  # a dict, as `detail` asks
     named = {filesystem.unstrip_protocol(p) if "://" in pattern else p: info for p, info in found.items()}
     return {name: _stat(info) for name, info in sorted(named.items()) if info["type"] == "file"}
 
@@ -385,18 +302,8 @@ def glob(pattern: str) -> dict[str, Stat]:
 def open_file(uri: str) -> IO[bytes]:
     """A file to be read from its beginning; it may be sought in. Each block is one request, tried like any other."""
     if scheme(uri) == "file":
-        return open(_place(uri)[1], "rb")
+        return open(place(uri)[1], "rb")
     return io.BufferedReader(_Blocks(uri, stat(uri).size), BLOCK)
-
-
-class Writer(Protocol):
-    """A file that is being written. Once its `with` ends well the file is there, whole; an error in it leaves none."""
-
-    def __enter__(self) -> Writer: ...
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None: ...
-
-    def write(self, data: bytes | bytearray | memoryview) -> None: ...
 
 
 def open_write(uri: str) -> Writer:
@@ -405,134 +312,10 @@ def open_write(uri: str) -> Writer:
 
     Raises OSError, or StorageError when its patience is at an end.
     """
-    filesystem, path = _place(uri)
+    filesystem, path = place(uri)
     if scheme(uri) == "file":
-        return _ToDisk(path)
-    return _ToS3(uri, filesystem, path) if isinstance(filesystem, AsyncFileSystem) else _Elsewhere(filesystem, path)
-
-
-class _ToDisk:
-    def __init__(self, path: str) -> None:
-        self.path = path
-        self.scratch = f"{path}.{uuid4().hex}.part"
-        os.makedirs(path.rsplit("/", 1)[0], exist_ok=True)
-        self.file = open(self.scratch, "wb", buffering=0)  # noqa: SIM115 -- __exit__ closes it
-
-    def __enter__(self) -> Writer:
-        return self
-
-    def write(self, data: bytes | bytearray | memoryview) -> None:
-        view = memoryview(data).cast("B")
-        while len(view):  # a disk may take less than it is given
-            view = view[self.file.write(view) :]
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        try:
-            with self.file:
-                if kind is None:
-                    os.fsync(self.file.fileno())
-            if kind is None:
-                os.replace(self.scratch, self.path)
-        finally:
-            with suppress(FileNotFoundError):
-                os.unlink(self.scratch)
-
-
-class _Elsewhere:
-    """By fsspec's own file, which commits when it is closed."""
-
-    def __init__(self, filesystem: AbstractFileSystem, path: str) -> None:
-        self.filesystem, self.path = filesystem, path
-        filesystem.makedirs(path.rsplit("/", 1)[0], exist_ok=True)
-        self.file: Any = filesystem.open(path, "wb")
-
-    def __enter__(self) -> Writer:
-        return self
-
-    def write(self, data: bytes | bytearray | memoryview) -> None:
-        self.file.write(data)
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        self.file.close()
-        if kind is not None:
-            self.filesystem.rm(self.path)
-
-
-class _ToS3:
-    """A multipart upload; a file of less than two parts' bytes is one request."""
-
-    def __init__(self, uri: str, filesystem: Any, path: str) -> None:
-        self.uri, self.filesystem = uri, filesystem
-        bucket, key, _ = filesystem.split_path(path)
-        self.object = {"Bucket": bucket, "Key": key}
-        self.buffer = bytearray()
-        self.size = 0
-        self.upload = ""
-        self.parts: list[Future[str]] = []
-        self.ended = False
-
-    def __enter__(self) -> Writer:
-        return self
-
-    def write(self, data: bytes | bytearray | memoryview) -> None:
-        view = memoryview(data).cast("B")
-        while len(view):
-            taken = view[: PART - len(self.buffer)]
-            self.buffer += taken
-            view = view[len(taken) :]
-            if len(self.buffer) == PART:
-                self._send()
-
-    def _send(self) -> None:
-        """Put what is collected on its way, once there is room for it: no more than `PARTS_AT_ONCE` parts wait in memory."""
-        if not self.upload:
-            self.upload = self._asked("create_multipart_upload")["UploadId"]
-        if len(self.parts) >= PARTS_AT_ONCE:
-            self.parts[-PARTS_AT_ONCE].result()
-        part, self.buffer = self.buffer, bytearray()
-        self.size += len(part)
-        self.parts.append(_beside(partial(self._put, len(self.parts) + 1, part)))
-
-    def _put(self, number: int, part: bytearray) -> str:
-        return self._asked("upload_part", UploadId=self.upload, PartNumber=number, Body=bytes(part))["ETag"]
-
-    def _asked(self, method: str, **words: Any) -> Any:
-        def request() -> Any:
-            if self.ended:
-                raise RuntimeError("another part has failed")
-            return _awaited(self.filesystem, lambda: self.filesystem._call_s3(method, **self.object, **words))
-
-        return _tried(self.uri, request)
-
-    def _complete(self) -> None:
-        if not self.upload:
-            write(self.uri, bytes(self.buffer))
-            return
-        if self.buffer:
-            self._send()
-        tags = [{"PartNumber": number, "ETag": part.result()} for number, part in enumerate(self.parts, 1)]
-        try:
-            self._asked("complete_multipart_upload", UploadId=self.upload, MultipartUpload={"Parts": tags})
-        except FileNotFoundError:  # the upload is over: an earlier attempt has done it, and its answer was lost
-            if stat(self.uri).size != self.size:
-                raise
-        self.filesystem.invalidate_cache(self.uri.rsplit("/", 1)[0])
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        whole = False
-        try:
-            if kind is None:
-                self._complete()
-                whole = True
-        finally:
-            self.ended = True
-            wait(self.parts)
-            if self.upload and not whole:  # parts that nobody completes would be paid for until somebody finds them
-                with suppress(Exception):
-                    _awaited(
-                        self.filesystem,
-                        lambda: self.filesystem._call_s3("abort_multipart_upload", **self.object, UploadId=self.upload),
-                    )
+        return ToDisk(path)
+    return ToS3(uri, filesystem, path) if scheme(uri) == "s3" else Elsewhere(filesystem, path)
 
 
 class _Blocks(io.RawIOBase):
@@ -564,29 +347,6 @@ class _Blocks(io.RawIOBase):
         return len(data)
 
 
-def _beside(call: Callable[[], T]) -> Future[T]:
-    """Make `call` in a thread that does not keep the process from ending, as a pool's would: a request may take minutes."""
-    future: Future[T] = Future()
-
-    def run() -> None:
-        try:
-            future.set_result(call())
-        except BaseException as error:
-            future.set_exception(error)
-
-    threading.Thread(target=run, daemon=True, name="upload").start()
-    return future
-
-
-def _awaited(filesystem: AsyncFileSystem, request: Callable[[], Coroutine[Any, Any, Any]]) -> Any:
-    """One request of an asynchronous file system, given up at the deadline."""
-
-    async def bounded() -> Any:
-        return await asyncio.wait_for(request(), _Current.storage.deadline)
-
-    return sync(filesystem.loop, bounded)
-
-
 def ahead(calls: Iterable[Callable[[], T]], depth: int) -> Iterator[T]:
     """Results of `calls` in their order, up to `depth` of them made before they are asked for, in threads."""
     with ThreadPoolExecutor(depth) as pool:
@@ -601,44 +361,3 @@ def ahead(calls: Iterable[Callable[[], T]], depth: int) -> Iterator[T]:
         finally:
             for future in waiting:
                 future.cancel()
-
-
-FINAL = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
-"""Answers that waiting does not change."""
-
-FINAL_NUMBERS = (errno.ENAMETOOLONG, errno.ELOOP, errno.ENOSPC, errno.EDQUOT, errno.EROFS)
-
-
-def _tried(uri: str, request: Callable[[], T]) -> T:
-    started = time.monotonic()
-    for attempt in count(1):
-        try:
-            return request()
-        except Exception as error:
-            if type(error).__name__ == "NoCredentialsError":
-                raise PermissionError(
-                    f"{uri}: no credentials; set them the usual way (AWS_ACCESS_KEY_ID, a profile, a role) "
-                    "or as key and secret under [storage] in the site file"
-                ) from error
-            if isinstance(error, PermissionError) and error.errno is None and uri not in str(error):
-                raise PermissionError(
-                    f"{uri}: not allowed ({error}); check the keys (the AWS chain, or key and secret under [storage] in the "
-                    "site file) and what their owner may do there"
-                ) from error
-            if not _transient(error):
-                raise
-            if attempt >= ATTEMPTS and time.monotonic() - started >= _Current.storage.patience:
-                raise StorageError(
-                    f"{uri}: no answer in {attempt} attempts, the last: {type(error).__name__}: {error}; "
-                    "the storage is at fault, not the data: once it answers, the same command goes on"
-                ) from error
-            time.sleep(min(LONGEST_PAUSE, PAUSE * 2 ** min(attempt - 1, 16)) * (1 + random.random() / 2))
-    raise AssertionError("an attempt returns or the last one raises")
-
-
-def _transient(error: Exception) -> bool:
-    """Whether another attempt may fare better. S3's client raises its own kinds for broken connections, which are no OSError."""
-    if isinstance(error, FINAL) or (isinstance(error, OSError) and error.errno in FINAL_NUMBERS):
-        return False
-    package = type(error).__module__.partition(".")[0]
-    return isinstance(error, (OSError, TimeoutError)) or package in ("botocore", "aiobotocore", "aiohttp")

@@ -10,7 +10,7 @@ import re
 import shutil
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ from cluster.parts import write_parts
 from cluster.saver import SaveFailed, Saver, save
 from cluster.schedule import due, stale
 from mllm.recipe import Full, LoRA, Recipe, Stage
-from pipelines import storage
+from pipelines import reach, storage
 from pipelines.place import Place
 from pipelines.storage import Storage
 from pipelines.types import Position
@@ -400,7 +400,7 @@ def test_a_full_disk_leaves_the_older_checkpoint_and_words(tiny_disk: Path) -> N
 
 @pytest.fixture
 def proxy(s3: Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
-    monkeypatch.setattr(storage, "PAUSE", 0.02)
+    monkeypatch.setattr(reach, "PAUSE", 0.02)
     proxy = Proxy(s3.port)
     storage.use(proxy.storage())
     yield proxy
@@ -567,8 +567,8 @@ def test_a_stage_s_weights_are_read_alone_merged_and_written_as_parts(
     asked: list[int] = []
     read = storage.read_into
 
-    def counted(uri: str, start: int, buffer: memoryview) -> int:
-        asked.append(read(uri, start, buffer))
+    def counted(uri: str, start: int, buffers: Sequence[memoryview]) -> int:
+        asked.append(read(uri, start, buffers))
         return asked[-1]
 
     monkeypatch.setattr(storage, "read_into", counted)

@@ -8,7 +8,7 @@ import pytest
 
 from cluster import lines
 from cluster.lines import Follower, Lines, read_lines
-from pipelines import storage
+from pipelines import reach, storage
 from pipelines.place import Place
 from pipelines.storage import Storage, StorageError
 from tests.s3 import BUCKET, Proxy, Server
@@ -48,7 +48,7 @@ def test_a_line_that_is_not_whole_is_waited_for_and_one_cut_short_stands_alone(t
 
 
 def test_an_outage_holds_up_the_record_and_not_the_writer(s3: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(storage, "PAUSE", 0.02)
+    monkeypatch.setattr(reach, "PAUSE", 0.02)
     proxy = Proxy(s3.port)
     storage.use(proxy.storage(patience=60))
     try:

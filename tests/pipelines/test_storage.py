@@ -11,7 +11,7 @@ from pathlib import Path
 import fsspec
 import pytest
 
-from pipelines import storage
+from pipelines import reach, storage, uploads
 from pipelines.place import Place
 from pipelines.storage import Storage, StorageError
 from tests.s3 import BUCKET, Proxy, Server
@@ -50,6 +50,19 @@ def test_many_ranges_come_back_in_order_and_what_is_not_there_as_none(root: str)
     wanted = [(f"{root}/{'ab'[i % 2]}.bin", 7 * i, 7 * i + 5) for i in range(40)]
     found = storage.read_many([*wanted, (f"{root}/none.bin", 0, 1), (f"{root}/deep", None, None)])
     assert found == [*((DATA * 2)[start:stop] for _, start, stop in wanted), None, None]
+
+
+@pytest.mark.parametrize(
+    "sizes", [[1] * 2500, [0, 7, 0, 1000, 3, 0], [100, 10**6, 5], []], ids=["many", "some", "short", "none"]
+)
+def test_a_range_fills_buffers_one_after_the_other_and_says_how_far_it_went(root: str, sizes: list[int]) -> None:
+    whole = (DATA + b"a.bin")[13:]
+    buffers = [bytearray(size) for size in sizes]
+    length = storage.read_into(f"{root}/a.bin", 13, [*map(memoryview, buffers)])
+    assert length == min(len(whole), sum(sizes))
+    assert b"".join(buffers)[:length] == whole[:length]
+    with pytest.raises(FileNotFoundError):
+        storage.read_into(f"{root}/none.bin", 0, [memoryview(bytearray(1))])
 
 
 def test_an_empty_file_and_a_range_behind_the_end_are_empty(root: str) -> None:
@@ -154,14 +167,14 @@ def test_what_is_not_there_is_said_at_once(root: str) -> None:
     started = time.monotonic()
     with pytest.raises(FileNotFoundError):
         storage.read(f"{root}/none.bin")
-    assert time.monotonic() - started < storage.PAUSE * 2
+    assert time.monotonic() - started < reach.PAUSE * 2
 
 
 @pytest.fixture
 def proxy(s3: Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
     storage.use(s3.storage)
     storage.write(f"s3://{BUCKET}/steady.bin", DATA)
-    monkeypatch.setattr(storage, "PAUSE", 0.02)
+    monkeypatch.setattr(reach, "PAUSE", 0.02)
     proxy = Proxy(s3.port)
     storage.use(proxy.storage())
     yield proxy
@@ -193,16 +206,16 @@ def test_a_server_that_says_nothing_meets_its_deadline(proxy: Proxy) -> None:
 
 def test_an_outage_shorter_than_its_patience_only_makes_a_run_wait(proxy: Proxy) -> None:
     storage.use(proxy.storage(patience=60))
-    proxy.faults += ["refuse"] * (storage.ATTEMPTS + 3)
+    proxy.faults += ["refuse"] * (reach.ATTEMPTS + 3)
     assert storage.read(f"s3://{BUCKET}/steady.bin", 0, 10) == DATA[:10]
-    assert len(proxy.met) == storage.ATTEMPTS + 4
+    assert len(proxy.met) == reach.ATTEMPTS + 4
 
 
 def test_an_outage_ends_with_words_about_storage_not_data(proxy: Proxy) -> None:
     proxy.faults += ["503"] * 99
     with pytest.raises(StorageError, match=r"steady\.bin: no answer in 5 attempts, .* not the data"):
         storage.read(f"s3://{BUCKET}/steady.bin")
-    assert len(proxy.met) == storage.ATTEMPTS
+    assert len(proxy.met) == reach.ATTEMPTS
 
 
 def test_a_wrong_secret_is_refused_at_once_and_never_shown(s3: Server) -> None:
@@ -216,7 +229,7 @@ def test_a_wrong_secret_is_refused_at_once_and_never_shown(s3: Server) -> None:
         storage.use(Storage())
 
 
-LARGE = bytes(range(256)) * (storage.PART // 100)
+LARGE = bytes(range(256)) * (uploads.PART // 100)
 """Two parts and a half."""
 
 

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from cluster.site import Site
 from mllm.annotators import FrozenFeatures, ScoreFilter
 from mllm.recipe import Epochs, Recipe
-from pipelines import storage
+from pipelines import reach, storage
 from pipelines.annotate import Annotator
 from pipelines.late import tables_of
 from pipelines.storage import Storage, StorageError
@@ -182,7 +182,7 @@ def test_a_corpus_on_s3_gives_the_packs_that_it_gives_on_disk(
 def test_a_storm_of_faults_changes_neither_rows_nor_order_and_an_outage_stops_the_stream(
     stream: Stream, site: Site, recipe: Recipe, uploaded: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(storage, "PAUSE", 0.02)
+    monkeypatch.setattr(reach, "PAUSE", 0.02)
     remote = moved(site, uploaded.storage, tmp_path / "cache").stream(recipe, recipe.stage("pretrain"))
     proxy = Proxy(uploaded.port, faults=["", "503", "", "", "truncate", "", "refuse"] * 60)
     shaky = PackWindows(replace(remote, storage=proxy.storage()))
