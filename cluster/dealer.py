@@ -42,42 +42,53 @@ class Dealer:
         for name in ("cluster.checkpoint", "pipelines.stream"):
             importlib.import_module(name)  # now, and not when a group waits for its packs
         collect_usually()
-        self.ahead: tuple[bytes, int, Pools, list[Any]] | None = None
+        self.ahead: tuple[_Asked, list[Any]] | None = None
 
     def foresee(self, what: bytes, world: int) -> None:
         """Make the iterators that the next group is likely to ask for, and what they wait for, while Ray Train begins it."""
         _beckon()
-        pools = _pools(what, world)
-        self.ahead = what, world, pools, _made(what, world, pools)
+        asked = _asked(what, world)
+        self.ahead = asked, _made(asked)
 
     def splits(self, what: bytes, world: int) -> list[Any]:
         """Ray Data's iterators for `world` ranks, from the stage's last checkpoint on; `what` is as `dumped` gives it."""
         ahead, self.ahead = self.ahead, None  # what another group has begun to read is not given twice
-        pools = _pools(what, world)
-        return ahead[-1] if ahead and ahead[:-1] == (what, world, pools) else _made(what, world, pools)
+        asked = _asked(what, world)  # workers whose controller was lost may have saved since
+        return ahead[1] if ahead and ahead[0] == asked else _made(asked)
 
 
-def _pools(what: bytes, world: int) -> Pools:
-    """The actors that make packs, where the cluster is as it is now."""
+@spec
+class _Asked:
+    """What decides a group's packs: those of a stage, where they begin, and the actors that make them as the cluster is now."""
+
+    what: bytes
+    world: int
+    begin: Place | None
+    pools: Pools
+
+
+def _asked(what: bytes, world: int) -> _Asked:
+    from cluster import checkpoint
+    from pipelines import storage
+
     dealt: Dealt = pickle.loads(what)
-    return dealt.pools.within(_cluster_cpus() - dealt.cpus * world)
+    storage.use(dealt.stream.storage)
+    found = checkpoint.newest(dealt.checkpoints, dealt.fingerprint, dealt.stream.order.fingerprint)
+    pools = dealt.pools.within(_cluster_cpus() - dealt.cpus * world)
+    return _Asked(what=what, world=world, begin=found.folder if found else None, pools=pools)
 
 
-def _made(what: bytes, world: int, pools: Pools) -> list[Any]:
+def _made(asked: _Asked) -> list[Any]:
     from cluster import checkpoint
     from cluster.local import divert_ray_logging
-    from pipelines import storage
     from pipelines.stream import dataset
     from pipelines.types import Position
 
-    dealt: Dealt = pickle.loads(what)
-    stream = dealt.stream
+    dealt: Dealt = pickle.loads(asked.what)
     divert_ray_logging()
-    storage.use(stream.storage)
-    found = checkpoint.newest(dealt.checkpoints, dealt.fingerprint, stream.order.fingerprint)
-    start = checkpoint.read_state(found.folder).position if found else Position()
-    hands = dataset(stream, start, stream.windows, pools, world, dealt.context)
-    return hands.streaming_split(world, equal=False)
+    start = checkpoint.read_state(asked.begin).position if asked.begin else Position()
+    hands = dataset(dealt.stream, start, dealt.stream.windows, asked.pools, asked.world, dealt.context)
+    return hands.streaming_split(asked.world, equal=False)
 
 
 def _beckon() -> None:
