@@ -1,6 +1,6 @@
 # make demo    train the smoke recipe through VILA's three stages on this machine
 # make test    the tests          make check   lint, format, types, floors
-# make test-extras                tests of what torchao, Liger and lm-eval add, which get an environment of their own
+# make test-extras                tests of what torchao, Liger, lm-eval and lmms-eval add, which get an environment of their own
 # make bench   the benchmarks     make real    the three stages with small real weights
 # make bench-data                 data loading beside other libraries, which get an environment of their own
 # make bench-control              checkpoints, the journal, control's part of a step, a simulated week of failures
@@ -36,7 +36,7 @@ faults: $(VENV)/.installed-dev
 
 # Triton's interpreter runs Liger's kernel without a GPU.
 test-extras: $(EXTRAS)/.installed
-	TRITON_INTERPRET=1 $(EXTRAS)/bin/python -m pytest tests/cluster/test_extras.py tests/ops/test_liger.py tests/mllm/test_harness.py
+	TRITON_INTERPRET=1 $(EXTRAS)/bin/python -m pytest tests/cluster/test_extras.py tests/ops/test_liger.py tests/mllm/test_harness.py tests/mllm/test_lmms.py
 
 docs: $(DOCS)/.installed
 	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --strict

@@ -6,7 +6,7 @@
     lm_eval.simple_evaluate(model=Harness.open("runs/vila_7b/export"), tasks=["hellaswag"])
 
 It asks in plain text and compares log-probabilities of texts, which is how language models are compared before and after they
-learn to see. lmms-eval needs no adapter: it asks whatever speaks OpenAI's API, which `mllm serve` does.
+learn to see. lmms-eval needs no adapter:
 """
 
 from __future__ import annotations
