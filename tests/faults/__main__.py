@@ -1,10 +1,11 @@
-"""`make faults`: every fault in every stage, beside the same run undisturbed; the table goes to `benchmarks/results/faults.md`.
+"""`make faults`: every fault in every stage, beside the same run undisturbed; see `benchmarks/results/faults.md`.
 
-    python -m tests.faults [--stages align,sft] [--only WORDS] [--seed 0] [--steps 150] [--restarts 3] [--out FILE]
+    python -m tests.faults [--parts align,pretrain,sft,resized] [--only WORDS] [--seed 0] [--steps N] [--restarts 2] [--out FILE]
 
-One run on a cluster of a head and two or three nodes, everything it keeps on a real S3 server, goes through the faults of each
-stage in an order drawn from the seed, at random steps. Afterwards its packs, rates and losses must be those of the undisturbed
-run, and its final weights too. A plain Ray Train run of the same model on the same cluster tells what a restart costs by itself.
+Each part is one run on a cluster of its own, a head and three nodes, everything it keeps on a real S3 server. It goes through the
+faults while it is at one stage, in an order drawn from the seed, at random steps; the last one's workers become fewer and more.
+Afterwards its packs, rates and losses must be those of the undisturbed run, and its final weights too. A plain Ray Train run of
+the same model on the same cluster tells what a restart costs by itself. A part that is not asked for keeps its last result.
 """
 
 from __future__ import annotations
@@ -16,10 +17,10 @@ import random
 import sys
 import tempfile
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
-from statistics import median
 
 import torch
 
@@ -30,12 +31,13 @@ from mllm.recipe import Full, load
 from mllm.recipes import by_name
 from pipelines import storage
 from tests.conftest import ROOT
-from tests.faults.catalogue import LONG_RUN, Death
+from tests.faults import page
+from tests.faults.catalogue import LONG_RUN, Fault
+from tests.faults.page import PARTS, RESIZED, STAGES, Part
 from tests.faults.rig import Rig
 from tests.faults.suite import (
     RESTARTS,
     Overcome,
-    Resized,
     differences,
     go_through,
     plain_restarts,
@@ -45,11 +47,12 @@ from tests.faults.suite import (
 from tests.s3 import BUCKET, Proxy, running
 
 RECIPE = "vila_smoke"
-STAGES = ("align", "pretrain", "sft")
-
 
 EACH = 16
 """Steps of a stage for each fault: some pass between two, and many in those that training does not wait for."""
+
+BRIEF = 8
+"""Steps of a stage in which nothing happens."""
 
 CALM = 0.1
 """Learning rates beside the recipe's own. At those rounding, which is other on one worker than on two, grew to 6e-3 of the loss
@@ -57,41 +60,52 @@ by the third stage, and what a fault has done could not be told apart from it.
 """
 
 
-def changes(steps: int) -> list[str]:
-    """A recipe whose steps are short, calm, and as many as the faults need."""
-    short = (
-        "context=256",
-        "tokens_per_step=1024",
-        "max_tiles=6",
-        "window=24",
-        "save_every=5",
-        f"duration.count={steps}",
-    )
-    rates = [
+def changes(steps: Mapping[str, int]) -> list[str]:
+    """A recipe whose steps are short, calm, and so many in each stage."""
+    short = ("context=256", "tokens_per_step=1024", "max_tiles=6", "window=24", "save_every=5")
+    found = [f"stages.{stage}.{change}" for stage in STAGES for change in short]
+    found += [f"stages.{stage}.duration.count={count}" for stage, count in steps.items()]
+    found += [
         f"stages.{stage.name}.tune.{part}.lr={CALM * how.lr:g}"
         for stage in by_name(RECIPE).stages
         for part, how in stage.tune.items()
         if isinstance(how, Full)
     ]
-    return [f"stages.{stage}.{change}" for stage in STAGES for change in short] + rates + ["held_out=[]"]
+    return [*found, "held_out=[]"]
 
 
 def main() -> int:
     """Run the suite; 1 where a fault was not overcome or left a mark."""
     parser = argparse.ArgumentParser(prog="python -m tests.faults", description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--stages", default=",".join(STAGES))
+    parser.add_argument("--parts", default=",".join(PARTS))
     parser.add_argument("--only", default="")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=0)
+    parser.add_argument("--steps", type=int, default=0, help="of the stage in which something happens")
     parser.add_argument("--restarts", type=int, default=RESTARTS)
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "faults.md")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "faults.json")
     asked = parser.parse_args()
+    unknown = set(asked.parts.split(",")) - set(PARTS)
+    if unknown:
+        parser.error(f"no part {sorted(unknown)[0]!r}; there are {', '.join(PARTS)}")
     os.environ["HF_HUB_OFFLINE"] = "1"
     faults = [fault for fault in LONG_RUN if asked.only in fault.what]
-    steps = asked.steps or 24 + EACH * len(faults)
-    rng = random.Random(asked.seed)
+    found: dict[str, Part] = {}
+    for name in asked.parts.split(","):
+        print(f"-- {name}", flush=True)
+        found[name] = part(name, faults, asked.seed, asked.steps, asked.restarts)
+        print(*found[name].marks or ["the run is the undisturbed one"], sep="\n", flush=True)
+        if len(faults) == len(LONG_RUN):  # after each, so that a failure loses nothing
+            page.write(asked.out, page.read(asked.out) | {name: found[name]})
+    print(page.page(found))
+    return int(any(one.marks for one in found.values()))
+
+
+def part(name: str, faults: Sequence[Fault], seed: int, wanted: int, restarts: int) -> Part:
+    """One run, put through what the part's name says."""
+    rng = random.Random(f"{seed} {name}")
+    count = wanted or (RESIZING if name == RESIZED else 24 + EACH * len(faults))
+    steps = {stage: count if name in (stage, RESIZED) else BRIEF for stage in STAGES}
     overcome: list[Overcome] = []
-    marks: list[str] = []
     with tempfile.TemporaryDirectory(prefix="faults-") as scratch, running(_folder(scratch, "s3")) as server:
         proxy = Proxy(server.port)
         site = load_site(str(ROOT / "examples" / "site.toml"))
@@ -101,24 +115,33 @@ def main() -> int:
         with Rig(Path(scratch) / "rig", on_s3, RECIPE, changes(steps), proxy) as rig:
             for _ in range(3):
                 rig.add_node()
-            plain = plain_restarts(rig, rng, asked.restarts)
-            rig.words = ("--workers", "2")
-            rig.train(*rig.words)
-            for stage in asked.stages.split(","):
-                order = rng.sample(faults, len(faults))
-                overcome += go_through(rig, stage, order, rng)
-            rig.wait_for_end()
+            if name == RESIZED:
+                resized = resize(rig, RECIPE, rng, lambda: print("nothing more is timed", flush=True))
+                overcome, plain, times = resized.overcome, resized.plain, 1
+            else:
+                plain = page.ratios(plain_restarts(rig, rng, restarts), [fault.what for fault in faults])
+                times = restarts
+                rig.words = ("--workers", "2")
+                rig.train(*rig.words)
+                overcome = go_through(rig, name, rng.sample(list(faults), len(faults)), rng)
+                rig.wait_for_end()
             whole = _undisturbed(rig, site, Path(scratch) / "whole")
-            marks += _marks(rig, RECIPE, whole, on_s3)
-            print(*marks or ["the run is the undisturbed one"], sep="\n", flush=True)
-            resized = resize(rig, "resized", rng, lambda: print("nothing more is timed", flush=True))
-            marks += _marks(rig, "resized", whole, on_s3)
+            marks = _marks(rig, RECIPE, whole, on_s3)
         proxy.close()
-    table = _table(overcome, resized, plain, marks, asked, steps)
-    print(table)
-    if not asked.only and asked.stages == ",".join(STAGES):
-        asked.out.write_text(table)
-    return 1 if marks else 0
+    return Part(
+        where=f"{os.cpu_count()} cores, Python {platform.python_version()}, torch {torch.__version__}",
+        when=f"{datetime.now(UTC):%Y-%m-%d}",
+        seed=seed,
+        steps=count,
+        times=times,
+        plain=plain,
+        overcome=tuple(overcome),
+        marks=tuple(marks),
+    )
+
+
+RESIZING = 96
+"""Steps of each stage of the run that changes its size: a group of other workers is there before they are over."""
 
 
 def _folder(root: str, name: str) -> Path:
@@ -152,58 +175,6 @@ def _marks(rig: Rig, name: str, whole: Rig, site: Site) -> list[str]:
         if not torch.allclose(one, other, rtol=1e-3, atol=1e-4):
             found.append(f"{name}: weights of {part} differ by up to {(one - other).abs().max():.2g}")
     return found
-
-
-def _table(
-    overcome: list[Overcome],
-    resized: Resized,
-    plain: dict[Death, float],
-    marks: list[str],
-    asked: argparse.Namespace,
-    steps: int,
-) -> str:
-    seed, times = asked.seed, asked.restarts
-    deaths = ", ".join(f"{death} {seconds:.1f} s" for death, seconds in plain.items())
-    lines = [
-        "# Faults",
-        "",
-        f"`make faults`, seed {seed}, {datetime.now(UTC):%Y-%m-%d}, {os.cpu_count()} cores, Python {platform.python_version()}, "
-        f"torch {torch.__version__}. One run of three stages of {steps} steps on two workers, a head and three nodes on one "
-        "machine, everything on S3 (SeaweedFS); then one of 1 to 3 workers. Seconds are from the beginning of the fault to the "
-        "end of the next optimiser step of workers that begin again, so they contain the fault's own duration where it has one; "
-        "of faults after which nobody need begin again, the longest time between two steps. *Noticed* is when the journal told "
-        "of it.",
-        "",
-        "*Plain* is Ray Train by itself on the same cluster, just before: two workers with the same model, batches from an actor "
-        f"of Ray Data as this run has them, the same thing done to it (medians of {times}: {deaths}). Where the driver ends, "
-        "its command is given again at once. A hang, which Ray Train does not notice, damaged checkpoints and a worker without "
-        "memory are set beside the restart after a worker's death, by as many of them as groups of workers must begin. *By "
-        "plain* leaves out *its own* seconds: those that an outage lasts whatever is done about it, and of a hang those until it "
-        "was noticed, since by itself Ray Train waits for ever.",
-        "",
-        "| fault | "
-        + " | ".join(f"{stage}, s" for stage in STAGES)
-        + " | noticed, s | its own, s | plain, s | by plain | steps redone |",
-        "|---|" + "---:|" * (len(STAGES) + 5),
-    ]
-    beside = {fault.what: fault.groups * plain[fault.like] for fault in LONG_RUN if plain} | resized.plain
-    lasting = {fault.what: fault.lasts for fault in LONG_RUN}
-    hidden = {fault.what for fault in LONG_RUN if fault.hides}
-    everything = [*overcome, *resized.overcome]
-    for what in dict.fromkeys(one.what for one in everything):
-        mine = [one for one in everything if one.what == what]
-        seconds = [next((f"{one.seconds:.1f}" for one in mine if one.stage == stage), "-") for stage in STAGES]
-        noticed = [one.noticed for one in mine if one.noticed is not None]
-        told = f"{median(noticed):.1f}" if noticed else "-"
-        own = median([one.noticed or 0.0 for one in mine]) if what in hidden else lasting.get(what, 0.0)
-        beyond = max(0.0, median(one.seconds for one in mine) - own)
-        by_plain = f"{beside[what]:.1f} | {beyond / beside[what]:.2f}" if what in beside else "- | -"
-        redone = ", ".join(str(one.redone) for one in mine)
-        lines.append(f"| {what} | {' | '.join(seconds)} | {told} | {own:.1f} | {by_plain} | {redone} |")
-    lines += ["", f"{len(everything)} faults overcome. Where one ends the command (SIGTERM), it was given again."]
-    lines += ["Beside the undisturbed run: " + ("no row lost or repeated, same losses." if not marks else "")]
-    lines += [f"- {mark}" for mark in marks[:40]]
-    return "\n".join(lines) + "\n"
 
 
 if __name__ == "__main__":

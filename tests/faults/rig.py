@@ -18,6 +18,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Self
 
@@ -143,16 +144,26 @@ class Rig:
         started = time.monotonic()
         while not what():
             if self.run.poll() is not None or time.monotonic() - started > seconds:
-                raise AssertionError(
-                    f"the run ended or stalled (exit {self.run.poll()}):\n{self.log.read_text()[-3000:]}"
-                )
+                raise AssertionError(f"the run ended or stalled (exit {self.run.poll()}):\n{self.told()}")
             time.sleep(pause)
         return time.monotonic() - started
 
     def wait_for_end(self, seconds: float = 900) -> None:
         """Wait until the command is through. Raises AssertionError where it did not end well."""
+        code = self.exit_code(seconds)
+        assert code == 0, f"the command ended with {code}:\n{self.told()}"
+
+    def exit_code(self, seconds: float) -> int | None:
+        """With what the command ends; None where it does not within `seconds`."""
         assert self.run is not None
-        assert self.run.wait(seconds) == 0, self.log.read_text()[-3000:]
+        with suppress(subprocess.TimeoutExpired):
+            return self.run.wait(seconds)
+        return None
+
+    def told(self) -> str:
+        """The end of what the command has said, and of its logs."""
+        logs = sorted(self.results.logs.glob("*.txt")) if self.results.logs.is_dir() else []
+        return "\n".join(f"-- {file.name}\n{file.read_text(errors='replace')[-3000:]}" for file in (self.log, *logs))
 
     def wait_for_step(self, stage: str, step: int, seconds: float = 180) -> float:
         return self.wait_for(lambda: (done := self.steps(stage)) != [] and done[-1].step >= step, seconds)
