@@ -10,10 +10,11 @@ from typing import Any
 
 import altair as alt
 
+from cluster.amounts import flop_words, quantity
 from cluster.curves import Rows, chance_of
-from cluster.live import StageView, flop_words, quantity
 from cluster.metrics import Evaluation
 from cluster.phases import PHASES
+from cluster.views import StageView
 from pipelines.types import spec
 
 

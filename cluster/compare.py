@@ -15,13 +15,14 @@ from rich.console import Console
 from rich.table import Table as Lines
 from rich.text import Text
 
+from cluster.amounts import duration, quantity
 from cluster.curves import smoothed
 from cluster.figures import Curves, Line, Section, StatsPage, Table
 from cluster.journal import RunState
-from cluster.live import StageView, duration, quantity, run_standing, stage_views
 from cluster.metrics import Evaluation
 from cluster.run import open_run
 from cluster.site import Site
+from cluster.views import StageView, run_standing, stage_views
 from mllm.recipe import Recipe, dump
 from pipelines.types import spec
 

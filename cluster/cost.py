@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from statistics import quantiles
 
-from cluster.live import quantity
+from cluster.amounts import quantity
 from cluster.metrics import RunFolder
 from cluster.mfu import gpu_peak
 from cluster.plan import Plan, StagePlan, plan

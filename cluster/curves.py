@@ -16,9 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cluster.journal import Decision, Fault, RunState
-from cluster.live import StageView
 from cluster.metrics import Evaluation, StepRecord
 from cluster.phases import PHASES
+from cluster.views import StageView
 from pipelines.types import spec
 
 POINTS = 300

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import altair as alt
 import numpy as np
 
-from cluster.live import quantity
+from cluster.amounts import quantity
 from cluster.report import chart_scripts, render_page
 from pipelines.place import Place
 from pipelines.types import spec

@@ -1,22 +1,18 @@
-"""What a person sees of a run in the terminal: a view that follows it, and a summary at its end.
+"""What a person sees of a run in the terminal while it goes.
 
     with Live(run, recipe, console) as live:        on a terminal a display that moves, elsewhere plain lines
         ...
-    console.print(summary(run, recipe, state))      one row a stage, then held-out losses and dropped rows
 
-Both know only the run's files, so the view can neither slow nor break what it watches.
+It knows only the run's files, so it can neither slow nor break what it watches.
 """
 
 from __future__ import annotations
 
 import threading
 import time
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, field
-from itertools import pairwise
-from typing import Literal, Self
+from typing import Self
 
 import rich.live
 from rich.console import Console, Group, RenderableType
@@ -24,25 +20,13 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from cluster.journal import Decision, Fault, GroupStarted, Journal, RunState, StageFinished, StageStarted
+from cluster.amounts import duration, flop_words, quantity, sparkline
+from cluster.journal import Decision, Fault, GroupStarted, Journal, StageFinished, StageStarted
 from cluster.lines import Follower
-from cluster.metrics import Evaluation, RunFolder, StepRecord, parse_step, utilisation
-from mllm.evaluate import ProbeScore, SourceScore
+from cluster.metrics import Evaluation, RunFolder, parse_step
+from cluster.summary import COLOURS, MARKS
+from cluster.views import RECENT, StageView, paired_probes, paired_scores
 from mllm.recipe import Recipe
-
-Standing = Literal["done", "running", "stopped", "failed", "waiting"]
-
-MARKS: dict[Standing, str] = {"done": "✓", "running": "●", "stopped": "■", "failed": "✗", "waiting": "○"}
-COLOURS: dict[Standing, str] = {
-    "done": "green",
-    "running": "bold cyan",
-    "stopped": "bold yellow",
-    "failed": "bold red",
-    "waiting": "dim",
-}
-
-RECENT = 10
-"""Steps over which rates are averaged."""
 
 PLAIN_SECONDS, PLAIN_SHARE = 5.0, 0.1
 """A plain line is due after so many seconds, or so great a share of the stage."""
@@ -52,141 +36,6 @@ NEWS = 2.0
 
 QUIET_SECONDS = 20.0
 """Silence after which the display says how long it has waited."""
-
-
-@dataclass(slots=True)
-class StageView:
-    """All that a run's files tell of one stage."""
-
-    name: str
-    standing: Standing = "waiting"
-    started: StageStarted | None = None
-    finished: StageFinished | None = None
-    steps: list[StepRecord] = field(default_factory=list)
-    before: Evaluation | None = None
-    after: Evaluation | None = None
-    during: list[Evaluation] = field(default_factory=list)
-
-    @property
-    def last(self) -> StepRecord | None:
-        return self.steps[-1] if self.steps else None
-
-    @property
-    def total(self) -> int | None:
-        """Steps of the stage: as planned, or estimated from progress."""
-        if self.started and self.started.steps:
-            return self.started.steps
-        return round(self.last.step / self.last.progress) if self.last and self.last.progress > 0 else None
-
-    @property
-    def total_words(self) -> str:
-        """`60`, or `~60` where it is an estimate."""
-        planned = self.standing == "done" or (self.started and self.started.steps)
-        return "?" if self.total is None else f"{'' if planned else '~'}{self.total:,}"
-
-    @property
-    def tokens(self) -> int:
-        return sum(step.tokens for step in self.steps)
-
-    @property
-    def images(self) -> int:
-        return sum(step.images for step in self.steps)
-
-    @property
-    def seconds(self) -> float:
-        """Time spent in steps; evaluations and checkpoints come on top."""
-        return sum(step.seconds for step in self.steps)
-
-    @property
-    def dropped(self) -> Counter[str]:
-        """Rows dropped, by reason."""
-        reasons: Counter[str] = Counter()
-        for step in self.steps:
-            reasons.update(step.reasons)
-        return reasons
-
-    def rate(self, what: Literal["tokens", "images", "flops"], last: int | None = None) -> float:
-        """`what` a second, over the `last` steps or all of them."""
-        steps = self.steps if last is None else self.steps[-last:]
-        seconds = sum(step.seconds for step in steps)
-        return sum(getattr(step, what) for step in steps) / seconds if seconds else 0.0
-
-    def mfu(self, last: int | None = None) -> float | None:
-        """Share of what the devices could compute that went into the model, waiting included; None where it is unknown."""
-        return utilisation(self.steps if last is None else self.steps[-last:])
-
-    def wait(self, last: int | None = None) -> float:
-        """Share of the time spent waiting for data."""
-        steps = self.steps if last is None else self.steps[-last:]
-        seconds = sum(step.seconds for step in steps)
-        return sum(step.data_wait for step in steps) / seconds if seconds else 0.0
-
-    @property
-    def remaining(self) -> float | None:
-        """Seconds to the stage's end at the pace of its last steps."""
-        steps = self.steps[-5 * RECENT :]
-        gained = steps[-1].progress - steps[0].progress if steps else 0.0
-        if gained <= 0:
-            return None
-        return (1 - steps[-1].progress) * sum(step.seconds for step in steps[1:]) / gained
-
-    def add(self, record: StepRecord) -> None:
-        """Append a step; one that was trained again after a crash replaces what it undid."""
-        while self.steps and self.steps[-1].step >= record.step:
-            self.steps.pop()
-        self.steps.append(record)
-
-
-def stage_views(run: RunFolder, recipe: Recipe, state: RunState) -> list[StageView]:
-    """The recipe's stages, in order, as far as the run has got with them."""
-    started = {event.stage: event for event in state.started_stages}
-    finished = {event.stage: event for event in state.finished_stages}
-    word = run_standing(state)
-    current: Standing = word if word in ("failed", "stopped") else "running"
-    views = []
-    for name in (stage.name for stage in recipe.stages):
-        standing: Standing = "done" if name in finished else current if name == state.stage else "waiting"
-        views.append(
-            StageView(
-                name=name,
-                standing=standing,
-                started=started.get(name),
-                finished=finished.get(name),
-                steps=run.steps(name),
-                before=run.evaluation(name, "before"),
-                after=run.evaluation(name, "after"),
-                during=run.evaluations(name),
-            )
-        )
-    return views
-
-
-def borders(views: Sequence[StageView]) -> list[tuple[str, Evaluation]]:
-    """The evaluations through the curriculum: before it, during each stage and after it, which is before the next one."""
-    first = next((view.before for view in views if view.before), None)
-    found = [("before training", first)] if first else []
-    for view in views:
-        found += [(f"{view.name}, step {each.step:,}", each) for each in view.during if each.step is not None]
-        found += [(f"after {view.name}", view.after)] if view.after else []
-    return found
-
-
-def paired_scores(
-    before: Evaluation | None, after: Evaluation | None
-) -> list[tuple[str, SourceScore | None, SourceScore | None]]:
-    """Each held-out source with its score on either side of a stage."""
-    old = {score.source: score for score in before.scores} if before else {}
-    new = {score.source: score for score in after.scores} if after else {}
-    return [(source, old.get(source), new.get(source)) for source in {**old, **new}]
-
-
-def paired_probes(
-    before: Evaluation | None, after: Evaluation | None
-) -> list[tuple[int, ProbeScore | None, ProbeScore | None]]:
-    """The same for each number of shots; a probe that asked nothing is left out."""
-    old = {score.shots: score for score in before.probe if score.questions} if before else {}
-    new = {score.shots: score for score in after.probe if score.questions} if after else {}
-    return [(shots, old.get(shots), new.get(shots)) for shots in {**old, **new}]
 
 
 class Live:
@@ -350,7 +199,7 @@ class Live:
             "step",
             f"{last.step:>6,} of {view.total_words:>6} {last.progress:>4.0%}  loss {last.loss:8.4f}  "
             f"{quantity(view.rate('tokens', RECENT)):>6} tokens/s  {quantity(view.rate('images', RECENT)):>6} images/s  "
-            f"{_utilised(view)}wait {view.wait(RECENT):>4.0%}  lr {last.lr:.2e}  eta {duration(view.remaining):>7}",
+            f"{utilised(view)}wait {view.wait(RECENT):>4.0%}  lr {last.lr:.2e}  eta {duration(view.remaining):>7}",
         )
 
     def _display(self) -> RenderableType:
@@ -408,153 +257,7 @@ class Live:
         return "" if view.remaining is None else f"eta {duration(view.remaining)}"
 
 
-def _utilised(view: StageView) -> str:
+def utilised(view: StageView) -> str:
     """What the last steps computed, as part of a plain line; nothing where it is unknown."""
     mfu = view.mfu(RECENT)
     return "" if mfu is None else f"{flop_words(view.rate('flops', RECENT)):>10}/s  mfu {mfu:>5.1%}  "
-
-
-def summary(run: RunFolder, recipe: Recipe, state: RunState, now: float | None = None) -> RenderableType:
-    """A run in a few lines: its stages, held-out losses through the curriculum, and the rows that were dropped.
-
-    A run that was killed cannot say so; of one that is not over, the time since its last step (until `now`) is told.
-    """
-    views = stage_views(run, recipe, state)
-    latest = max((view.last.time for view in views if view.last), default=None)
-    silence = None if latest is None else (time.time() if now is None else now) - latest
-    parts: list[RenderableType] = [_heading(run, state, silence), Text(""), _stage_table(views)]
-    evaluations = borders(views)
-    if evaluations:
-        parts += [Text(""), _held_out_table(evaluations)]
-    dropped = sum((view.dropped for view in views), Counter[str]())
-    if dropped:
-        parts += [Text(""), Text(f"{dropped.total():,} rows dropped", style="dim")]
-        parts += [Text(f"{count:>8,}  {reason}") for reason, count in dropped.most_common()]
-    return Group(*parts, *_gates(state), *_faults(state), Text(""))
-
-
-def _gates(state: RunState) -> Iterator[RenderableType]:
-    """The last judgement of each gate: what it looked at, and whether the stage behind it may begin."""
-    latest = {(event.stage, event.gate.partition(", after step")[0]): event for event in state.gates}
-    if latest:
-        yield Text("")
-    for event in latest.values():
-        word = Text("open", style="green") if event.open else Text("closed", style="yellow")
-        yield Text.assemble(f"entry of {event.stage}: ", word, f", {event.value:.4g} ({event.gate})")
-
-
-TOLD = 8
-"""Faults and decisions of a run that its summary tells, the latest."""
-
-
-def _faults(state: RunState) -> Iterator[RenderableType]:
-    """What went wrong and what was done about it; nothing where nothing did."""
-    again = Counter(group.stage for group in state.groups)
-    restarts = sum(count - 1 for count in again.values())
-    if not state.faults and not restarts:
-        return
-    kinds = Counter(fault.what.replace("_", " ") for fault in state.faults)
-    words = ", ".join(f"{count} x {kind}" for kind, count in kinds.most_common())
-    yield Text("")
-    yield Text(
-        f"{restarts:,} restart{'' if restarts == 1 else 's'}" + (f"; faults: {words}" if words else ""), style="dim"
-    )
-    for event in sorted((*state.faults, *state.decisions), key=lambda event: event.time)[-TOLD:]:
-        moment = time.strftime("%m-%d %H:%M:%S", time.localtime(event.time))
-        what = event.what.replace("_", " ")
-        if isinstance(event, Fault):
-            step = f" after step {event.step}" if event.step >= 0 else ""
-            yield Text(f"  {moment}  {event.stage}{step}: {what}: {event.detail.splitlines()[0][:160]}")
-        else:
-            yield Text(f"  {moment}    -> {what}: {event.why[:160]}")
-
-
-def run_standing(state: RunState) -> Literal["finished", "stopped", "failed", "running", "not started"]:
-    """The run in a word. `stopped` is by a person's hand; one that was killed still says `running`."""
-    if state.finished:
-        return "finished"
-    if state.stopped:
-        return "stopped"
-    if state.failure:
-        return "failed"
-    return "running" if state.starts else "not started"
-
-
-def _heading(run: RunFolder, state: RunState, silence: float | None) -> Text:
-    word = run_standing(state)
-    style = {"finished": "bold green", "failed": "bold red", "stopped": "bold yellow"}.get(word, "bold cyan")
-    more = f": {state.failure}" if word == "failed" else f" by {state.stopped}" if word == "stopped" else ""
-    if word == "running" and silence is not None:
-        more = f", last step {duration(silence)} ago"
-    return Text.assemble((run.name, "bold"), "  ", (word, style), more)
-
-
-def _stage_table(views: Iterable[StageView]) -> Table:
-    table = _table("stage", "", "steps", "tokens", "loss", "time", "tokens/s")
-    for view in views:
-        words: list[str] = [""] * 5
-        if view.last:
-            steps = f"{len(view.steps):,}" + ("" if view.standing == "done" else f" of {view.total_words}")
-            loss = f"{view.steps[0].loss:.3f} → {view.last.loss:.3f}"
-            words = [steps, quantity(view.tokens), loss, duration(view.seconds), quantity(view.rate("tokens"))]
-        mark = Text(f"{MARKS[view.standing]} {view.standing}", style=COLOURS[view.standing])
-        table.add_row(view.name, mark, *words)
-    return table
-
-
-def _held_out_table(evaluations: list[tuple[str, Evaluation]]) -> Table:
-    """Held-out loss, one row a source and one column a border: each stage's before stands left of its after."""
-    table = _table("held-out loss", *(label for label, _ in evaluations))
-    losses = [{score.source: score.loss for score in evaluation.scores} for _, evaluation in evaluations]
-    for source in {source: None for column in losses for source in column}:
-        cells = []
-        for number, column in enumerate(losses):
-            old, new = losses[number - 1].get(source) if number else None, column.get(source)
-            style = "" if old is None or new is None else "green" if new < old else "yellow"
-            cells.append(Text("" if new is None else f"{new:.3f}", style=style))
-        table.add_row(source, *cells)
-    return table
-
-
-def _table(*columns: str) -> Table:
-    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim", pad_edge=False)
-    for number, column in enumerate(columns):
-        table.add_column(column, justify="left" if number == 0 or not column else "right", no_wrap=True)
-    return table
-
-
-def sparkline(values: Sequence[float], width: int = 24) -> str:
-    """`values` as a row of at most `width` blocks, each the mean of its share of them."""
-    count = min(width, len(values))
-    edges = [len(values) * i // count for i in range(count + 1)] if count else []
-    means = [sum(values[a:b]) / (b - a) for a, b in pairwise(edges)]
-    low, high = min(means, default=0.0), max(means, default=0.0)
-    span = (high - low) or 1.0
-    return "".join("▁▂▃▄▅▆▇█"[round(7 * (mean - low) / span)] for mean in means)
-
-
-def quantity(value: float) -> str:
-    """Three digits and a letter: `998`, `12.3k`, `1.24M`."""
-    for size, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if abs(value) >= 0.9995 * size:
-            return f"{value / size:.3g}{letter}"
-    return f"{value:.3g}"
-
-
-def flop_words(value: float) -> str:
-    """Three digits and the unit: `312 TFLOP`, `1.21 EFLOP`."""
-    for size, letter in ((1e21, "Z"), (1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M")):
-        if value >= 0.9995 * size:
-            return f"{value / size:.3g} {letter}FLOP"
-    return f"{value:.3g} FLOP"
-
-
-def duration(seconds: float | None) -> str:
-    """`0:42`, `1:03:20`, `2d 03:10`; a dash for the unknown."""
-    if seconds is None:
-        return "-"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours >= 24:
-        return f"{hours // 24}d {hours % 24:02}:{minutes:02}"
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

@@ -20,8 +20,8 @@ from rich.console import Console
 from rich.table import Table as Lines
 
 from cluster import indexing
+from cluster.amounts import quantity
 from cluster.figures import Histogram, Section, StatsPage, Table
-from cluster.live import quantity
 from cluster.site import Site, SiteError
 from mllm.recipe import Recipe, Stage
 from pipelines import packing

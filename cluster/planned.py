@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 from cluster import cost
+from cluster.amounts import flop_words, quantity
 from cluster.compare import differences
 from cluster.cost import RunCost, Speed, hours_words
 from cluster.doubts import doubts
-from cluster.live import flop_words, quantity
 from cluster.plan import Plan, StagePlan, plan
 from cluster.run import open_run
 from cluster.site import Site

@@ -23,6 +23,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from PIL import Image
 
 from cluster import quarantine
+from cluster.amounts import duration, flop_words, quantity
 from cluster.charts import charts_of, gauges_of
 from cluster.curves import (
     POINTS,
@@ -38,19 +39,9 @@ from cluster.curves import (
 )
 from cluster.evidence import Evidence
 from cluster.journal import Decision, Fault, RunState
-from cluster.live import (
-    StageView,
-    borders,
-    duration,
-    flop_words,
-    paired_probes,
-    paired_scores,
-    quantity,
-    run_standing,
-    stage_views,
-)
 from cluster.metrics import Evaluation, RunFolder
 from cluster.phases import PHASES
+from cluster.views import StageView, borders, paired_probes, paired_scores, run_standing, stage_views
 from mllm.evaluate import Answer
 from mllm.recipe import Recipe, dump
 from pipelines.place import Place

@@ -29,7 +29,8 @@ def train(recipe: Recipe, site: Site, name: str | None, console: Console, unchec
     run is to begin `unchecked`.
     """
     from cluster.doctor import demand
-    from cluster.live import Live, summary
+    from cluster.live import Live
+    from cluster.summary import summary
     from cluster.telemetry import Telemetry, sinks_of
 
     folder = RunFolder(f"{site.runs}/{name or recipe.name}")
@@ -135,7 +136,8 @@ def runs(site: Site) -> list[str]:
 
 def show_status(site: Site, name: str | None, console: Console) -> None:
     """Print one run's summary, or one line for each run."""
-    from cluster.live import run_standing, summary
+    from cluster.summary import summary
+    from cluster.views import run_standing
 
     if name is None:
         for run in runs(site):

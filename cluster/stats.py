@@ -17,9 +17,9 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table as Lines
 
+from cluster.amounts import quantity
 from cluster.datacheck import manifest_of
 from cluster.figures import SPREAD, Histogram, Points, Section, Spread, StatsPage, Table
-from cluster.live import quantity
 from cluster.rows import Draw, draw, in_order
 from cluster.site import Site
 from pipelines import pictures

@@ -20,8 +20,8 @@ from cluster import gauges
 from cluster.gauges import Board
 from cluster.journal import FAULT_KINDS, Event, Fault, GroupStarted, Journal, StageStarted
 from cluster.lines import Follower
-from cluster.live import StageView
 from cluster.metrics import Evaluation, RunFolder, StepRecord, parse_step
+from cluster.views import StageView
 from mllm.recipe import Recipe, dump
 from pipelines.storage import StorageError
 from pipelines.types import Reason

@@ -15,10 +15,10 @@ from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 from cluster.evidence import Evidence
-from cluster.live import run_standing
 from cluster.report import report_page
 from cluster.run import open_run
 from cluster.site import Site
+from cluster.views import run_standing
 
 LOOPBACK = "127.0.0.1"
 

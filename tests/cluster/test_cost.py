@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from cluster import cost, planned
+from cluster.amounts import quantity
 from cluster.cli import main
 from cluster.doubts import doubts
-from cluster.live import quantity
 from cluster.metrics import RunFolder, StepRecord
 from cluster.published import CORPORA
 from cluster.site import Site

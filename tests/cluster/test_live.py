@@ -13,10 +13,12 @@ from invented import NOON, evaluation, invented_run, stage_finished, stage_start
 from rich.console import Console
 
 from cluster import live as live_room
+from cluster.amounts import duration, quantity, sparkline
 from cluster.journal import Decision, Fault, GateJudged, GroupStarted, Journal, RunState
 from cluster.lines import Follower
-from cluster.live import Live, duration, quantity, sparkline, summary
+from cluster.live import Live
 from cluster.metrics import RunFolder
+from cluster.summary import summary
 from mllm.recipe import Recipe
 
 
@@ -150,6 +152,20 @@ def test_run_stopped_by_hand_is_not_called_failed(tmp_path: Path, recipe: Recipe
     plain.print(summary(run, recipe, replace(state, failure=None, stopped="Ctrl-C")))
     assert "night-shift  stopped" in plain.text
     assert re.search(r"pretrain +■ stopped", plain.text)
+
+
+def test_summary_shows_where_a_stage_stands_now_and_not_all_it_has_been_through(
+    tmp_path: Path, recipe: Recipe, plain: Screen
+) -> None:
+    run, state = invented_run(tmp_path / "night", recipe, "running")
+    for stage in ("align", "pretrain"):
+        for done in (10, 20):
+            run.write_evaluation(evaluation(stage, "during", 5.0 + 1 / done, "an orange", done))
+    plain.print(summary(run, recipe, state))
+    (heading,) = [line for line in plain.text.splitlines() if line.startswith("held-out loss")]
+    assert re.split(r"  +", heading.strip()) == ["held-out loss", "before training", "after align", "pretrain, step 20"]
+    assert "5.050" in plain.text
+    assert "5.100" not in plain.text
 
 
 def test_summary_of_an_unfinished_run_tells_its_silence(tmp_path: Path, recipe: Recipe, plain: Screen) -> None:

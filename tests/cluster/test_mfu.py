@@ -7,11 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from cluster.amounts import flop_words
 from cluster.charts import GAUGES, gauges_of
-from cluster.live import StageView, _utilised, flop_words
+from cluster.live import utilised
 from cluster.metrics import RunFolder, StepRecord, parse_step, utilisation
 from cluster.mfu import gpu_peak, peak_flops
 from cluster.phases import Phases
+from cluster.views import StageView
 from tests.cluster.invented import step
 
 
@@ -72,11 +74,11 @@ def test_a_step_of_no_number_is_told_as_such(tmp_path: Path) -> None:
 
 def test_views_show_it_where_it_is_known() -> None:
     view = StageView(name="align", steps=[known(1), known(2)])
-    assert "800 GFLOP/s  mfu 40.0%" in _utilised(view)
+    assert "800 GFLOP/s  mfu 40.0%" in utilised(view)
     assert {gauge.column: gauge.value(view) for gauge in gauges_of(view)}["mfu"] == "mean 40.0%"
     assert gauges_of(view) == list(GAUGES)
     old = StageView(name="align", steps=[step(1, 10)])
-    assert _utilised(old) == ""
+    assert utilised(old) == ""
     assert not {"mfu", "flops"} & {gauge.column for gauge in gauges_of(old)}
 
 

@@ -15,9 +15,9 @@ from cluster import gauges
 from cluster.cli import main
 from cluster.grafana import ALERTS, ROWS, alerts, dashboard, write
 from cluster.journal import Fault, GroupStarted, Journal, RunStarted, StageStarted
-from cluster.live import StageView
 from cluster.metrics import Evaluation, PackRecord, RunFolder, SourceLoss, StepRecord
 from cluster.telemetry import Telemetry, TensorBoard, goodput, scalars
+from cluster.views import StageView
 from mllm.evaluate import SourceScore
 from mllm.recipe import Recipe
 from pipelines.place import Place
