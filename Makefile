@@ -96,12 +96,14 @@ $(COMPETITORS)/.installed: benchmarks/data/requirements.txt constraints.txt
 	$(COMPETITORS)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r benchmarks/data/requirements.txt
 	touch $@
 
-# Our own environment and some packages on top, which it need not know of.
+# Our own environment and some packages on top, which it need not know of. lmms-eval asks for torchvision, timm and what its tasks
+# score with, and can do without where tasks are of a person's own.
 $(EXTRAS)/.installed: $(VENV)/.installed-dev constraints.txt
 	test -x $(EXTRAS)/bin/python || $(BIN)/python -m venv $(EXTRAS)
 	$(BIN)/python -c '$(PLACE)' > $$($(EXTRAS)/bin/python -c '$(PLACE)')/base.pth
 	$(EXTRAS)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -c constraints.txt torchao liger-kernel triton
-	$(EXTRAS)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt lm-eval
+	$(EXTRAS)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt lm-eval loguru tenacity
+	$(EXTRAS)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -c constraints.txt lmms-eval "filelock<4"
 	touch $@
 
 # Pages are text: their builder needs nothing of this project.

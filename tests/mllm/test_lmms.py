@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -116,7 +117,10 @@ def test_its_command_finds_the_model_by_its_name(folder: Path, task: Path) -> No
         f"-m lmms_eval --model mllm --model_args folder={folder} --tasks toy_see --include_path {task} --batch_size 2"
     )
     out = ["--output_path", str(task / "out"), "--log_samples"]
-    subprocess.run([sys.executable, *words.split(), *out], check=True, capture_output=True, cwd=task, timeout=300)
+    there = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, *words.split(), *out]
+    ended = subprocess.run(command, env=there, cwd=task, timeout=300, check=False, capture_output=True, text=True)
+    assert (task / "out").is_dir(), ended.stdout[-3000:] + ended.stderr[-3000:]  # it ends with 0 whatever happens
     (results,) = (task / "out").rglob("*_results.json")
     wanted = expected(folder, task)
     scores = json.loads(results.read_text())["results"]["toy_see"]
