@@ -45,11 +45,17 @@ def read(file: Path) -> dict[str, Part]:
     return _PARTS.validate_json(file.read_bytes()) if file.is_file() else {}
 
 
+OTHERS = "## Other runs"
+"""What stands on the page from here on was written by hand, and stays."""
+
+
 def write(file: Path, parts: Mapping[str, Part]) -> None:
     """Keep the parts, and write the page of them beside the file."""
     ordered = {name: parts[name] for name in PARTS if name in parts}
     file.write_bytes(_PARTS.dump_json(ordered, indent=1) + b"\n")
-    file.with_suffix(".md").write_text(page(ordered))
+    readable = file.with_suffix(".md")
+    _, heading, others = readable.read_text().partition(OTHERS) if readable.is_file() else ("", "", "")
+    readable.write_text(page(ordered) + (f"\n{heading}{others}" if heading else ""))
 
 
 HEAD = """# Faults
