@@ -3,6 +3,8 @@
 Tasks do it where the cluster has a CPU to spare, and wait where it has none; nothing is held between them, which a larger group
 might want. Training waits for them only at the end of the run. Who reads a checkpoint changes nothing of what is learned, so it
 may fail: that is told, and nothing else happens.
+
+The run's driver imports this file before its first step, and what reads tensors takes long to import.
 """
 
 from __future__ import annotations
@@ -12,10 +14,9 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from cluster import checkpoint, loading
+from cluster import checkpoint
 from cluster.callbacks import root_of
 from cluster.journal import Fault, GateJudged
-from cluster.parts import INDEX, write_parts
 from cluster.policy import gate_values
 from pipelines import storage, trust
 from pipelines.place import Place
@@ -36,6 +37,7 @@ def evaluate(job: StageJob, folder: Place, step: int) -> Evaluation:
 
     import torch
 
+    from cluster import loading
     from cluster.engines import alone, build_engine
     from cluster.scoring import evaluation_of
     from mllm.recipe import FSDP
@@ -56,6 +58,9 @@ def evaluate(job: StageJob, folder: Place, step: int) -> Evaluation:
 
 def parts(job: StageJob, folder: Place, out: Place) -> None:
     """Write the stage's weights, adapters merged, as safetensors."""
+    from cluster import loading
+    from cluster.parts import write_parts
+
     storage.use(job.stream.storage)
     trust.use(job.stream.trust_remote_code)
     write_parts(out, loading.read_model(job.recipe, job.stage, folder).state_dict())
@@ -70,6 +75,8 @@ class Beside:
 
     def finished(self, job: StageJob, last: Place) -> None:
         """Have the weights of a finished stage written as parts, if they are not there."""
+        from cluster.parts import INDEX
+
         out = job.folder.parts(job.stage.name)
         if not (out / INDEX).is_file():
             self.writing[_task(parts).remote(job, last, out)] = job

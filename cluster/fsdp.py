@@ -21,6 +21,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
 from cluster.engines import Guard, StepReport, Trained, finite, local, still
+from cluster.mesh import context_of, mesh_shape
 from cluster.optimizers import build_optimizers, set_rate
 from cluster.phases import PhaseClock
 from cluster.recompute import named, recompute
@@ -247,11 +248,6 @@ class FSDPEngine:
         set_model_state_dict(self.module.model, state, options=StateDictOptions(strict=True))
 
 
-def context_of(parallel: Parallel) -> int:
-    """How many ranks share each pack."""
-    return parallel.context if isinstance(parallel, FSDP) else 1
-
-
 def context_group(parallel: Parallel, world: int) -> Context | None:
     """This rank's group of neighbours that share packs; None where each rank has its own. Raises ValueError."""
     size = context_of(parallel)
@@ -262,18 +258,6 @@ def context_group(parallel: Parallel, world: int) -> Context | None:
     group, _ = dist.new_subgroups_by_enumeration([list(range(n, n + size)) for n in range(0, world, size)])
     assert isinstance(group, dist.ProcessGroup)
     return Context(group, parallel.context_by)
-
-
-def mesh_shape(parallel: FSDP | DDP, world: int) -> tuple[int, ...]:
-    """Ranks as (copies, ranks that share a copy); as one number where there is one copy. Raises ValueError."""
-    if isinstance(parallel, DDP):
-        return world, 1
-    shard = parallel.shard
-    if shard is None:
-        return (world,)
-    if world % shard:
-        raise ValueError(f"{world} ranks cannot be groups of shard={shard}; take a divisor, or None for one copy")
-    return world // shard, shard
 
 
 def _inside(parameter: nn.Parameter, units: Sequence[nn.Module]) -> bool:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import torch
 
-from cluster.fsdp import context_of, mesh_shape
+from cluster.mesh import context_of, mesh_shape
 from cluster.site import Site
 from mllm.annotators import DiscreteCodes, GridRegions, Recaption, ScoreFilter
 from mllm.recipe import DDP, FSDP, AdamW, Recipe, Stage, ZeRO

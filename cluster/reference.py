@@ -7,7 +7,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
-from cluster import loading
 from mllm.annotators import ReferenceLogProbs
 from pipelines.place import Place
 
@@ -45,6 +44,7 @@ def _open(annotator: object) -> bool:
 
 def _write(job: StageJob, previous: Place, home: Place) -> None:
     """Export the model of the checkpoint `previous` to `home`; `recipe.json` last, which says that all is there."""
+    from cluster import loading
     from mllm.export import export
 
     before = job.before

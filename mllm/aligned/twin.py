@@ -12,7 +12,6 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 WRAPPED = "_checkpoint_wrapped_module."
 """What torch's wrapper for recomputation puts into the names of the weights below it."""
@@ -35,6 +34,8 @@ def follow(twin: nn.Module, module: nn.Module, momentum: float) -> None:
 
     Where weights are sharded it is a collective, one weight after the other: every rank must call it.
     """
+    from torch.distributed.tensor import DTensor  # late: whoever only describes a recipe shards nothing
+
     slow = dict(twin.named_buffers())
     for name, parameter in module.named_parameters():
         held = slow.get(name.replace(WRAPPED, ""))

@@ -14,7 +14,7 @@ from benchmarks.common import on_ranks
 from cluster import checkpoint, loading
 from cluster.checkpoint import Manifest, TrainState
 from cluster.engines import Engine, build_engine, finite
-from cluster.fsdp import mesh_shape
+from cluster.mesh import mesh_shape
 from cluster.saver import save
 from cluster.scoring import empty_pack, evaluation_of
 from cluster.site import Site, load_site
