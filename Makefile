@@ -23,13 +23,10 @@ PLACE := import sysconfig; print(sysconfig.get_path("purelib"))
 demo: $(VENV)/.installed
 	$(BIN)/mllm train vila_smoke --workers $(WORKERS)
 
-# What starts no Ray is shared by two processes of one thread each; the rest has the machine for itself.
-ALONE := tests/benchmarks tests/cluster tests/journeys tests/pipelines/test_stream.py
-SHARED := tests/house tests/mllm tests/ops tests/pipelines --deselect tests/pipelines/test_stream.py
-
+# What needs no machine for itself (tests/conftest.py marks what does) is shared by two processes of one thread each.
 test: $(VENV)/.installed-dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal $(SHARED)
-	$(BIN)/python -m pytest $(ALONE)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not alone"
+	$(BIN)/python -m pytest -m alone
 
 faults: $(VENV)/.installed-dev
 	$(BIN)/python -m tests.faults

@@ -30,7 +30,19 @@ from pipelines.windows import PackWindows, Stream
 from tests.s3 import BUCKET, Server, running
 
 ROOT = Path(__file__).resolve().parent.parent
+COMMANDS = (ROOT / "tests" / "journeys", ROOT / "tests" / "benchmarks")
 CORPUS = ROOT / "examples" / "corpus"
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what cannot share the machine with another test: what starts Ray, and whole commands. Files say it of themselves where
+    they tell the time.
+    """
+    for item in items:
+        assert isinstance(item, pytest.Function)
+        if "ray_cluster" in item.fixturenames or any(folder in item.path.parents for folder in COMMANDS):
+            item.add_marker(pytest.mark.alone)
 
 
 @pytest.fixture

@@ -16,6 +16,8 @@ from cluster.journal import Fenced, Journal, LeaseTaken, RunFinished
 from cluster.lease import Held, Lease, holder_of
 from pipelines.place import Place
 
+pytestmark = pytest.mark.alone  # a second counts
+
 SILENCE = 1.0
 
 

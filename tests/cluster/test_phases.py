@@ -25,6 +25,8 @@ from pipelines.types import Position
 from pipelines.windows import PackWindows, Stream
 from tests.cluster.test_engine import engine_of, share
 
+pytestmark = pytest.mark.alone  # who is slow is measured
+
 NAP = 0.2
 """Seconds by which a rank is slowed in each pack: far more than these models take."""
 

@@ -14,6 +14,8 @@ from cluster.local import WrongToken, ray_running
 from cluster.site import SiteError, load_site
 from tests.heads import environment, example_site, head
 
+pytestmark = pytest.mark.alone  # it starts a cluster
+
 JOIN = """
 import sys
 from pathlib import Path
