@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from mllm.chance import noise, seeds_of_tiles
 from mllm.classify import Scores
 from mllm.crossmodal import UNITER, VLBERT, CrossModal, PixelBERT, answer_head
-from mllm.dropout import RowDropout, within
+from mllm.dropout import RowDropout, among, chance, within
 from mllm.encoders import Folder
 from mllm.model import Model
 from mllm.pairs import Texts
@@ -45,6 +45,7 @@ class CrossEncoder(Model):
         self.mask = spec.mask
         self.backend: Backend | None = None
         self.begins = RowDropout(spec.dropout, 0)
+        self.leaves_out = max(spec.dropout, spec.attention_dropout) > 0
         self.register_buffer("continues", continuing(folder(spec.words.tokenizer or ""), self.vocabulary))
 
     def forward(self, batch: Batch) -> Float[Tensor, "P D"]:
@@ -58,6 +59,12 @@ class CrossEncoder(Model):
     def fuse(self, batch: Batch, paired: PairedRegions) -> Fused:
         """Each text with its picture, through all layers."""
         raise NotImplementedError
+
+    def chance(
+        self, batch: Batch, texts: Texts, owner: Int[Tensor, " T"], place: Int[Tensor, " T"]
+    ) -> Int[Tensor, " T"] | None:
+        """By which chance something is left out, each position a `place` in the pair of the `owner`-th text; None for nothing."""
+        return chance(batch, texts.documents, owner, place) if self.training and self.leaves_out else None
 
     def words_of(self, hidden: Float[Tensor, "M D"]) -> Float[Tensor, "M C"]:
         """Scores of the vocabulary at some positions of a text."""
@@ -132,10 +139,11 @@ class _OneStream(CrossEncoder):
     looks: Any
     answer: nn.Module | None
 
-    def _leave_out(self, rate: float) -> None:
-        """Let layers of BERT leave out a share of what they add."""
+    def _leave_out(self, spec: CrossModal) -> None:
+        """Let layers of BERT leave out a share of what they add, and of attention's weights."""
         for number, layer in enumerate(self.net.bert.encoder.layer):
-            within((layer.attention.output, layer.output), rate, 1 + 2 * number).told_by(layer)
+            states = within((layer.attention.output, layer.output), spec.dropout, 1 + 2 * number)
+            (states + among((layer.attention.self,), spec.attention_dropout, number)).told_by(layer)
 
     def answers(self) -> nn.Module | None:
         return self.answer
@@ -155,10 +163,11 @@ class _OneStream(CrossEncoder):
         x = torch.cat([words, run.x])[torch.cat([of_text, of_picture]).argsort()]
         owner = torch.arange(len(lengths), device=bounds.device).repeat_interleave(bounds.diff(), output_size=len(x))
         place = torch.arange(len(x), device=bounds.device) - bounds[owner]
-        drawn = self.begins.chance(batch, texts.documents, owner, place)
+        drawn = self.chance(batch, texts, owner, place)
         self.begins.told(drawn)
         x = self.begins(x)[None]
-        how = {"longest": int((lengths + run.counts).max()), "causal": False, "backend": self.backend, "draws": drawn}
+        pairs = tuple(bounds.diff().tolist())
+        how = {"longest": max(pairs), "lengths": pairs, "causal": False, "backend": self.backend, "draws": drawn}
         for layer in self.net.bert.encoder.layer:
             x = layer(x, None, documents=bounds.to(torch.int32), **how)
         hidden = x[0]
@@ -191,7 +200,7 @@ class Uniter(_OneStream):
         super().__init__(spec, folder)
         width = arch.shape.hidden_size
         self.net = arch.build(folder(spec.weights) if spec.weights else None)
-        self._leave_out(spec.dropout)
+        self._leave_out(spec)
         self.row = arch.row
         self.looks = BoxAndFeatures(arch.row, width)
         self.told = RegionHeads(arch.row, width, tied=True)
@@ -242,7 +251,7 @@ class VlBert(_OneStream):
         super().__init__(spec, folder)
         width = arch.shape.hidden_size
         self.net = arch.build(folder(spec.weights) if spec.weights else None)
-        self._leave_out(spec.dropout)
+        self._leave_out(spec)
         self.net.bert.pooler = None
         self.row = arch.row
         self.looks = _WithClues(arch, width)
@@ -311,7 +320,7 @@ class PixelBert(_OneStream):
         super().__init__(spec, folder)
         width = arch.shape.hidden_size
         self.net = arch.build(folder(spec.weights) if spec.weights else None)
-        self._leave_out(spec.dropout)
+        self._leave_out(spec)
         self.tower = arch.tower.build(folder(arch.tower_weights) if arch.tower_weights else None, -1)
         self.looks = _Cells(arch.tower.width, width)
         self.cells, self.taken = arch.cells, arch.taken

@@ -253,13 +253,14 @@ class CrossModal(ModelSpec):
     Weights of BERT begin a single stream, those of LXMERT an LXMERT. `answers` is the length of the list of answers that
     questions are answered from, 0 without such a head. A pair's picture is its document's first. `mask` is the id that
     stands for a masked token. `mean` and `std` normalise RGB in [0, 1] where the model looks at pixels. `dropout` is the share of
-    hidden states that is left out in training (see `mllm.dropout`).
+    hidden states that is left out in training, `attention_dropout` that of attention's weights (see `mllm.dropout`).
     """
 
     kind: Literal["cross_modal"] = "cross_modal"
     arch: Arch
     answers: Annotated[int, Field(ge=0)] = 0
     dropout: Dropout = 0.0
+    attention_dropout: Dropout = 0.0
     weights: str | None = None
     tokenizer: str | None = None
     bos: str = "[CLS]"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import count
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from mllm.bert import CrossEncoder
 from mllm.crossmodal import LXMERT, CrossModal
-from mllm.dropout import Dropouts, within
+from mllm.dropout import Dropouts, WeightDropout, within
 from mllm.encoders import Folder
 from mllm.regions import PairedRegions, Seen, regions_of
 from mllm.streams import Fused
@@ -44,12 +45,17 @@ class Lxmert(CrossEncoder):
         self.net = arch.build(folder(spec.weights) if spec.weights else None, spec.answers)
         self.row = arch.row
         encoder = self.net.lxmert.encoder
+        numbers = count()
+
+        def attention(whole: Any) -> _Attention:
+            return _Attention(whole, spec.attention_dropout, next(numbers))
+
         for layer in (*encoder.layer, *encoder.r_layers):
-            layer.attention.self = _Attention(layer.attention.self)
+            layer.attention.self = attention(layer.attention.self)
         for layer in encoder.x_layers:
-            layer.visual_attention.att = _Attention(layer.visual_attention.att)
+            layer.visual_attention.att = attention(layer.visual_attention.att)
             for own in (layer.lang_self_att, layer.visn_self_att):
-                own.self = _Attention(own.self)
+                own.self = attention(own.self)
         self._leave_out(spec.dropout)
 
     def _leave_out(self, rate: float) -> None:
@@ -95,9 +101,9 @@ class Lxmert(CrossEncoder):
 
     def _sides(self, batch: Batch, paired: PairedRegions) -> tuple[Side, Side]:
         texts, bounds = paired.texts, paired.texts.cu_seqlens
-        of_words = self.begins.chance(batch, texts.documents, texts.owner, texts.positions)
+        of_words = self.chance(batch, texts, texts.owner, texts.positions)
         behind = self.context + paired.place  # all words
-        of_regions = self.begins.chance(batch, texts.documents, paired.owner, behind)
+        of_regions = self.chance(batch, texts, paired.owner, behind)
         words, regions = tuple(bounds.diff().tolist()), tuple(paired.counts.tolist())
         other = nn.functional.pad(paired.counts.cumsum(0), (1, 0)).to(torch.int32)
         return (
@@ -169,10 +175,11 @@ def _of_reader(both: Dropouts) -> Hook:
 class _Attention(nn.Module):
     """LXMERT's attention with its own matrices, over packed pairs; in the place of the context's mask it is told its `Side`."""
 
-    def __init__(self, whole: Any) -> None:
+    def __init__(self, whole: Any, rate: float, number: int) -> None:
         super().__init__()
         self.query, self.key, self.value = whole.query, whole.key, whole.value
         self.heads = whole.num_attention_heads
+        self.left_out = WeightDropout(rate, number)
 
     def forward(
         self,
@@ -184,7 +191,11 @@ class _Attention(nn.Module):
         of, x, y = attention_mask, hidden_states[0], context[0]
         q = self.query(x).unflatten(-1, (self.heads, -1))
         k, v = (part(y).unflatten(-1, (self.heads, -1)) for part in (self.key, self.value))
-        if context is hidden_states:
+        itself = context is hidden_states
+        self.left_out.told(of.drawn if itself else of.beside)
+        if self.left_out.active:
+            out = self.left_out.attention(q, k, v, Runs(of.lengths if itself else of.others, of.lengths))
+        elif itself:
             out = varlen_attention(q, k, v, of.bounds, max(of.lengths), causal=False, backend=of.backend)
         else:
             out = cross_attention(q, k, v, Runs(of.others, of.lengths), backend=of.backend)

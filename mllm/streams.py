@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from mllm.dropout import Dropout, Dropouts, RowDropout, within
+from mllm.dropout import Dropout, Dropouts, RowDropout, chance, within
 from mllm.encoders import Folder
 from mllm.layers import TOY, Layers, Patched
 from mllm.model import HALF, RGB, Model, PictureModel, Words, check_mask
@@ -241,7 +241,7 @@ class PairEncoder(Model):
         x = torch.cat([words, patches.reshape(count * each, width)])[order]
         owner = torch.arange(count, device=bounds.device).repeat_interleave(bounds.diff(), output_size=len(x))
         place = torch.arange(len(x), device=bounds.device) - bounds[owner]
-        drawn = self.begins.chance(batch, texts.documents, owner, place)
+        drawn = chance(batch, texts.documents, owner, place) if self.training and self.begins.rate else None
         self.begins.told(drawn)
         x = self.begins(x)[None]
         where = Where(bounds.to(torch.int32), texts.max_seqlen + each, drawn, self.backend)

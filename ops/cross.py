@@ -33,6 +33,14 @@ class Runs:
                 "queries needs one of keys, and none may be empty"
             )
 
+    def check(self, queries: int, keys: int) -> None:
+        """Raises ValueError when they do not add up to so many rows."""
+        if (sum(self.queries), sum(self.keys)) != (queries, keys):
+            raise ValueError(
+                f"runs of {sum(self.queries)} queries and {sum(self.keys)} keys, and there are {queries} and {keys} rows: they "
+                "come from different packs"
+            )
+
 
 def cross_attention(
     q: Float[Tensor, "T H E"],
@@ -48,11 +56,7 @@ def cross_attention(
     On a GPU in 16 bits by the fastest kernel there is, elsewhere run by run. Without queries the result is empty and keeps
     its graph. Raises ValueError when runs do not add up to the rows.
     """
-    if (sum(runs.queries), sum(runs.keys)) != (len(q), len(k)):
-        raise ValueError(
-            f"runs of {sum(runs.queries)} queries and {sum(runs.keys)} keys, and there are {len(q)} and {len(k)} rows: "
-            "they come from different packs"
-        )
+    runs.check(len(q), len(k))
     if not len(q):
         return q + 0 * (k.sum() + v.sum())
     kernel = _kernel(q, backend)

@@ -16,12 +16,13 @@ from torch import Tensor, nn
 
 from mllm.aligned.rows import Rows
 from mllm.aligned.twin import unit
+from mllm.dropout import Dropout, RowDropout, among, draws_of_rows, within
 from mllm.dual import Layers
 from pipelines.types import spec
 
 
 def text_config(shape: Layers, vocab_size: int, positions: int, vision: int, crosses: bool) -> Any:
-    """transformers' configuration of BERT as BLIP has it, without dropout; if it `crosses`, each layer can look at a picture."""
+    """transformers' configuration of BERT as BLIP has it, without dropout; if it `crosses`, its layers can look at a picture."""
     from transformers import BlipTextConfig
 
     plain: dict[str, Any] = {"attn_implementation": "eager"}  # the only attention that its layers have
@@ -47,7 +48,8 @@ class ALBEF:
     """ALBEF (arXiv:2107.07651, 3.1): BERT's lower layers read text, its last `fusion` look at the picture too, in every layer.
 
     Without BERT's segment embeddings, of which ALBEF's texts have but one. `context` is the longest text, its first and last
-    mark with it; `mask` the id that stands for a masked token; `width` that of the embeddings of a pair.
+    mark with it; `mask` the id that stands for a masked token; `width` that of the embeddings of a pair. `dropout` is the share
+    of a text's hidden states that is left out in training, `attention_dropout` that of attention's weights (`mllm.dropout`).
     """
 
     learns: ClassVar[tuple[str, ...]] = ("contrastive", "momentum_contrast", "hard_matching", "distilled_tokens")
@@ -59,6 +61,8 @@ class ALBEF:
     context: int = 30
     mask: int = 103
     width: int = 256
+    dropout: Dropout = 0.0
+    attention_dropout: Dropout = 0.0
 
     def tiny(self) -> Self:
         shape = Layers(hidden_size=32, layers=2, heads=2, intermediate_size=64)
@@ -74,6 +78,7 @@ class BLIP:
 
     The decoder has its self-attention for itself; all else is shared. A text that begins with `enc` is to be looked at with its
     picture, one that begins with `dec` to be written; `context` is the longest text, its first and last mark with it.
+    `dropout` and `attention_dropout` are ALBEF's.
     """
 
     learns: ClassVar[tuple[str, ...]] = ("contrastive", "momentum_contrast", "hard_matching", "captioning")
@@ -85,6 +90,8 @@ class BLIP:
     dec: int = 30_522
     enc: int = 30_523
     width: int = 256
+    dropout: Dropout = 0.0
+    attention_dropout: Dropout = 0.0
 
     def tiny(self) -> Self:
         shape = Layers(hidden_size=32, layers=2, heads=2, intermediate_size=64)
@@ -100,8 +107,8 @@ class Aligning(nn.Module, ABC):
     `look` and `read` give what pictures and texts are known by, of which `embed_pictures` and `embed_texts` are made.
     """
 
-    def look(self, features: Float[Tensor, "S P D"]) -> Float[Tensor, "S N W"]:
-        """What is asked of a picture without its text: by default its features themselves."""
+    def look(self, features: Float[Tensor, "S P D"], seeds: Int[Tensor, " S"] | None = None) -> Float[Tensor, "S N W"]:
+        """What is asked of a picture without its text, `seeds` being its rows'; by default its features themselves."""
         return features
 
     @abstractmethod
@@ -147,6 +154,13 @@ class Aligning(nn.Module, ABC):
         """What stands behind the layers: projections and answers."""
 
 
+def chance_of(
+    net: nn.Module, seeds: Int[Tensor, " S"] | None, length: int, salt: int
+) -> Int[Tensor, "S length"] | None:
+    """The chance of the first positions of rows in one pass; None where nothing is left out."""
+    return draws_of_rows(seeds, length, salt) if net.training and seeds is not None else None
+
+
 def both_ways(there: Bool[Tensor, "S L"]) -> Bool[Tensor, "S 1 1 L"]:
     """Every token sees all of its text."""
     return there[:, None, None]
@@ -158,16 +172,30 @@ def backwards(there: Bool[Tensor, "S L"]) -> Bool[Tensor, "S 1 L L"]:
     return there[:, None, None] & (places[:, None] >= places)
 
 
-class BertLayer(nn.Module):
-    """One layer, of the modules of transformers' `BlipTextLayer`; `own` gives it a second self-attention, a decoder's."""
+LOOKED, READ, MATCHED, MASKED, WRITTEN = range(5)
+"""Salts: passes over the same rows, each of which leaves out others of their numbers."""
 
-    def __init__(self, layer: Any, own: bool = False) -> None:
+
+class BertLayer(nn.Module):
+    """One layer, of the modules of transformers' `BlipTextLayer`; `own` gives it a second self-attention, a decoder's.
+
+    Its `number` tells what it leaves out from what others do.
+    """
+
+    def __init__(self, layer: Any, of: ALBEF | BLIP, number: int, own: bool = False) -> None:
         super().__init__()
         self.attention = layer.attention
         self.decoder_attention = deepcopy(layer.attention) if own else None
         self.crossattention = getattr(layer, "crossattention", None)
         self.intermediate = layer.intermediate
         self.output = layer.output
+        every: Any = (self.attention, self.decoder_attention, self.crossattention)
+        attentions = [attention for attention in every if attention is not None]
+        adding = (*(attention.output for attention in attentions), self.output)
+        weighing = (attention.self for attention in attentions)
+        self.left_out = within(adding, of.dropout, 1 + 4 * number) + among(
+            weighing, of.attention_dropout, 3 * number, "dropout"
+        )
 
     def forward(
         self,
@@ -175,8 +203,13 @@ class BertLayer(nn.Module):
         seen: Bool[Tensor, "S 1 _ L"],
         features: Tensor | None = None,
         writes: bool = False,
+        drawn: Int[Tensor, "S L"] | None = None,
     ) -> Float[Tensor, "S L W"]:
-        """`seen` says which keys each token sees; with `features` it looks at them, and if it `writes` by its decoder's part."""
+        """`seen` says which keys each token sees; with `features` it looks at them, and if it `writes` by its decoder's part.
+
+        `drawn` is the chance of positions by which something is left out, None for nothing.
+        """
+        self.left_out.told(drawn)
         attention: Any = self.decoder_attention if writes else self.attention
         hidden = torch.zeros_like(seen, dtype=x.dtype).masked_fill(~seen, torch.finfo(x.dtype).min)
         x, _ = attention(x, attention_mask=hidden)
@@ -203,8 +236,12 @@ class Words(nn.Module):
 class _Bert(Aligning):
     """Word embeddings, layers, two projections and the answer whether a pair belongs together."""
 
-    def __init__(self, config: Any, layers: list[BertLayer], embeddings: nn.Module, vision: int, width: int) -> None:
+    def __init__(
+        self, of: ALBEF | BLIP, config: Any, layers: list[BertLayer], embeddings: nn.Module, vision: int
+    ) -> None:
         super().__init__()
+        width = of.width
+        self.begins = RowDropout(of.dropout, 0)
         self.embeddings = embeddings
         self.layers = nn.ModuleList(layers)
         self.vision_proj = nn.Linear(vision, width)
@@ -215,11 +252,15 @@ class _Bert(Aligning):
             nn.init.normal_(module.weight, std=config.initializer_range)
             nn.init.zeros_(module.bias)
 
-    def embed(self, ids: Int[Tensor, "S L"]) -> Float[Tensor, "S L W"]:
-        places = torch.arange(ids.shape[1], device=ids.device)[None]
+    def embed(self, rows: Rows, salt: int) -> tuple[Float[Tensor, "S L W"], Int[Tensor, "S L"] | None]:
+        """What the first layer gets, and the chance by which something is left out of it in this pass, if anything is."""
+        places = torch.arange(rows.ids.shape[1], device=rows.ids.device)
         table: Any = self.embeddings
         # Not by transformers' own forward, which adds positions in place.
-        return table.LayerNorm(table.word_embeddings(ids) + table.position_embeddings(places))
+        x = table.LayerNorm(table.word_embeddings(rows.ids) + table.position_embeddings(places[None]))
+        drawn = chance_of(self, rows.seeds, len(places), salt)
+        self.begins.told(drawn)
+        return self.begins(x), drawn
 
     @property
     def table(self) -> Float[Tensor, "C W"]:
@@ -271,27 +312,32 @@ class ALBEFNet(_Bert):
             )
         lower = _made(replace(shape, layers=shape.layers - spec.fusion), spec.vocab_size, spec.positions, vision, False)
         upper = _made(replace(shape, layers=spec.fusion), 1, 1, vision, True)
-        layers = [BertLayer(layer) for layer in (*lower.encoder.layer, *upper.encoder.layer)]
-        super().__init__(lower.config, layers, lower.embeddings, vision, spec.width)
+        made = (*lower.encoder.layer, *upper.encoder.layer)
+        layers = [BertLayer(layer, spec, number) for number, layer in enumerate(made)]
+        super().__init__(spec, lower.config, layers, lower.embeddings, vision)
         self.alone = shape.layers - spec.fusion
 
     def read(self, rows: Rows) -> Tensor:
-        x, seen = self.embed(rows.ids), both_ways(rows.there)
-        for layer in self.layers[: self.alone]:
-            x = layer(x, seen)
-        return x
+        return self._alone(rows, READ)[0]
 
-    def fused(self, features: Tensor, rows: Rows) -> Float[Tensor, "S L W"]:
-        x, seen = self.read(rows), both_ways(rows.there)
+    def _alone(self, rows: Rows, salt: int) -> tuple[Float[Tensor, "S L W"], Int[Tensor, "S L"] | None]:
+        (x, drawn), seen = self.embed(rows, salt), both_ways(rows.there)
+        for layer in self.layers[: self.alone]:
+            x = layer(x, seen, drawn=drawn)
+        return x, drawn
+
+    def fused(self, features: Tensor, rows: Rows, salt: int) -> Float[Tensor, "S L W"]:
+        """Texts with their pictures; another `salt` leaves out others of their numbers."""
+        (x, drawn), seen = self._alone(rows, salt), both_ways(rows.there)
         for layer in self.layers[self.alone :]:
-            x = layer(x, seen, features)
+            x = layer(x, seen, features, drawn=drawn)
         return x
 
     def matched(self, features: Tensor, rows: Rows) -> Tensor:
-        return self.match(self.fused(features, rows)[:, 0])
+        return self.match(self.fused(features, rows, MATCHED)[:, 0])
 
     def masked(self, features: Tensor, rows: Rows, at: Tensor) -> Tensor:
-        return self.words(self.fused(features, rows)[at], self.table)
+        return self.words(self.fused(features, rows, MASKED)[at], self.table)
 
     def slow(self) -> tuple[str, ...]:
         return ("match",)
@@ -302,33 +348,28 @@ class BLIPNet(_Bert):
 
     def __init__(self, spec: BLIP, vision: int) -> None:
         bert = _made(spec.text, spec.vocab_size, spec.positions, vision, True)
-        super().__init__(
-            bert.config,
-            [BertLayer(layer, own=True) for layer in bert.encoder.layer],
-            bert.embeddings,
-            vision,
-            spec.width,
-        )
+        layers = [BertLayer(layer, spec, number, own=True) for number, layer in enumerate(bert.encoder.layer)]
+        super().__init__(spec, bert.config, layers, bert.embeddings, vision)
         self.enc, self.dec = spec.enc, spec.dec
 
     def read(self, rows: Rows) -> Tensor:
-        x, seen = self.embed(rows.ids), both_ways(rows.there)
+        (x, drawn), seen = self.embed(rows, READ), both_ways(rows.there)
         for layer in self.layers:
-            x = layer(x, seen)
+            x = layer(x, seen, drawn=drawn)
         return x
 
     def matched(self, features: Tensor, rows: Rows) -> Tensor:
         rows = rows.begun_with(self.enc)
-        x, seen = self.embed(rows.ids), both_ways(rows.there)
+        (x, drawn), seen = self.embed(rows, MATCHED), both_ways(rows.there)
         for layer in self.layers:
-            x = layer(x, seen, features)
+            x = layer(x, seen, features, drawn=drawn)
         return self.match(x[:, 0])
 
     def caption(self, features: Tensor, rows: Rows, read: Tensor | None = None) -> Tensor:
         rows = rows.begun_with(self.dec)
-        x, seen = self.embed(rows.ids), backwards(rows.there)
+        (x, drawn), seen = self.embed(rows, WRITTEN), backwards(rows.there)
         for layer in self.layers:
-            x = layer(x, seen, features, writes=True)
+            x = layer(x, seen, features, writes=True, drawn=drawn)
         return self.words(x, self.table)
 
     def slow(self) -> tuple[str, ...]:

@@ -120,7 +120,7 @@ class CoCaNet(Aligning):
         for table in (self.embeddings, self.positions, self.head):
             nn.init.normal_(table.weight, std=0.02)
 
-    def look(self, features: Tensor) -> Tensor:
+    def look(self, features: Tensor, seeds: Tensor | None = None) -> Tensor:  # noqa: ARG002 -- nothing is left out
         return self.contrast_pool(features)
 
     def read(self, rows: Rows) -> Tensor:

@@ -192,7 +192,7 @@ class Aligner(Model):
         def make() -> Embedded:
             known = self.given(batch)
             count = len(known.documents)
-            looked = self.net.look(self.features(batch)[known.tiles])
+            looked = self.net.look(self.features(batch)[known.tiles], known.rows.seeds)
             return Embedded(self.net.embed_pictures(looked)[:count], self.net.embed_texts(self._read(batch))[:count])
 
         return self._kept("embedded", batch, make)

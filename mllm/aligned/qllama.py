@@ -96,7 +96,7 @@ class QLLaMANet(Aligning):
         for table in tables:
             nn.init.normal_(table.weight, std=0.02)
 
-    def look(self, features: Tensor) -> Tensor:
+    def look(self, features: Tensor, seeds: Tensor | None = None) -> Tensor:  # noqa: ARG002 -- nothing is left out
         if not self.asks:
             return features
         queries = self.middle.asked(features)

@@ -6,12 +6,24 @@ from dataclasses import replace
 from typing import Any, ClassVar, Literal, Self
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from mllm.aligned.bert import Aligning, Words, both_ways, text_config
+from mllm.aligned.bert import (
+    LOOKED,
+    MATCHED,
+    READ,
+    WRITTEN,
+    Aligning,
+    Words,
+    both_ways,
+    chance_of,
+    text_config,
+)
 from mllm.aligned.rows import Rows
 from mllm.aligned.twin import unit
+from mllm.dropout import Dropout, RowDropout, WeightDropout, among, within
 from mllm.dual import Layers
 from mllm.resamplers import QFormer
 from pipelines.types import spec
@@ -24,7 +36,8 @@ class QFormerPairs:
     `connector` is what the second stage takes over: its queries and layers, without the matrix behind them. Queries and texts
     share self-attention and have a feed-forward each. Contrast: neither sees the other, and of a picture's queries the nearest
     counts. Matching: all see all. Captions, which begin with `dec`: queries see queries, text sees them and what comes before.
-    `context` is the longest text, its first and last mark with it.
+    `context` is the longest text, its first and last mark with it. `dropout` is the share of hidden states that is left out in
+    training, `attention_dropout` that of attention's weights (see `mllm.dropout`); in the second stage nothing is left out.
     """
 
     learns: ClassVar[tuple[str, ...]] = ("momentum_contrast", "hard_matching", "captioning")
@@ -35,6 +48,8 @@ class QFormerPairs:
     context: int = 32
     dec: int = 30_522
     width: int = 256
+    dropout: Dropout = 0.0
+    attention_dropout: Dropout = 0.0
 
     def tiny(self) -> Self:
         return replace(
@@ -71,7 +86,12 @@ class QFormerNet(Aligning):
         )
         self.query_tokens = nn.Parameter(torch.randn(1, connector.queries, width) * 0.02)
         self.embeddings = Blip2TextEmbeddings(config)
-        self.qformer = Blip2QFormerModel._from_config(config, attn_implementation="sdpa")
+        register_left_out()
+        self.qformer = Blip2QFormerModel._from_config(config, attn_implementation=LEFT_OUT)
+        self.begins = RowDropout(spec.dropout, 0)
+        former: Any = self.qformer
+        for number, layer in enumerate(former.encoder.layer):
+            _leave_out(layer, spec, number)
         self.vision_projection = nn.Linear(width, spec.width)
         self.text_projection = nn.Linear(width, spec.width)
         self.itm_head = nn.Linear(width, 2)
@@ -84,14 +104,20 @@ class QFormerNet(Aligning):
         self.queries = connector.queries
         self.dec = spec.dec
 
-    def _run(self, x: Tensor, seen: Tensor | None, features: Tensor | None, queries: int) -> Float[Tensor, "S N W"]:
-        """Layers over [queries; text], of which the first `queries` look at the picture; `seen` bool (S, 1, N or 1, N)."""
+    def _run(
+        self, x: Tensor, seen: Tensor | None, features: Tensor | None, queries: int, drawn: Tensor | None
+    ) -> Float[Tensor, "S N W"]:
+        """Layers over [queries; text], of which the first `queries` look at the picture; `seen` bool (S, 1, N or 1, N).
+
+        `drawn` int64 (S, N) is the chance of positions by which something is left out, None for nothing.
+        """
         former: Any = self.qformer
-        x = former.layernorm(x)
+        self.begins.told(drawn)
+        x = self.begins(former.layernorm(x))
         if seen is not None:
             seen = seen.expand(-1, -1, x.shape[1], -1)
         for layer in former.encoder.layer:
-            x = layer(x, seen, features, query_length=queries)
+            x = layer(x, seen, features, query_length=queries, draws=drawn)
         return x
 
     def _embed(self, rows: Rows) -> Float[Tensor, "S L W"]:
@@ -102,11 +128,13 @@ class QFormerNet(Aligning):
     def _asked(self, features: Tensor) -> Float[Tensor, "S Q W"]:
         return self.query_tokens.to(features.dtype).expand(len(features), -1, -1)
 
-    def look(self, features: Tensor) -> Tensor:
-        return self._run(self._asked(features), None, features, self.queries)
+    def look(self, features: Tensor, seeds: Tensor | None = None) -> Tensor:
+        drawn = chance_of(self, seeds, self.queries, LOOKED)
+        return self._run(self._asked(features), None, features, self.queries, drawn)
 
     def read(self, rows: Rows) -> Tensor:
-        return self._run(self._embed(rows), both_ways(rows.there), None, 0)
+        drawn = chance_of(self, rows.seeds, rows.ids.shape[1], READ)
+        return self._run(self._embed(rows), both_ways(rows.there), None, 0, drawn)
 
     def embed_pictures(self, looked: Tensor) -> Tensor:
         return unit(self.vision_projection(looked))
@@ -114,18 +142,19 @@ class QFormerNet(Aligning):
     def embed_texts(self, read: Tensor) -> Tensor:
         return unit(self.text_projection(read[:, 0]))
 
-    def _together(self, features: Tensor, rows: Rows, seen: Tensor) -> Float[Tensor, "S N W"]:
+    def _together(self, features: Tensor, rows: Rows, seen: Tensor, salt: int) -> Float[Tensor, "S N W"]:
         words = self._embed(rows)
-        return self._run(torch.cat([self._asked(words), words], dim=1), seen, features, self.queries)
+        x = torch.cat([self._asked(words), words], dim=1)
+        return self._run(x, seen, features, self.queries, chance_of(self, rows.seeds, x.shape[1], salt))
 
     def matched(self, features: Tensor, rows: Rows) -> Tensor:
         there = nn.functional.pad(rows.there, (self.queries, 0), value=True)
-        x = self._together(features, rows, both_ways(there))
+        x = self._together(features, rows, both_ways(there), MATCHED)
         return self.itm_head(x[:, : self.queries]).mean(1)
 
     def caption(self, features: Tensor, rows: Rows, read: Tensor | None = None) -> Tensor:  # noqa: ARG002 -- its text sees queries
         rows = rows.begun_with(self.dec)
-        x = self._together(features, rows, after_queries(rows.there, self.queries))
+        x = self._together(features, rows, after_queries(rows.there, self.queries), WRITTEN)
         table: Any = self.embeddings
         return self.words(x[:, self.queries :], table.word_embeddings.weight)
 
@@ -148,6 +177,62 @@ class QFormerNet(Aligning):
     def heads(self) -> list[nn.Parameter]:
         modules = (self.vision_projection, self.text_projection, self.itm_head, self.words)
         return [p for module in modules for p in module.parameters()]
+
+
+def _leave_out(layer: Any, of: QFormerPairs, number: int) -> None:
+    """Let a layer of the Q-Former leave out a share of what it adds and of attention's weights, told by its keyword `draws`.
+
+    What only queries go through is told of them alone, what only text goes through of what stands behind them.
+    """
+    across: Any = getattr(layer, "crossattention", None)
+    first = 1 + 4 * number
+    every = within((layer.attention.output,), of.dropout, first)
+    every += among((layer.attention.attention,), of.attention_dropout, 2 * number)
+    asking = within((layer.output_query,), of.dropout, first + 1)
+    if across is not None:
+        asking += within((across.output,), of.dropout, first + 2)
+        asking += among((across.attention,), of.attention_dropout, 2 * number + 1)
+    reading = within((layer.output,), of.dropout, first + 3)
+
+    def tell(_: nn.Module, args: tuple[Any, ...], words: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        drawn, queries = words.pop("draws", None), words.get("query_length", 0)
+        every.told(drawn)
+        asking.told(None if drawn is None else drawn[:, :queries])
+        reading.told(None if drawn is None else drawn[:, queries:])
+        return args, words
+
+    layer.register_forward_pre_hook(tell, with_kwargs=True)
+
+
+LEFT_OUT = "mllm_left_out"
+
+
+def register_left_out() -> None:
+    """Make attention that may leave out some of its weights known to transformers under the name `LEFT_OUT`."""
+    from transformers import AttentionInterface
+
+    AttentionInterface.register(LEFT_OUT, _attend)
+
+
+def _attend(
+    module: nn.Module,
+    query: Float[Tensor, "S H L E"],
+    key: Float[Tensor, "S H K E"],
+    value: Float[Tensor, "S H K E"],
+    attention_mask: Bool[Tensor, "S 1 L K"] | None,
+    scaling: float | None = None,
+    **_: object,
+) -> tuple[Float[Tensor, "S L H E"], None]:
+    """transformers' attention call; by torch's own kernels where nothing is left out."""
+    left_out = module.left_out
+    assert isinstance(left_out, WeightDropout)
+    if not left_out.active:
+        out = F.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask, scale=scaling)
+        return out.transpose(1, 2), None
+    scores = query @ key.mT * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    if attention_mask is not None:
+        scores = scores.masked_fill(~attention_mask, -torch.inf)
+    return (left_out(scores.float().softmax(-1).to(value.dtype)) @ value).transpose(1, 2), None
 
 
 def after_queries(there: Bool[Tensor, "S L"], queries: int) -> Bool[Tensor, "S 1 N N"]:

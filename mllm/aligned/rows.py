@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -15,10 +15,14 @@ from pipelines.types import NOT_LEARNED, Batch
 
 @dataclass(slots=True)
 class Rows:
-    """`ids` int64 (S, L), of which `there` bool (S, L) says where a token stands: each row from its beginning on."""
+    """`ids` int64 (S, L), of which `there` bool (S, L) says where a token stands: each row from its beginning on.
+
+    `seeds` int64 (S,) are what is left out in training by; without them nothing is.
+    """
 
     ids: Int[Tensor, "S L"]
     there: Bool[Tensor, "S L"]
+    seeds: Int[Tensor, " S"] | None = None
 
     def begun_with(self, mark: int | None) -> Rows:
         """The same with `mark` in place of each row's first token, which tells a model what to do with it; None leaves it."""
@@ -26,7 +30,7 @@ class Rows:
             return self
         ids = self.ids.clone()
         ids[:, 0] = mark
-        return Rows(ids, self.there)
+        return replace(self, ids=ids)
 
     def filled(self, longest: int) -> Int[Tensor, "S longest"]:
         """`ids` with what is not there marked, in a rectangle of one width, to be sent to other ranks."""
@@ -44,14 +48,14 @@ def rows_of(texts: Texts) -> Rows:
     return Rows(ids, there)
 
 
-def unfilled(ids: Int[Tensor, "S longest"]) -> Rows:
+def unfilled(ids: Int[Tensor, "S longest"], seeds: Int[Tensor, " S"]) -> Rows:
     """What `Rows.filled` made, without columns that are empty in all rows; one blank row where there is none."""
     if not len(ids):
         blank = torch.zeros(1, 1, dtype=torch.long, device=ids.device)
-        return Rows(blank, torch.ones_like(blank, dtype=torch.bool))
+        return Rows(blank, torch.ones_like(blank, dtype=torch.bool), blank[0])
     there = ids != NOT_LEARNED
     width = int(there.sum(1).max())
-    return Rows(ids[:, :width].clamp(min=0), there[:, :width])
+    return Rows(ids[:, :width].clamp(min=0), there[:, :width], seeds)
 
 
 @dataclass(slots=True)
@@ -76,7 +80,9 @@ def given(batch: Batch, longest: int) -> Given:
     paired = pairs_of(batch, longest)
     tiles = paired.tiles if len(paired.tiles) else torch.zeros(1, dtype=torch.long, device=batch.tiles.device)
     documents = paired.texts.documents
-    return Given(paired.texts, rows_of(paired.texts), tiles, documents, batch.seeds[documents])
+    seeds = batch.seeds[documents]
+    rows = replace(rows_of(paired.texts), seeds=seeds if len(seeds) else torch.zeros_like(tiles))
+    return Given(paired.texts, rows, tiles, documents, seeds)
 
 
 @dataclass(slots=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Literal
 
 import torch
@@ -13,9 +13,9 @@ from jaxtyping import Bool, Float, Int
 from pydantic import Field
 from torch import Tensor
 
-from mllm.aligned import Aligner, Embedded, Given, Rows, likeness, unfilled
+from mllm.aligned import Aligner, Embedded, Given, likeness, unfilled
 from mllm.aligned.rows import given
-from mllm.chance import chosen
+from mllm.chance import chosen, mixed
 from mllm.multiway import MultiwayEncoder
 from mllm.objectives.base import Collected, Gathered, LossOutput, no_documents
 from mllm.objectives.fused import MaskedTokens, Share
@@ -143,12 +143,14 @@ def _cross_entropy(logits: Float[Tensor, "P A"], target: Float[Tensor, "P A"]) -
 class Asked:
     """What a pack is asked: its pairs' numbers int64 (n,), the text beside each picture (n, L), whether it belongs there (n,).
 
-    `often` is what a row counts, so that all of a step's rows count as much as its pairs.
+    `seeds` int64 (n,) are of the rows of both; `often` is what a row counts, so that all of a step's rows count as much as its
+    pairs.
     """
 
     pairs: Int[Tensor, " n"]
     ids: Int[Tensor, "n L"]
     belongs: Int[Tensor, " n"]
+    seeds: Int[Tensor, " n"]
     often: float
 
 
@@ -184,13 +186,14 @@ class HardMatching(Gathered):
         beside = torch.cat([every, text[some], every[some]])  # the text
         shown = torch.cat([every, every[some], picture[some]])
         belongs = torch.cat([torch.ones_like(every), torch.zeros_like(every[some]), torch.zeros_like(every[some])])
+        seeds = mixed(step.seeds[shown]) + step.seeds[beside]
         factor = float(often.sum() / often[shown].sum().clamp(min=1e-9)) if len(every) else 1.0
         asked = []
         for places in step.places():
             number = torch.full((len(ids),), -1, device=ids.device)
             number[places] = torch.arange(len(places), device=ids.device)
             mine = number[shown] >= 0
-            asked.append(Asked(number[shown[mine]], ids[beside[mine]], belongs[mine], factor))
+            asked.append(Asked(number[shown[mine]], ids[beside[mine]], belongs[mine], seeds[mine], factor))
         return asked
 
     def counted(self, model: Aligner | MultiwayEncoder, batch: Batch) -> Tensor:
@@ -199,7 +202,7 @@ class HardMatching(Gathered):
 
     def again(self, model: Aligner | MultiwayEncoder, batch: Batch, told: Asked) -> LossOutput:
         rows = _given(model, batch).documents
-        scores = model.matched(batch, told.pairs, unfilled(told.ids)).float()
+        scores = model.matched(batch, told.pairs, unfilled(told.ids, told.seeds)).float()
         logits = scores[: len(told.pairs)]
         each = F.cross_entropy(logits, told.belongs, reduction="none") * told.often
         of = rows[told.pairs]
@@ -274,7 +277,7 @@ class DistilledTokens:
         at[texts.owner, texts.positions] = chosen_
         ids = known.rows.ids.clone()
         ids[texts.owner, texts.positions] = hidden
-        rows = Rows(ids, known.rows.there)
+        rows = replace(known.rows, ids=ids)
         logits = model.masked(batch, rows, at).float()
         right = texts.ids[chosen_]
         each = F.cross_entropy(logits, right, reduction="none")

@@ -3,9 +3,9 @@
 ALBEF: 512 pairs a step, rate 1e-4 down to 1e-5 by half a cosine after 1,000 steps, decay 0.02, 30 epochs of 4 million pictures.
 BLIP: 2,880 pairs a step with ViT-B and 2,400 with ViT-L, rates 3e-4 and 2e-4 after 3,000 steps, times 0.9 an epoch, decay 0.05,
 20 epochs. Deviations: negatives are the step's pairs of all ranks and the queue, where ALBEF and BLIP take one GPU's; the queue
-begins empty, where theirs begins with random vectors; no dropout; pictures are cut to their middle square, where theirs are
-cropped at random and, in ALBEF, changed by RandAugment; what begins from ImageNet's ViT there begins from nothing here, unless
-`model.encoder.weights` names some.
+begins empty, where theirs begins with random vectors; the twin's dropout is off, where their code leaves it on; pictures are cut
+to their middle square, where theirs are cropped at random and, in ALBEF, changed by RandAugment; what begins from ImageNet's ViT
+there begins from nothing here, unless `model.encoder.weights` names some.
 """
 
 from dataclasses import replace
@@ -57,7 +57,7 @@ def albef() -> Recipe:
             cls="keep",
             normed=True,
         ),
-        arch=ALBEF(text=BERT, fusion=6),
+        arch=ALBEF(text=BERT, fusion=6, dropout=0.1, attention_dropout=0.1),
         twin=Twin(momentum=0.995, queue=65_536),
         begins="bert-base-uncased",
         tokenizer="bert-base-uncased",
@@ -95,7 +95,7 @@ def blip_base() -> Recipe:
             cls="keep",
             normed=True,
         ),
-        arch=BLIP(text=BERT),
+        arch=BLIP(text=BERT, dropout=0.1, attention_dropout=0.1),
         twin=Twin(momentum=0.995, queue=57_600),
         begins="bert-base-uncased",
         tokenizer=TOKENIZER,

@@ -2,7 +2,7 @@
 
 EVA-CLIP g/14 at 224 pixels with CLS, 257 features. The Q-Former's weights are BLIP-2's own; InstructBLIP's, which reads the
 instruction, begins from an export of `blip2_stage1`. Differs from the papers: BLIVA's first stage has the Q-Former's tokens in
-the sequence, and its Q-Former does not read the instruction.
+the sequence, and its Q-Former does not read the instruction; no Q-Former has dropout, where InstructBLIP's and BLIVA's have.
 """
 
 from dataclasses import replace

@@ -3,7 +3,8 @@
 The first has no language model, so it is a recipe of its own; what `mllm export` makes of it is what the second calls
 `blip2-stage1`. AdamW with betas (0.9, 0.98), decay 0.05, rate 1e-4 down to 1e-5 by half a cosine; 250,000 steps of 1,680 pairs
 after 5,000 of warm-up, then 80,000 of 1,920 (OPT) or 1,520 (Flan-T5) after 2,000. Deviations: T5's encoder gets pictures alone
-and its decoder the whole caption, where the paper cuts captions in two; the beginning mark stands before the picture.
+and its decoder the whole caption, where the paper cuts captions in two; the beginning mark stands before the picture; the
+second stage has no dropout, where the Q-Former keeps BERT's there too.
 """
 
 from dataclasses import replace
@@ -56,7 +57,8 @@ def blip2_stage1() -> Recipe:
         optimizer=AdamW(betas=(0.9, 0.98)),
         schedule=Cosine(warmup=0.02, floor=0.1),
     )
-    model = Aligned(encoder=EVA_224, arch=QFormerPairs(), begins="bert-base-uncased", tokenizer=BERT)
+    arch = QFormerPairs(dropout=0.1, attention_dropout=0.1)
+    model = Aligned(encoder=EVA_224, arch=arch, begins="bert-base-uncased", tokenizer=BERT)
     return Recipe(name="blip2_stage1", paper="arXiv:2301.12597", model=model, tiling=Resize(size=224), stages=(stage,))
 
 

@@ -5,8 +5,8 @@ regions (features by smooth L1, objects and attributes weighed by the detector's
 1e-4, 20 epochs, texts of 20 tokens. One forward has all tasks: half of the texts are torn from their pictures, words and regions
 of what is shown then are masked, and answers are asked of pairs that belong together. Deviations: hidden regions are zeros, of
 which the released code leaves a fifth as another region or as they are; objects and attributes are told of hidden regions alone,
-as the paper says, where the released code asks all of them; dropout is of hidden states alone, none of attention. In the paper's
-other run answers are learned in the last ten epochs alone: a second stage without their term before it.
+as the paper says, where the released code asks all of them. In the paper's other run answers are learned in the last ten epochs
+alone: a second stage without their term before it.
 """
 
 from mllm.crossmodal import LXMERT, CrossModal
@@ -44,7 +44,7 @@ def lxmert() -> Recipe:
         ),
         schedule=Linear(warmup=0.05),
     )
-    model = CrossModal(arch=arch, answers=9500, tokenizer="bert-base-uncased", dropout=0.1)
+    model = CrossModal(arch=arch, answers=9500, tokenizer="bert-base-uncased", dropout=0.1, attention_dropout=0.1)
     return Recipe(
         name="lxmert",
         paper="arXiv:1908.07490",

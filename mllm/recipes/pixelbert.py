@@ -3,7 +3,7 @@
 COCO and Visual Genome; masked words and matching; 4,096 pairs a step, 40 epochs. These numbers are not certain. Deviations:
 pictures are squeezed to 832 x 832 where the paper keeps their aspect, 800 by up to 1,333; the tower has AdamW too, at the
 transformer's rate 1e-4, where the paper has SGD at 1e-2; rates fall straight where the paper's fall twice by ten; batch
-statistics stay as they were loaded; dropout, BERT's, is of hidden states alone, none of attention. The ResNeXt-152 (32 x 8d)
+statistics stay as they were loaded; dropout is BERT's, of which the paper says nothing. The ResNeXt-152 (32 x 8d)
 begins from nothing, since `transformers` has no weights of it.
 """
 
@@ -35,7 +35,7 @@ def pixel_bert_r50() -> Recipe:
         objective=Sum(terms=(Term(objective=MaskedTokens()), Term(objective=Matching()))),
         schedule=Linear(warmup=0.05),
     )
-    model = CrossModal(arch=arch, weights="bert-base-uncased", dropout=0.1)
+    model = CrossModal(arch=arch, weights="bert-base-uncased", dropout=0.1, attention_dropout=0.1)
     return Recipe(
         name="pixel_bert_r50",
         paper="arXiv:2004.00849",

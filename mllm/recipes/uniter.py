@@ -3,10 +3,10 @@
 COCO, Visual Genome, Conceptual Captions and SBU; 36 regions a picture or as many as the detector is surer of than 0.2, from 10 to
 100; matching with alignment by optimal transport (0.1), masked words, the features of masked regions and their distribution of
 classes, drawn 2 : 2 : 1 : 1; rate 5e-5, 200,000 steps, 10,000 of them warm-up, decay 0.01, gradients of norm 5, 10,240 tokens a
-batch on each of 8 GPUs, texts of up to 60 tokens. Deviations: dropout is of hidden states alone, none of
-attention; a region's seed alone says whether it is hidden, where the released code hides at least one; divergence of classes is
-summed over classes, as the paper has it, where the released code takes their mean; weights begin at BERT's where they are given.
-How many GPUs shared a batch is not certain.
+batch on each of 8 GPUs, texts of up to 60 tokens. Deviations: a region's seed alone says
+whether it is hidden, where the released code hides at least one; divergence of classes is summed over classes, as the paper has
+it, where the released code takes their mean; weights begin at BERT's where they are given. How many GPUs shared a batch is not
+certain.
 """
 
 from mllm.crossmodal import UNITER, CrossModal
@@ -48,7 +48,9 @@ def _recipe(name: str, shape: Layers, weights: str) -> Recipe:
         optimizer=AdamW(betas=(0.9, 0.98), clip=5.0),
         schedule=Linear(warmup=0.05),
     )
-    model = CrossModal(arch=UNITER(shape=shape, row=DETECTED), weights=weights, mask=103, dropout=0.1)
+    model = CrossModal(
+        arch=UNITER(shape=shape, row=DETECTED), weights=weights, mask=103, dropout=0.1, attention_dropout=0.1
+    )
     return Recipe(name=name, paper="arXiv:1909.11740", model=model, tiling=regions, stages=(stage,))
 
 

@@ -3,8 +3,7 @@
 Conceptual Captions and, as often, texts alone (BooksCorpus and Wikipedia, 64 tokens); up to 100 regions and the whole picture as
 a box; 32 pairs and 32 texts on each of 4 GPUs, 10 epochs of the captions, rate 1e-7 for each of the step's rows, 16,000 steps of
 warm-up, decay 1e-4, gradients of norm 10. Deviations: features are read as the detector left them, where the paper's larger
-runs train it too; the whole picture's are the mean of its regions'; dropout is of hidden states alone, none of attention. The
-mean number of regions is not certain.
+runs train it too; the whole picture's are the mean of its regions'. The mean number of regions is not certain.
 """
 
 from mllm.crossmodal import VLBERT, CrossModal
@@ -43,7 +42,7 @@ def _recipe(name: str, shape: Layers, weights: str) -> Recipe:
         optimizer=AdamW(clip=10.0),
         schedule=Linear(warmup=16_000 / STEPS),
     )
-    model = CrossModal(arch=VLBERT(shape=shape, row=DETECTED), weights=weights, dropout=0.1)
+    model = CrossModal(arch=VLBERT(shape=shape, row=DETECTED), weights=weights, dropout=0.1, attention_dropout=0.1)
     return Recipe(name=name, paper="arXiv:1908.08530", model=model, tiling=Objects(row=DETECTED), stages=(stage,))
 
 

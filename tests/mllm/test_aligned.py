@@ -71,7 +71,7 @@ def test_blip_is_transformers_two_classes_both_ways(site: Site, tmp_path: Path) 
     from transformers import BlipForConditionalGeneration, BlipForImageTextRetrieval
 
     recipe = recipe_of("blip_base")
-    model = model_of(recipe)
+    model = model_of(recipe).eval()
     tokenizer = tokenizer_of(site, recipe)
     write(model, spec_of(recipe), tokenizer, tmp_path)
     batch = batch_of(site, recipe, 4)
@@ -131,7 +131,7 @@ def test_blip2s_first_stage_is_transformers_and_the_second_takes_it_over(site: S
     from transformers import Blip2ForImageTextRetrieval
 
     recipe = recipe_of("blip2_stage1")
-    model = model_of(recipe)
+    model = model_of(recipe).eval()
     tokenizer = tokenizer_of(site, recipe)
     write(model, spec_of(recipe), tokenizer, tmp_path)
     batch = batch_of(site, recipe, 4)
@@ -232,7 +232,7 @@ def test_texts_are_read_as_by_the_bert_that_they_begin_from(site: Site, name: st
 @pytest.mark.parametrize("name", ["blip_base", "coca_base", "blip2_stage1", "internvl_g"])
 def test_a_caption_sees_its_picture_and_what_was_written(site: Site, name: str) -> None:
     recipe = recipe_of(name)
-    model = model_of(recipe)
+    model = model_of(recipe).eval()
     known = model.given(batch_of(site, recipe, 3))
     features = torch.randn(3, 5, 32)
     rows = known.rows

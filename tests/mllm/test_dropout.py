@@ -1,4 +1,4 @@
-"""What is left out of hidden states: a share that rows alone decide, whoever trains them, and how often it is computed."""
+"""What is left out of hidden states and of attention: rows alone decide, whoever trains them and however often."""
 
 from dataclasses import replace
 from typing import Any
@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 from cluster.recompute import named, recompute
 from cluster.site import Site
+from mllm.aligned import Aligner
 from mllm.bert import CrossEncoder
-from mllm.dropout import RowDropout, draws, kept
+from mllm.dropout import RowDropout, WeightDropout, draws, draws_of_rows, kept, kept_weights
 from mllm.objectives import MaskedTokens, Matching, Sum, Term
 from mllm.recipe import Recipe, dump, load
 from mllm.recipes import by_name
@@ -20,12 +21,13 @@ from pipelines.types import Batch, Pack, Sample
 from pipelines.windows import PackWindows
 
 NAMES = ("uniter_base", "vl_bert_base", "pixel_bert_r50", "lxmert", "vilt_b32")
+ALIGNED = ("albef", "blip_base", "blip2_stage1")
 
 
-def model_of(recipe: Recipe) -> CrossEncoder | PairEncoder:
+def model_of(recipe: Recipe) -> CrossEncoder | PairEncoder | Aligner:
     torch.manual_seed(0)
     model = recipe.model.build()
-    assert isinstance(model, CrossEncoder | PairEncoder)
+    assert isinstance(model, CrossEncoder | PairEncoder | Aligner)
     return model.train()
 
 
@@ -39,10 +41,26 @@ def batch_of(windows: PackWindows, samples: list[Sample]) -> Batch:
     return Batch.of(Pack.of_samples(samples, windows.pixels(samples)))
 
 
+@torch.no_grad()
 def hidden(model: Any, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-    with torch.no_grad():
-        fused = model.fuse(batch, model.pairs(batch))
+    fused = model.fuse(batch, model.pairs(batch))
     return fused.texts, fused.pictures, fused.pooled
+
+
+@torch.no_grad()
+def passes(model: Any, batch: Batch) -> list[Tensor]:
+    """What each pass over a batch's pairs gives, a row of each for a pair: of pictures, of texts, of both."""
+    known, own = model.given(batch), model.embedded(batch)
+    found = [own.images, own.texts, model.matched(batch, torch.arange(len(known.documents)), known.rows)]
+    if model.mask:  # it knows masked words
+        at = torch.zeros_like(known.rows.there)
+        at[:, 1] = True
+        return [*found, model.masked(batch, known.rows, at)]
+    return [*found, model.caption(batch)[:, :4]]  # texts have as many tokens at the least
+
+
+def said(model: Any, batch: Batch) -> list[Tensor]:
+    return passes(model, batch) if isinstance(model, Aligner) else list(hidden(model, batch))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -66,6 +84,7 @@ def test_a_rows_dropout_is_its_own_wherever_it_lies(site: Site, name: str) -> No
     assert (still[0] - texts).abs().max() > 1e-2
     spec: Any = recipe.model
     assert spec.dropout == 0.1
+    assert name == "vilt_b32" or spec.attention_dropout == 0.1
     assert load(dump(recipe)) == recipe
     dry = model_of(without(recipe))
     dry.load_state_dict(model.state_dict())  # it has no weights of its own
@@ -74,7 +93,25 @@ def test_a_rows_dropout_is_its_own_wherever_it_lies(site: Site, name: str) -> No
 
 def without(recipe: Recipe) -> Recipe:
     model: Any = recipe.model
-    return replace(recipe, model=replace(model, dropout=0.0))
+    none = {"dropout": 0.0} | ({"attention_dropout": 0.0} if hasattr(model, "attention_dropout") else {})
+    return replace(recipe, model=replace(model, **none))
+
+
+@pytest.mark.parametrize("name", ALIGNED)
+def test_so_is_that_of_models_that_align_in_each_of_their_passes(site: Site, name: str) -> None:
+    recipe = tiny(by_name(name))
+    model = model_of(recipe)
+    windows, samples = samples_of(site, recipe)
+    together = passes(model, batch_of(windows, samples))
+    for place, sample in enumerate(samples):
+        own = passes(model, batch_of(windows, [sample]))
+        for found, expected in zip(together, own, strict=True):
+            torch.testing.assert_close(found[place], expected[0], rtol=1e-4, atol=1e-4)
+    model.eval()
+    still = passes(model, batch_of(windows, samples))
+    seen = name != "blip2_stage1"  # pictures are asked by what leaves something out, elsewhere not
+    for number, (found, expected) in enumerate(zip(together, still, strict=True)):
+        assert ((found - expected).abs().max() > 1e-4) == (number > 0 or not seen)
 
 
 @pytest.mark.parametrize("rate", [0.1, 0.5])
@@ -100,6 +137,64 @@ def test_as_much_is_left_out_as_is_asked_for_and_made_up_for(rate: float) -> Non
     assert torch.equal(odd, (out != 0)[:, :95])
     module.eval()
     assert torch.equal(module(x), x)
+
+
+@pytest.mark.parametrize("rate", [0.1, 0.5])
+def test_of_attentions_weights_as_many_are_left_out_each_by_itself(rate: float) -> None:
+    drawn = draws_of_rows(torch.arange(8) * 7919, 48, 0)
+    mask = kept_weights(drawn, 5, 64, 3, rate)
+    assert mask.shape == (8, 5, 48, 64)
+    gone = ~mask
+    assert gone.float().mean().item() == pytest.approx(rate, abs=0.01)
+    for axis in range(4):  # no row, head, query or key is spared, nor hit above all
+        share = gone.float().mean([n for n in range(4) if n != axis])
+        assert (share - rate).abs().max() < 0.05
+        both = gone.narrow(axis, 1, gone.shape[axis] - 1) & gone.narrow(axis, 0, gone.shape[axis] - 1)
+        assert both.float().mean().item() == pytest.approx(rate**2, abs=0.01)
+    other = ~kept_weights(drawn, 5, 64, 4, rate)
+    assert (gone & other).float().mean().item() == pytest.approx(rate**2, abs=0.01)
+    assert torch.equal(kept_weights(drawn[2:3, :7], 4, 9, 3, rate), mask[2:3, :4, :7, :9])  # however much is beside it
+    assert (draws_of_rows(torch.arange(8) * 7919, 48, 1) != drawn).all()
+
+
+@pytest.mark.parametrize("name", [*NAMES[:4], *ALIGNED])
+def test_every_attention_leaves_some_of_its_weights_out(site: Site, name: str) -> None:
+    recipe = tiny(by_name(name))
+    model = model_of(recipe)
+    windows, samples = samples_of(site, recipe)
+    batch = batch_of(windows, samples)
+    states = [module for module in model.modules() if isinstance(module, RowDropout)]
+    weights = [
+        m for n, m in model.named_modules() if isinstance(m, WeightDropout) and not n.startswith("slow.")
+    ]  # the twin leaves out nothing
+    assert len({module.number for module in weights}) == len(weights) > 0
+    for module in (*states, *weights):
+        module.rate = 0.0
+    still = said(model, batch)
+    for module in weights:
+        module.rate = 0.5
+        assert max((a - b).abs().max() for a, b in zip(said(model, batch), still, strict=True)) > 1e-6
+        module.rate = 0.0
+
+
+@pytest.mark.parametrize("name", ALIGNED)
+def test_aligned_models_compute_again_what_they_left_out(site: Site, name: str) -> None:
+    recipe = tiny(by_name(name))
+    windows, samples = samples_of(site, recipe)
+    batch = batch_of(windows, samples)
+    objective: Any = recipe.stages[0].objective
+    gradients = []
+    for again in (False, True):
+        model = model_of(recipe)
+        if again:
+            for unit in model.units():
+                recompute(model, unit, "full")
+        objective(model, batch).sum.backward()
+        gradients.append({name: p.grad for name, p in named(model).items() if p.grad is not None})
+    once, twice = gradients
+    assert once.keys() == twice.keys()
+    for key, gradient in once.items():
+        torch.testing.assert_close(gradient, twice[key], rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["uniter_base", "lxmert", "vilt_b32"])
