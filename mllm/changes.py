@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from difflib import get_close_matches
 from typing import Any
 
@@ -89,7 +90,39 @@ def explain(error: ValidationError) -> str:
     lines = []
     for fault in error.errors():
         path = ".".join(str(step) for step in fault["loc"]) or "recipe"
-        lines.append(
-            f"{path}: {fault['msg']}" + (f" (found {fault['input']!r})" if not isinstance(fault["input"], dict) else "")
-        )
+        found = "" if isinstance(fault["input"], dict) else f" (found {fault['input']!r})"
+        if fault["type"] == "union_tag_invalid":
+            tag, kinds = _kinds(fault)
+            near = get_close_matches(tag, kinds, 1)
+            found = f"; did you mean {near[0]!r}?" if near else ""
+        lines.append(f"{path}: {fault['msg']}{found}")
     return "\n".join(lines)
+
+
+def respelled(words: dict[str, Any], error: ValidationError) -> bool:
+    """Mend kinds in `words` that `error` finds written without their underscores, "qformer" say; whether there were any."""
+    mended = False
+    for fault in error.errors():
+        if fault["type"] != "union_tag_invalid":
+            continue
+        tag, kinds = _kinds(fault)
+        meant = [kind for kind in kinds if kind.replace("_", "") == tag.replace("_", "")]
+        node = _at(words, fault["loc"])
+        if meant and isinstance(node, dict):
+            node["kind"], mended = meant[0], True
+    return mended
+
+
+def _kinds(fault: Any) -> tuple[str, list[str]]:
+    """The kind that was written, and those that there are."""
+    return fault["ctx"]["tag"], fault["ctx"]["expected_tags"].replace("'", "").split(", ")
+
+
+def _at(words: Any, path: Iterable[int | str]) -> Any:
+    """The value at a fault's path, which names the kinds of the values that it leads through too; None where there is none."""
+    for step in path:
+        if isinstance(words, list) or (isinstance(words, dict) and step in words):
+            words = words[step]  # type: ignore[index]  # of lists paths say the place
+        elif not (isinstance(words, dict) and words.get("kind") == step):
+            return None
+    return words

@@ -15,7 +15,7 @@ import json
 from collections.abc import Iterable
 from dataclasses import replace
 from functools import cache
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import Field, TypeAdapter, ValidationError
 
@@ -23,7 +23,7 @@ from mllm.aligned import Aligned
 from mllm.annotators import Annotator, DiscreteCodes, FrozenFeatures, ReferenceLogProbs
 from mllm.archs import MPT, T5
 from mllm.care import Gate, Guard
-from mllm.changes import RecipeError, assign, explain, parse
+from mllm.changes import RecipeError, assign, explain, parse, respelled
 from mllm.classify import Classifier
 from mllm.crossmodal import CrossModal
 from mllm.dual import DualTower
@@ -435,7 +435,8 @@ def fingerprint(recipe: Recipe, stage: Stage, before: str) -> str:
 
 
 def override(recipe: Recipe, changes: Iterable[str]) -> Recipe:
-    """The recipe with `key=value` changes; stages are addressed by name and values are JSON or plain words.
+    """The recipe with `key=value` changes; stages are addressed by name, values are JSON or plain words, and a `kind` may be
+    written without its underscores.
 
     Raises RecipeError for a key that is not there (with the nearest one) or a value that does not fit.
     """
@@ -447,7 +448,18 @@ def override(recipe: Recipe, changes: Iterable[str]) -> Recipe:
             raise RecipeError(f"{change!r} is no override; write key=value, as in stages.align.tune.connector.lr=1e-3")
         assign(words, key.strip(), parse(value))
         changed = True
-    return load(json.dumps(words)) if changed else recipe
+    return _loaded(words) if changed else recipe
+
+
+def _loaded(words: dict[str, Any]) -> Recipe:
+    """The recipe of these words, as a person may spell them. Raises RecipeError."""
+    try:
+        return load(json.dumps(words))
+    except RecipeError as error:
+        fault = error.__cause__
+        if isinstance(fault, ValidationError) and respelled(words, fault):
+            return _loaded(words)  # one kind may hide another within it
+        raise
 
 
 __all__ = [

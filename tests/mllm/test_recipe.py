@@ -59,7 +59,7 @@ def test_vila_is_the_papers(name: str, language: int, steps: int) -> None:
     [
         ("stages.pretrian.tune.lm.lr=3e-5", "no stage 'pretrian'; stages are ['align', 'pretrain', 'sft']"),
         ("stages.align.tune.connector.lrr=1", "stages.align.tune.connector has no field 'lrr'; did you mean 'lr'?"),
-        ('model.connector={"kind":"qformerr"}', "'qformerr'"),
+        ('model.connector={"kind":"qformerr"}', "did you mean 'q_former'?"),
         ("stages.align.tune.connector.lr=-1", "greater than 0"),
         ("stages.align.context=20", "one tile is 36 tokens and a pack holds 20"),
         ("stages.align.tokens_per_step=100", "less than one pack of context=512"),
@@ -88,6 +88,14 @@ def test_what_the_page_on_training_shows_can_be_said(line: str) -> None:
     recipe = by_name("vila_smoke")
     (change,) = shlex.split(line, comments=True)[1:]
     assert override(recipe, [change]) != recipe or '{"kind":"fsdp"}' in change
+
+
+def test_a_kind_may_be_written_without_its_underscores() -> None:
+    recipe = by_name("llava_15_7b")
+    written, meant = (override(recipe, [f'model.connector={{"kind":"{kind}"}}']) for kind in ("qformer", "q_former"))
+    assert written == meant != recipe
+    within = override(by_name("vila_smoke"), ['model.connector={"kind":"branches","parts":[{"kind":"pixelshuffle"}]}'])
+    assert within.vlm.connector.parts[0].kind == "pixel_shuffle"  # type: ignore[union-attr]  # branches
 
 
 def test_an_override_changes_one_thing() -> None:
