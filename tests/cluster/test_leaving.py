@@ -38,7 +38,7 @@ def test_it_ends_in_time_and_says_where_it_stood(tmp_path: Path) -> None:
     hangs = HANGS.format(seconds=TOLD + 1)
     process = subprocess.run([sys.executable, "-c", hangs, str(tmp_path / "logs")], check=False, timeout=30)
     assert process.returncode == -signal.SIGALRM
-    assert time.monotonic() - began < TOLD + 5
+    assert time.monotonic() - began < TOLD + 20
     assert "in leaving" in (tmp_path / "logs" / FILE).read_text()
 
 
