@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 
+from mllm.objectives import DPO, Gathered
 from mllm.recipe import Recipe, Stage
 from mllm.vlm import VLM
 from pipelines.corpora import TextOnly
-from pipelines.types import IMAGE_TOKEN, NOT_LEARNED, Pack, Position
+from pipelines.types import IMAGE_TOKEN, NOT_LEARNED, Branch, Pack, Position
 
 WORDS = 1009
 """Ids that texts are made of: a prime, so that no two documents have the same text."""
@@ -17,22 +18,28 @@ LONGEST = 128
 
 
 def fullest(recipe: Recipe, stage: Stage, features: bool = False) -> Pack:
-    """The pack that takes the most: of a vision-language model one document, as many tiles as fit, everything else learned; of
-    other kinds as many documents of a picture and text as fit.
+    """The pack that takes the most: of a vision-language model one document, as many tiles as fit, everything else learned, or
+    two answers of half its length where those are compared; of other kinds, and where pairs of a step are compared, as many
+    documents of a picture and text as fit.
     """
-    if not isinstance(recipe.model, VLM):
+    if not isinstance(recipe.model, VLM) or isinstance(stage.objective, Gathered):
         return _of_documents(recipe, stage)
     tiling = recipe.tiling_of(stage)
     layout = recipe.vlm.layout(tiling)
-    tokens = stage.context
+    branches = (Branch.PREFERRED, Branch.REJECTED) if isinstance(stage.objective, DPO) else (Branch.ONLY,)
+    count = len(branches)
+    tokens, most = stage.context // count, stage.max_tiles // count
     large = 16 * tiling.size
     cut = tiling.cut(tiling.size, tiling.size, single=True) if tiling.join == "tiles" else tiling.cut(large, large)
+    if cut.tiles > most:
+        cut = tiling.cut(large, large, limit=max(1, most - 1))  # beside which there may be an overview
     each = layout.tokens(cut)
-    pictures = min(stage.max_tiles // cut.tiles, (tokens - 1) // each)
-    tiles = pictures * cut.tiles
+    pictures = min(most // cut.tiles, (tokens - 1) // each)
+    tiles = count * pictures * cut.tiles
     ids = np.ones(tokens, np.int32)
     ids[: pictures * each] = IMAGE_TOKEN
-    labels = np.where(ids == IMAGE_TOKEN, np.int32(-100), np.int32(1))
+    ids = np.tile(ids, count)
+    labels = np.where(ids == IMAGE_TOKEN, np.int32(NOT_LEARNED), np.int32(1))
     made = None
     if features:
         tower = recipe.vlm.tower  # features are those of one
@@ -42,17 +49,18 @@ def fullest(recipe: Recipe, stage: Stage, features: bool = False) -> Pack:
         of=1,
         input_ids=ids,
         labels=labels,
-        positions=np.arange(tokens, dtype=np.int32),
-        cu_seqlens=np.array([0, tokens], np.int32),
-        sources=np.zeros(1, np.int16),
-        branches=np.zeros(1, np.int8),
-        classes=np.full(1, -1, np.int32),
-        weights=np.ones(1, np.float32),
+        positions=np.tile(np.arange(tokens, dtype=np.int32), count),
+        cu_seqlens=np.arange(count + 1, dtype=np.int32) * tokens,
+        sources=np.zeros(count, np.int16),
+        branches=np.array(branches, np.int8),
+        classes=np.full(count, -1, np.int32),
+        weights=np.ones(count, np.float32),
         ids=(),
         tiles=np.zeros((0 if features else tiles, *layout.shape), np.uint8),
-        cuts=np.array([(cut.tiles, each, *cut.numbers)] * pictures, np.int32).reshape(-1, 11),
+        cuts=np.array([(cut.tiles, each, *cut.numbers)] * (count * pictures), np.int32).reshape(-1, 11),
         rows=(),
         features=made,
+        references=np.zeros((count, 2), np.float32) if count > 1 else None,
     )
 
 
@@ -61,7 +69,7 @@ def _of_documents(recipe: Recipe, stage: Stage) -> Pack:
     tiling = recipe.tiling_of(stage)
     layout = recipe.model.layout(tiling)
     cut = tiling.cut(tiling.size, tiling.size)
-    pictured = not all(isinstance(source.corpus, TextOnly) for source in stage.mixture)
+    pictured = isinstance(recipe.model, VLM) or not all(isinstance(source.corpus, TextOnly) for source in stage.mixture)
     each = layout.tokens(cut) if pictured else 0
     tiles = cut.tiles if pictured else 0
     count = stage.context // (each + 2) if pictured else -(-stage.context // LONGEST)

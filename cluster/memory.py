@@ -45,8 +45,11 @@ from cluster.counted import takes_features
 from cluster.fsdp import FSDPEngine
 from cluster.fullest import fullest
 from cluster.stacks import Depths, layer_weights, shortened, stacks_of
+from mllm.aligned.twin import Queue
+from mllm.annotators import ReferenceLogProbs
 from mllm.encoders import Encoder
-from mllm.objectives import DPO, Gathered
+from mllm.objectives import DPO, Gathered, aligned
+from mllm.objectives.aligned import drawn
 from mllm.recipe import (
     DDP,
     FSDP,
@@ -84,14 +87,12 @@ def memory(recipe: Recipe, stage: Stage, worlds: Sequence[int]) -> dict[int, int
     The optimiser is taken for AdamW, whose moments are the largest. ZeRO is reckoned from full shards: stage 3 is
     taken for them, stage 2 adds the weights in the compute type and stage 1 the gradients too, both whole. A model whose
     states are `offload`ed leaves out shards of weights, gradients and moments. Ranks that share a pack (`context`) are taken
-    to hold equal parts of its positions and tiles. Worlds that are no whole number of groups are left out.
+    to hold equal parts of its positions and tiles. An objective that sees all packs of a step is taken to see two of each rank,
+    with whatever the model remembers full; what other actors hold, a reference model say, is theirs. Worlds that are no whole
+    number of groups are left out.
 
     Raises Unforetold where what a step computes hangs on numbers that only data tells.
     """
-    if isinstance(recipe.model, VLM) and isinstance(stage.objective, Gathered | DPO):
-        raise Unforetold(
-            f"memory is not predicted: packs are taken one by one and by one model, and {stage.objective.kind!r} is not"
-        )
     ask = partial(_memory, dump(_plain(recipe, stage)), takes_features(stage), tuple(worlds))
     if not dist.is_initialized():
         return ask()
@@ -126,7 +127,7 @@ def _plain(recipe: Recipe, stage: Stage) -> Recipe:
         schedule=Constant(),
         sampling=None,
         grouping="mixed",
-        annotators=(),
+        annotators=(ReferenceLogProbs(checkpoint="any"),) if isinstance(stage.objective, DPO) else (),
         window=1,
         chunk=1,
         save_every=1,
@@ -260,24 +261,31 @@ _Course = dict[str, tuple[NDArray[np.float64], NDArray[np.float64]]]
 
 @cache
 def _course(words: str, features: bool, depths: Depths, world: int) -> _Course:
-    """Simulate the second step of a run on rank 0 of `world`."""
+    """Simulate the last pack of a run's second step on rank 0 of `world`, or two packs where an objective sees them together."""
     recipe = load(words)
     stage = recipe.stages[0]
     assert not isinstance(stage.parallel, ZeRO)
     held = Held()
     pack = fullest(recipe, stage, features)
     with _nobody(world), FakeTensorMode(allow_non_fake_inputs=True), held:
-        with patch.object(torch.nn.init, "_no_grad_trunc_normal_", lambda tensor, *_, **__: tensor):
+        with (
+            patch.object(torch.nn.init, "_no_grad_trunc_normal_", lambda tensor, *_, **__: tensor),
+            warnings.catch_warnings(),
+        ):
+            # What is copied, a twin say, is asked where its numbers are.
+            warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")
             # It draws until no number lies outside, which of numbers that are not there nobody can say.
             model = (shortened(recipe.vlm, depths) if depths else recipe.model).build()
+        for module in model.modules():
+            if isinstance(module, Queue):
+                module.seen.fill_(module.size)
         engine = FSDPEngine(model, stage, stage.parallel, 1, CPU)
         engine.whole = {}  # of rank 0's weights, which are spread before the first step
         (optimizer,) = engine.optimizers
-        for group in optimizer.param_groups:
-            for parameter in group["params"]:
-                parameter.grad = torch.zeros_like(parameter)
+        _graded(optimizer)
         optimizer.step()
         optimizer.zero_grad()
+        _graded(optimizer)  # those of packs before, which the last one meets
         _mark(engine, optimizer, held)
         held.moment("begin")
         with warnings.catch_warnings():  # torch wonders at hooks of a layer before which nothing learns
@@ -285,12 +293,26 @@ def _course(words: str, features: bool, depths: Depths, world: int) -> _Course:
             # What it looks at when it makes a fake of a number that was computed for real.
             warnings.filterwarnings("ignore", "The .grad attribute of a Tensor that is not a leaf")
             try:
-                engine.train_step([pack, pack], 1.0)  # the second meets the gradients of the first
+                with patch.object(aligned, "drawn", _drawn):
+                    engine.train_step([pack] * (2 if isinstance(stage.objective, Gathered) else 1), 1.0)
             except (DataDependentOutputException, DynamicOutputShapeException) as error:
                 raise Unforetold(
                     f"memory is not predicted: what {stage.objective.kind!r} computes hangs on its numbers ({error})"
                 ) from error
         return held.course(world // engine.copies)
+
+
+def _drawn(logits: Tensor, never: Tensor, seeds: Tensor, salt: int) -> Tensor:
+    """Of each row the next, in place of another that looks alike, which nobody knows; as much memory goes into it."""
+    drawn(logits, never, seeds, salt)
+    return (torch.arange(len(seeds)) + 1) % max(len(seeds), 1)
+
+
+def _graded(optimizer: torch.optim.Optimizer) -> None:
+    """Give all that is trained a gradient."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            parameter.grad = torch.zeros_like(parameter)
 
 
 def _mark(engine: FSDPEngine, optimizer: torch.optim.Optimizer, held: Held) -> None:
@@ -329,10 +351,17 @@ KNOWN = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.b
 
 
 def _whole_numbers(func: Any, args: Any, kwargs: Any) -> bool:
-    """Whether what is made of no tensor is whole numbers or truths; of a range, whose type is not said, its ends say so."""
+    """Whether what is made of no tensor is whole numbers or truths; where its type is not said, a range's ends or what fills it
+    say so.
+    """
     if kwargs.get("dtype") is None:
-        return func.overloadpacket is torch.ops.aten.arange and all(isinstance(end, int) for end in args)
+        of_range = func.overloadpacket is torch.ops.aten.arange and all(isinstance(end, int) for end in args)
+        return of_range or (func is torch.ops.aten.full.default and isinstance(args[1], int))
     return kwargs["dtype"] in KNOWN
+
+
+PASSING = {torch.ops.aten.convolution: 1, torch.ops.aten.convolution_backward: 2, torch.ops.aten.logsumexp: 1}
+"""Whose kernels copy so many of their first tensors for a while: into a layout of their own, or to take the exponents of."""
 
 
 class Held(TorchDispatchMode):
@@ -373,7 +402,10 @@ class Held(TorchDispatchMode):
         course: _Course = {}
         for (begin, labels), end in zip(self.moments, ends, strict=True):
             span = slice(max(begin - 1, 0), end)
-            course |= dict.fromkeys(labels, (whole[span], parts[span]))
+            for label in labels:
+                while label in course:  # a layer that is asked again in the same pass, or computed again
+                    label += " again"
+                course[label] = whole[span], parts[span]
         return course
 
     def __enter__(self) -> Held:
@@ -410,6 +442,8 @@ class Held(TorchDispatchMode):
             for x in tree_leaves(result):
                 if isinstance(x, Tensor):
                     self._watch(x.untyped_storage())
+            if func.overloadpacket in PASSING:
+                self._passing(sum(x.nbytes for x in args[: PASSING[func.overloadpacket]]))
         return result
 
     def _nonzero(self, truths: Tensor) -> Tensor:
@@ -423,6 +457,10 @@ class Held(TorchDispatchMode):
         if index is None or index.dtype != torch.bool:
             return [index]
         return list(self._nonzero(index).unbind(1))
+
+    def _passing(self, size: int) -> None:
+        """So many bytes are taken and given back."""
+        self.changes += [(len(self.changes), size), (len(self.changes), -size)]
 
     def _watch(self, storage: torch.UntypedStorage) -> None:
         key = storage._cdata

@@ -98,14 +98,28 @@ def test_layers_that_are_not_built_are_counted_too() -> None:
     assert foretold == [pytest.approx(bytes_, rel=0.15) for bytes_ in least(on_ranks(2, measured, recipe, stages, 1))]
 
 
-@pytest.mark.parametrize("name", ["clip_b32", "vit_b16", "mae_b16", "vilt_b32", "coca_base"])
-def test_kinds_without_a_language_model_are_foretold_too(name: str) -> None:
-    """What is masked, and who stands beside whom, is counted as rows say it: their seeds are known where nothing else is."""
+@pytest.mark.parametrize(
+    ("name", "stage_name"),
+    [
+        *(
+            (name, None)
+            for name in ("clip_b32", "vit_b16", "mae_b16", "vilt_b32", "coca_base", "uniter_base", "lxmert")
+        ),
+        *((name, None) for name in ("albef", "blip_base", "blip2_stage1", "beit_b16")),
+        *(("vlmo_base", name) for name in ("image", "text", "pairs")),
+        *(("fromage", None), ("llava_next_video_7b_dpo", "dpo")),
+    ],
+)
+def test_other_kinds_and_objectives_are_foretold_too(name: str, stage_name: str | None) -> None:
+    """What is masked, and who stands beside whom, is counted as rows say it: their seeds are known where nothing else is.
+
+    Who is a hard negative nobody knows before, only how many there are and how long their texts.
+    """
     recipe = tiny(by_name(name))
-    first = recipe.stages[0]
+    first = recipe.stage(stage_name) if stage_name else recipe.stages[0]
     wide = {"context": 4 * first.context, "max_tiles": 4 * first.max_tiles, "tokens_per_step": 8 * first.context}
     stage = replace(first, parallel=KEPT, **wide)
-    recipe = replace(recipe, stages=(stage,))
+    recipe = replace(recipe, stages=tuple(stage if one is first else one for one in recipe.stages))
     with alone():
         (bytes_,) = measured(recipe, [stage], 2)
     assert memory(recipe, stage, (1,))[1] == pytest.approx(bytes_, rel=0.15)
