@@ -43,7 +43,7 @@ def weighed_attention(
         return q + 0 * (k.sum() + v.sum())
     shared = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(shared, 1), v.repeat_interleave(shared, 1)
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    factor: float = q.shape[-1] ** -0.5 if scale is None else scale
     firsts, key_firsts = (list(accumulate(lengths, initial=0)) for lengths in (runs.queries, runs.keys))
     found, places = [], []
     for group in _alike(runs):
@@ -54,7 +54,7 @@ def weighed_attention(
         places.append(at.flatten()[own])
         at, own, seen, keys = (x.to(q.device) for x in (at, own, seen, keys))
         a, b, c = (x.transpose(1, 2) for x in (q[at], k[seen], v[seen]))
-        scores = (scale * a @ b.mT).float().masked_fill(~keys[:, None, None], -torch.inf)
+        scores = (factor * a @ b.mT).float().masked_fill(~keys[:, None, None], -torch.inf)
         out = weigh(scores.softmax(-1).to(v.dtype), at) @ c
         found.append(out.transpose(1, 2).flatten(0, 1)[own])
     return torch.cat(found)[torch.cat(places).argsort().to(q.device)]

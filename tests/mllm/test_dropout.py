@@ -66,7 +66,7 @@ def said(model: Any, batch: Batch) -> list[Tensor]:
 @pytest.mark.parametrize("name", NAMES)
 def test_a_rows_dropout_is_its_own_wherever_it_lies(site: Site, name: str) -> None:
     recipe = tiny(by_name(name))
-    model = model_of(recipe)
+    model: Any = model_of(recipe)
     windows, samples = samples_of(site, recipe)
     together = batch_of(windows, samples)
     texts, pictures, pooled = hidden(model, together)
