@@ -69,13 +69,26 @@ class RunStarted:
 
 @spec
 class StageStarted:
-    """`steps` is the planned number, or None where only the data can tell."""
+    """`steps` is the planned number, or None where only the data can tell. `parts` is told here by a driver that has a model at
+    hand, and else by `PartsDescribed`.
+    """
 
     kind: Literal["stage_started"] = "stage_started"
     time: float
     stage: str
     fingerprint: str
     steps: int | None
+    parts: tuple[PartReport, ...] = ()
+
+
+@spec
+class PartsDescribed:
+    """What the stage trains, part by part: told by the first of its groups, which has built the model."""
+
+    kind: Literal["parts_described"] = "parts_described"
+    time: float
+    stage: str
+    fingerprint: str
     parts: tuple[PartReport, ...]
 
 
@@ -189,6 +202,7 @@ Event = Annotated[
     LeaseTaken
     | RunStarted
     | StageStarted
+    | PartsDescribed
     | GroupStarted
     | Fault
     | Decision

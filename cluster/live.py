@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from typing import Self
 
@@ -21,11 +21,12 @@ from rich.table import Table
 from rich.text import Text
 
 from cluster.amounts import duration, flop_words, quantity, sparkline
-from cluster.journal import Decision, Fault, GroupStarted, Journal, StageFinished, StageStarted
+from cluster.journal import Decision, Fault, GroupStarted, Journal, PartsDescribed, StageFinished, StageStarted
 from cluster.lines import Follower
 from cluster.metrics import Evaluation, RunFolder, parse_step
 from cluster.summary import COLOURS, MARKS
 from cluster.views import RECENT, StageView, paired_probes, paired_scores
+from mllm.parts import PartReport
 from mllm.recipe import Recipe
 
 PLAIN_SECONDS, PLAIN_SHARE = 5.0, 0.1
@@ -66,6 +67,7 @@ class Live:
         self.told_progress = 0.0
         self.journal = Journal(run.root)
         self.listened = time.monotonic()
+        self.described: dict[str, tuple[PartReport, ...]] = {}
         self.fault: Exception | None = None
         self.lock = threading.RLock()
         self.over = threading.Event()
@@ -76,6 +78,8 @@ class Live:
 
     def __enter__(self) -> Self:
         done = {event.stage for event in self.journal.state().finished_stages}  # what is in it already is no news
+        told = (event for event in self.journal.known if isinstance(event, PartsDescribed))
+        self.described = {event.fingerprint: event.parts for event in told}
         for view in self.views:
             view.standing = "done" if view.name in done else "waiting"
         if self.console.is_terminal:
@@ -107,11 +111,12 @@ class Live:
         planned = f"{event.steps:,} steps" if event.steps else "to the end of its data"
         resumed = f", from a checkpoint near step {view.last.step:,}" if view.last else ""
         self._line("start", f"{planned}{resumed}")
-        for part in event.parts:
-            self._line("part", part.line(), "" if part.lr is not None else "dim")
+        self._describe(event.parts or self.described.get(event.fingerprint, ()))
 
     def stage_finished(self, event: StageFinished, before: Evaluation | None, after: Evaluation | None) -> None:
         """Say what the stage came to, and what changed on held-out sources."""
+        with suppress(Exception):  # which the follower meets too
+            self._hear(at_once=True)
         with self.lock:
             view = next(view for view in self.views if view.name == event.stage)
             self._read()
@@ -159,17 +164,25 @@ class Live:
                 self.fault = error
                 return
 
-    def _hear(self) -> None:
-        """Tell faults, and what is done about them, as the journal does."""
-        if time.monotonic() - self.listened < NEWS:
+    def _describe(self, parts: Iterable[PartReport]) -> None:
+        for part in parts:
+            self._line("part", part.line(), "" if part.lr is not None else "dim")
+
+    def _hear(self, at_once: bool = False) -> None:
+        """Tell what the stage trains, faults, and what is done about them, as the journal does."""
+        if not at_once and time.monotonic() - self.listened < NEWS:
             return
-        self.listened = time.monotonic()
-        known = len(self.journal.known)
-        for event in self.journal.events()[known:]:
+        with self.lock:
+            self.listened = time.monotonic()
+            known = len(self.journal.known)
+            fresh = self.journal.events()[known:]
+        for event in fresh:
             if isinstance(event, Fault):
                 self._line("fault", f"{event.what.replace('_', ' ')}: {event.detail.splitlines()[0][:200]}", "yellow")
             elif isinstance(event, Decision):
                 self._line("decided", f"{event.what.replace('_', ' ')}: {event.why[:200]}", "yellow")
+            elif isinstance(event, PartsDescribed):
+                self._describe(event.parts)
             elif isinstance(event, GroupStarted) and event.step:
                 self._line("workers", f"{event.world:,} begin after step {event.step:,}", "dim")
 

@@ -22,7 +22,7 @@ from cluster.deal import Deal, Step
 from cluster.engines import Engine, StepReport, build_engine, local
 from cluster.failure import Failures
 from cluster.job import Leave, StageJob, StopRun
-from cluster.journal import Decision, Fault, FaultKind, Fenced, GroupStarted
+from cluster.journal import Decision, Fault, FaultKind, Fenced, GroupStarted, PartsDescribed
 from cluster.phases import PHASES, Paces, Phases
 from cluster.policy import Verdict, after_start, judge, stragglers
 from cluster.profiling import Profiler
@@ -78,6 +78,8 @@ def _train(job: StageJob, beats: Beats, tables: Iterable[pa.Table]) -> None:
     model = empty if resumed or rank != 0 else _build_model(job)
     engine = build_engine(model, job.stage, len(job.stage.mixture), _device(), restored=resumed is not None)
     _restore(engine, job, resumed)
+    if rank == 0:
+        _describe(job, engine)
     collect_usually()
     if job.held_out and job.folder.evaluation(job.stage.name, "before") is None:
         beats("evaluate", state.step)
@@ -141,6 +143,19 @@ def _noted(job: StageJob) -> Begun | str:
     )
     journal.append(begun)
     return resumed, state
+
+
+def _describe(job: StageJob, engine: Engine) -> None:
+    """Write down what the stage trains, if no group before this one has."""
+    journal = job.journal
+    told = (event.fingerprint for event in journal.events() if isinstance(event, PartsDescribed))
+    if job.fingerprint not in told:
+        with suppress(Fenced):  # as the first checkpoint will find
+            journal.append(
+                PartsDescribed(
+                    time=time.time(), stage=job.stage.name, fingerprint=job.fingerprint, parts=tuple(engine.parts)
+                )
+            )
 
 
 DRAIN = 2.0

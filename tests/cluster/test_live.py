@@ -14,7 +14,7 @@ from rich.console import Console
 
 from cluster import live as live_room
 from cluster.amounts import duration, quantity, sparkline
-from cluster.journal import Decision, Fault, GateJudged, GroupStarted, Journal, RunState
+from cluster.journal import Decision, Fault, GateJudged, GroupStarted, Journal, PartsDescribed, RunState
 from cluster.lines import Follower
 from cluster.live import Live
 from cluster.metrics import RunFolder
@@ -72,6 +72,25 @@ def test_plain_lines_can_be_grepped(run: RunFolder, recipe: Recipe, plain: Scree
     assert any("connector           61,824 parameters, trained at lr 0.005" in line for line in lines)
     assert any("pairs-heldout  loss 7.0000 -> 6.0000 (-1.0000)" in line for line in lines)
     assert any("4-shot  right 50.0% -> 50.0% (+0.0)  chance 25% of 24" in line for line in lines)
+
+
+def test_what_is_trained_is_told_once_workers_know(
+    run: RunFolder, recipe: Recipe, plain: Screen, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the first group of a stage, which builds the model; to who goes on with the stage at once, from the journal."""
+    monkeypatch.setattr(live_room, "NEWS", 0.0)
+    started = stage_started("align", 20)
+    silent = replace(started, parts=())
+    told = PartsDescribed(time=NOON, stage="align", fingerprint=started.fingerprint, parts=started.parts)
+    with Live(run, recipe, plain, poll=0.01) as live:
+        live.stage_started(silent)
+        assert "61,824 parameters" not in plain.text
+        Journal(run.root).append(told)
+        plain.wait_for("align     part      connector           61,824 parameters, trained at lr 0.005")
+    resumed = Screen(terminal=False)
+    with Live(run, recipe, resumed, poll=60) as live:
+        live.stage_started(silent)
+        assert "connector           61,824 parameters, trained at lr 0.005" in resumed.text
 
 
 def test_plain_lines_are_few(run: RunFolder, recipe: Recipe, plain: Screen) -> None:
