@@ -21,8 +21,8 @@ from typing import Any, Protocol
 from cluster import checkpoint, quarantine
 from cluster.beside import Beside
 from cluster.callbacks import Stage, failures, resizing, root_of
-from cluster.dealer import dumped, start_dealer
-from cluster.enter import DATASET, asking, dealing, placeholder, train_worker
+from cluster.dealer import dumped, foresee, start_dealer
+from cluster.enter import DATASET, asking, placeholder, train_worker
 from cluster.failure import Failures
 from cluster.job import StageJob
 from cluster.journal import (
@@ -143,7 +143,7 @@ class Controller:
     def run(self) -> RunState:
         """Train every stage that is not finished, within `leased`. Raises RunError when a stage fails, Stopped when asked to."""
         assert self.lease, "take the lease first"
-        self.dealer = start_dealer()  # it imports while this process plans
+        self.dealer = start_dealer()  # its process starts while this one plans
         self.folder.recipe.write(dump(self.recipe).encode())
         self.folder.name_stages(self.fingerprints)
         self.jobs = {stage.name: self._job(stage.name) for stage in self.recipe.stages}
@@ -337,11 +337,11 @@ class Controller:
             raise RunError(f"stage {job.stage.name!r}: {failure}")
 
     def _fit_once(self, job: StageJob) -> None:
-        """One Ray Train run. Ray restarts a crashed group; each start asks `dealing` for the data anew."""
+        """One Ray Train run. Ray restarts a crashed group; each start asks the dealer for the data anew."""
         import ray.train
         import torch
-        from ray.train.torch import TorchConfig, TorchTrainer
 
+        from cluster.group import Dealing, Meeting, Trainer
         from cluster.local import divert_ray_logging
 
         gpu = torch.cuda.is_available() if self.site.gpus is None else self.site.gpus
@@ -349,13 +349,13 @@ class Controller:
         fewest, most = self.site.world
         told = Stage(name=job.stage.name, run=job.run, token=job.token, storage=job.stream.storage)
         dealt = dumped(job, self.site.pools, 0 if gpu else 1)
-        self.dealer.foresee.remote(dealt, most)
-        trainer = TorchTrainer(
+        foresee(self.dealer, dealt, most)
+        called: list[Any] = [Dealing(self.dealer, dealt), failures(told, pulse), resizing(told, pulse), asking()]
+        trainer = Trainer(
             train_worker,
             train_loop_config={"job": pickle.dumps(job), "pulse": pulse},
-            torch_config=TorchConfig(backend="nccl" if gpu else "gloo"),
+            backend_config=Meeting(backend="nccl" if gpu else "gloo"),
             datasets={DATASET: placeholder},
-            dataset_config=dealing(self.dealer, dealt),
             scaling_config=ray.train.ScalingConfig(
                 num_workers=most if fewest == most else (fewest, most),
                 use_gpu=gpu,
@@ -366,7 +366,7 @@ class Controller:
                 # Ray's own notes of the run: nothing here reads them, so they need not outlive the cluster.
                 storage_path=str(Path(gettempdir()) / "mllm" / "ray"),
                 failure_config=ray.train.FailureConfig(max_failures=-1),  # `after_start` says when it is enough
-                callbacks=[failures(told, pulse), resizing(told, pulse), asking()],
+                callbacks=called,
             ),
         )
         divert_ray_logging()
@@ -378,7 +378,7 @@ class Controller:
                 self.journal.append(Decision(time=time.time(), what="restart", stage=job.stage.name, why=why))
 
         with (
-            PulseWatcher(pulse, self.site.watch, hung) as watcher,
+            PulseWatcher(pulse, self.site.watch, hung, self.dealer.ready.remote) as watcher,
             self.beside.watching(job),
             Profiles(self.folder, pulse),
         ):

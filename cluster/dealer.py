@@ -1,7 +1,8 @@
-"""An actor that makes a stage's stream of packs for each group of workers that begins.
+"""An actor that deals a stage's stream of packs to each group of workers that begins.
 
-Ray Train asks for the data of every group in a new process. This one is there from the run's beginning: it has imported all that
-a stream is made of before a group has failed. It knows nothing of what is learned, so that it is there soon; who calls it
+Ray Train begins a group without asking the run's driver. The actor is there from the run's beginning and imports nothing until
+training goes on, when there is time for it: what the first group needs the driver makes, which has imported all that a stream is
+made of. A group that begins in place of one that failed finds the actor ready. It knows nothing of what is learned; who calls it
 imports this file, which therefore imports little.
 """
 
@@ -35,30 +36,53 @@ class Dealt:
 
 
 class Dealer:
-    """The actor."""
+    """The actor. Splits are Ray Data's iterators, one for each rank, as a list that holds a reference to the list of them: who
+    hands them on need not import what they are made of.
+    """
 
     def __init__(self) -> None:
+        self.ahead: tuple[Wanted, list[Any]] | None = None
+        self.held: Any = None
+
+    def ready(self) -> None:
+        """Import all that a stream is made of: now, and not when a group waits for its packs."""
         collect_rarely()
         for name in ("cluster.checkpoint", "pipelines.stream"):
-            importlib.import_module(name)  # now, and not when a group waits for its packs
+            importlib.import_module(name)
         collect_usually()
-        self.ahead: tuple[_Asked, list[Any]] | None = None
 
-    def foresee(self, what: bytes, world: int) -> None:
-        """Make the iterators that the next group is likely to ask for, and what they wait for, while Ray Train begins it."""
-        _beckon()
-        asked = _asked(what, world)
-        self.ahead = asked, _made(asked)
+    def keep(self, wanted: Wanted, splits: list[Any]) -> None:
+        """Deal these `splits` to the next group, if nothing has changed by then that decides them.
+
+        It is the first of a new controller of Ray Train's; what a lost one's workers held nobody else gives back.
+        """
+        from ray.util import remove_placement_group
+
+        self.ahead = wanted, splits
+        held, self.held = self.held, None
+        if held is not None:
+            remove_placement_group(held)  # no harm where Ray Train has done it
+
+    def holds(self, held: Any) -> None:
+        """A group has begun whose workers hold this placement group."""
+        self.held = held
 
     def splits(self, what: bytes, world: int) -> list[Any]:
-        """Ray Data's iterators for `world` ranks, from the stage's last checkpoint on; `what` is as `dumped` gives it."""
+        """Splits for `world` ranks, from the stage's last checkpoint on; `what` is as `dumped` gives it."""
         ahead, self.ahead = self.ahead, None  # what another group has begun to read is not given twice
-        asked = _asked(what, world)  # workers whose controller was lost may have saved since
-        return ahead[1] if ahead and ahead[0] == asked else _made(asked)
+        wanted = _wanted(what, world)  # workers whose controller was lost may have saved since
+        return ahead[1] if ahead and ahead[0] == wanted else _made(wanted)
+
+    def end(self, splits: list[Any]) -> None:
+        """Stop making what a group that is no more would have read."""
+        import ray
+
+        first, *_ = ray.get(splits[0])
+        first._coord_actor.shutdown_executor.remote()  # as Ray Train does it, for there is no other word for it
 
 
 @spec
-class _Asked:
+class Wanted:
     """What decides a group's packs: those of a stage, where they begin, and the actors that make them as the cluster is now."""
 
     what: bytes
@@ -67,7 +91,13 @@ class _Asked:
     pools: Pools
 
 
-def _asked(what: bytes, world: int) -> _Asked:
+def foresee(dealer: Any, what: bytes, world: int) -> None:
+    """Make in this process the splits that the next group is likely to ask for, while Ray Train begins it."""
+    wanted = _wanted(what, world)
+    dealer.keep.remote(wanted, _made(wanted))
+
+
+def _wanted(what: bytes, world: int) -> Wanted:
     from cluster import checkpoint
     from pipelines import storage
 
@@ -75,20 +105,22 @@ def _asked(what: bytes, world: int) -> _Asked:
     storage.use(dealt.stream.storage)
     found = checkpoint.newest(dealt.checkpoints, dealt.fingerprint, dealt.stream.order.fingerprint)
     pools = dealt.pools.within(_cluster_cpus() - dealt.cpus * world)
-    return _Asked(what=what, world=world, begin=found.folder if found else None, pools=pools)
+    return Wanted(what=what, world=world, begin=found.folder if found else None, pools=pools)
 
 
-def _made(asked: _Asked) -> list[Any]:
+def _made(wanted: Wanted) -> list[Any]:
+    import ray
+
     from cluster import checkpoint
     from cluster.local import divert_ray_logging
     from pipelines.stream import dataset
     from pipelines.types import Position
 
-    dealt: Dealt = pickle.loads(asked.what)
+    dealt: Dealt = pickle.loads(wanted.what)
     divert_ray_logging()
-    start = checkpoint.read_state(asked.begin).position if asked.begin else Position()
-    hands = dataset(dealt.stream, start, dealt.stream.windows, asked.pools, asked.world, dealt.context)
-    return hands.streaming_split(asked.world, equal=False)
+    start = checkpoint.read_state(wanted.begin).position if wanted.begin else Position()
+    hands = dataset(dealt.stream, start, dealt.stream.windows, wanted.pools, wanted.world, dealt.context)
+    return [ray.put(hands.streaming_split(wanted.world, equal=False))]
 
 
 def _beckon() -> None:
@@ -111,7 +143,7 @@ def _cluster_cpus() -> float:
 
 def dumped(job: StageJob, pools: Pools, cpus: float) -> bytes:
     """A stage whose trainers hold `cpus` each, for who hands it on to a dealer and need not import what it is made of."""
-    from cluster.fsdp import context_of
+    from cluster.mesh import context_of
 
     dealt = Dealt(
         stream=job.stream,
@@ -125,10 +157,12 @@ def dumped(job: StageJob, pools: Pools, cpus: float) -> bytes:
 
 
 def start_dealer() -> Any:
-    """The actor, on this node, beside the run's driver."""
+    """The actor, on this node, beside the run's driver; and those that Ray Train and Ray Data would wait for."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
     options: Any = {"num_cpus": 0, "max_restarts": -1, "max_task_retries": -1, "scheduling_strategy": here}
-    return ray.remote(Dealer).options(**options).remote()
+    dealer = ray.remote(Dealer).options(**options).remote()
+    _beckon()
+    return dealer

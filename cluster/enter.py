@@ -36,25 +36,8 @@ def asking() -> Any:
     return Asking()
 
 
-def dealing(dealer: Any, what: bytes) -> Any:
-    """Ray Train's data configuration, changed to have `dealer` deal the stage's packs from its last checkpoint on.
-
-    Ray Train asks it anew at every start of a worker group, with the group's size. Its own split is `equal=True`, which
-    drops rows, and knows no position.
-    """
-    from ray.train import DataConfig
-
-    class Dealing(DataConfig):
-        def configure(self, datasets: Any, world_size: int, *_: Any, **__: Any) -> list[dict[str, Any]]:  # noqa: ARG002 -- Ray's
-            import ray
-
-            return [{DATASET: split} for split in ray.get(dealer.splits.remote(what, world_size))]
-
-    return Dealing()
-
-
 def placeholder() -> Any:
-    """What Ray Train must be given as a dataset: `dealing` puts the true one in its place once the group's size is known."""
+    """What Ray Train is given as a dataset, for its views: `cluster.group.Dealing` deals the true one, and nobody calls this."""
     import ray.data
 
     return ray.data.range(1)

@@ -84,13 +84,15 @@ Hung = Callable[[Standing, str, bool], None]
 class Watcher:
     """Looks at the pulse from a thread of its own; ends those who hang, and tells `hung` of every rank that was overdue.
 
-    An `error` that it met is kept for who began it: nobody watches from then on.
+    `trains` is called once, when the first step has been taken. An `error` that it met is kept for who began it: nobody watches
+    from then on.
     """
 
-    def __init__(self, pulse: Any, watch: Watch, hung: Hung) -> None:
+    def __init__(self, pulse: Any, watch: Watch, hung: Hung, trains: Callable[[], object] = lambda: None) -> None:
         self.pulse = pulse
         self.watch = watch
         self.hung = hung
+        self.trains: Callable[[], object] | None = trains
         self.over = threading.Event()
         self.error: Exception | None = None
         self.thread = threading.Thread(target=self._look, daemon=True, name="watcher")
@@ -110,6 +112,9 @@ class Watcher:
         while not self.over.wait(LOOK):
             try:
                 ranks, history = ray.get(self.pulse.look.remote(), timeout=10)
+                if self.trains and history.get("step"):
+                    self.trains()
+                    self.trains = None
                 if late := overdue(self.watch, ranks, history):
                     self._end(late, history)
             except (ray.exceptions.RayError, ConnectionError, RuntimeError):

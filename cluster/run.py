@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import os
-import threading
-from contextlib import suppress
 from pathlib import Path
 
 from rich.console import Console
 
-from cluster import loading
 from cluster.controller import Controller, RunError, Stopped
 from cluster.indexing import corpora_of, index_missing
 from cluster.journal import Journal, RunState, StageFinished
@@ -48,8 +46,6 @@ def train(recipe: Recipe, site: Site, name: str | None, console: Console, unchec
         _paths(folder, console)
         return folder
     hurry = False
-    imports = threading.Thread(target=_imported, args=(recipe,), daemon=True, name="imports")
-    imports.start()
     with controller.leased():
         try:
             with (
@@ -57,7 +53,7 @@ def train(recipe: Recipe, site: Site, name: str | None, console: Console, unchec
                 live,
                 Telemetry(folder, recipe, sinks, live.say),
             ):
-                imports.join()
+                importlib.import_module("cluster.group")  # which takes long: while Ray's processes start
                 collect_usually()
                 controller.run()
             console.print("writing export and report")
@@ -73,12 +69,6 @@ def train(recipe: Recipe, site: Site, name: str | None, console: Console, unchec
     console.print(summary(folder, recipe, controller.journal.state()))
     _paths(folder, console)
     return folder
-
-
-def _imported(recipe: Recipe) -> None:
-    """Import what the recipe's model is made of, while Ray's processes start. What is wrong with it is told when it is needed."""
-    with suppress(Exception):
-        recipe.model.meta()
 
 
 def _export(site: Site, recipe: Recipe, folder: RunFolder, console: Console) -> None:
@@ -185,6 +175,8 @@ def trained_model(recipe: Recipe, folder: RunFolder) -> Model:
 
     Raises RunError when no stage is finished.
     """
+    from cluster import loading
+
     last = last_finished(folder)
     stage = recipe.stage(last.stage)
     return loading.read_model(recipe, stage, folder.root / last.checkpoint).eval()

@@ -406,9 +406,11 @@ def _no_number(job: StageJob, state: TrainState, step: Step, report: StepReport)
 
 
 def _device() -> torch.device:
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
     import ray.train.torch
 
-    return ray.train.torch.get_device() if torch.cuda.is_available() else torch.device("cpu")
+    return ray.train.torch.get_device()
 
 
 def _build_model(job: StageJob) -> Model:

@@ -12,7 +12,7 @@ import gc
 USUAL = gc.get_threshold()
 """New objects, and younger collections, after which each generation is looked through."""
 
-RARE = (100_000, 10, 10)
+RARE = (1_000_000, 10, 10)
 
 
 def collect_rarely() -> None:

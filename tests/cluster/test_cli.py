@@ -119,17 +119,27 @@ def test_nobody_waits_for_what_a_command_does_not_need() -> None:
 
 
 def test_before_its_first_step_a_run_imports_nothing_that_it_does_not_need() -> None:
-    """Who deals packs knows nothing of what is learned; neither a driver nor a worker foretells memory."""
+    """Ray Train's controller needs no torch; who deals packs knows nothing of what is learned; a driver shards no model and
+    does not know what it is made of; neither it nor a worker foretells memory.
+    """
     code = """
 import sys
+def there(*names):
+    print(*(name for name in names if any(module == name or module.startswith(name + ".") for module in sys.modules)))
+import cluster.group, cluster.enter, cluster.callbacks
+there("ray.train", "torch")
 from cluster.dealer import Dealer
-Dealer()
-print("pipelines.stream" in sys.modules, any(name.partition(".")[0] == "mllm" for name in sys.modules))
-import cluster.run, cluster.worker
-print("mllm.recipe" in sys.modules, "cluster.memory" in sys.modules)
+dealer = Dealer()
+there("pipelines.stream")
+dealer.ready()
+there("pipelines.stream", "mllm.recipe", "mllm.model")
+import cluster.run, cluster.live, cluster.telemetry
+there("mllm.recipe", "torch.distributed.tensor", "torch.distributed.checkpoint", "transformers", "cluster.memory")
+import cluster.worker
+there("torch.distributed.tensor", "ray.train.torch", "cluster.memory")
 """
     shown = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert shown.stdout.splitlines() == ["True False", "True False"]
+    assert shown.stdout.splitlines() == ["ray.train", "", "pipelines.stream", "mllm.recipe", "torch.distributed.tensor"]
 
 
 def test_a_fault_of_the_program_s_own_is_told_apart(capfd: pytest.CaptureFixture[str]) -> None:

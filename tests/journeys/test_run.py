@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -235,12 +236,13 @@ def wait_for(what: Callable[[], bool], process: subprocess.Popen[bytes], log: Pa
         time.sleep(0.02)
 
 
-def training_worker(driver: int) -> int:
-    """The process of one training worker under the driver."""
+def processes(driver: int) -> dict[str, int]:
+    """What runs under the driver, by what Ray calls it; of those alike one."""
+    found = {}
     for child in psutil.Process(driver).children(recursive=True):
-        if "RayTrainWorker" in " ".join(child.cmdline()):
-            return child.pid
-    raise AssertionError("no training worker found")
+        with suppress(psutil.NoSuchProcess):
+            found[" ".join(child.cmdline()).partition(".")[0].strip()] = child.pid
+    return found
 
 
 @pytest.mark.timeout(900)
@@ -255,11 +257,14 @@ def test_killed_in_every_stage_and_on_two_workers_it_is_the_same_run(
         with log.open("ab") as out:
             return subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, start_new_session=True)
 
-    def within(stage: str) -> Callable[[], bool]:
-        return lambda: len(folder.steps(stage)) >= 3
+    def within(stage: str, steps: int = 3) -> Callable[[], bool]:
+        return lambda: len(folder.steps(stage)) >= steps
 
     run = start()
     wait_for(within("align"), run, log)
+    there = processes(run.pid)
+    assert {"ray::RayTrainWorker", "ray::TrainController", "ray::Dealer"} <= there.keys()
+    assert not {"ray::DatasetManager", "ray::PlacementGroupCleaner"} & there.keys(), "they would do nothing"
     os.kill(run.pid, signal.SIGKILL)
     run.wait()
     assert len(folder.steps("align")) < STEPS
@@ -273,7 +278,9 @@ def test_killed_in_every_stage_and_on_two_workers_it_is_the_same_run(
 
     run = start()
     wait_for(within("sft"), run, log)
-    os.kill(training_worker(run.pid), signal.SIGKILL)
+    os.kill(processes(run.pid)["ray::RayTrainWorker"], signal.SIGKILL)
+    wait_for(within("sft", 6), run, log)
+    os.kill(processes(run.pid)["ray::TrainController"], signal.SIGKILL)  # what its workers held must be given back
     assert run.wait(240) == 0, log.read_text()[-3000:]
 
     for stage in STAGES:
