@@ -13,6 +13,7 @@ import pickle
 from typing import TYPE_CHECKING, Any
 
 from pipelines.garbage import collect_rarely, collect_usually
+from pipelines.reach import Storage, use
 from pipelines.value import spec
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ class Dealer:
     """
 
     def __init__(self) -> None:
-        self.ahead: tuple[Wanted, list[Any]] | None = None
+        self.ahead: tuple[Asked, list[Any]] | None = None
         self.held: Any = None
 
     def ready(self) -> None:
@@ -51,14 +52,14 @@ class Dealer:
             importlib.import_module(name)
         collect_usually()
 
-    def keep(self, wanted: Wanted, splits: list[Any]) -> None:
-        """Deal these `splits` to the next group, if nothing has changed by then that decides them.
+    def keep(self, asked: Asked, splits: list[Any]) -> None:
+        """Deal these `splits` to the next group, if what decides them is the same then.
 
         It is the first of a new controller of Ray Train's; what a lost one's workers held nobody else gives back.
         """
         from ray.util import remove_placement_group
 
-        self.ahead = wanted, splits
+        self.ahead = asked, splits
         held, self.held = self.held, None
         if held is not None:
             remove_placement_group(held)  # no harm where Ray Train has done it
@@ -70,8 +71,11 @@ class Dealer:
     def splits(self, what: bytes, world: int) -> list[Any]:
         """Splits for `world` ranks, from the stage's last checkpoint on; `what` is as `dumped` gives it."""
         ahead, self.ahead = self.ahead, None  # what another group has begun to read is not given twice
-        wanted = _wanted(what, world)  # workers whose controller was lost may have saved since
-        return ahead[1] if ahead and ahead[0] == wanted else _made(wanted)
+        if ahead:
+            asked, splits = ahead
+            if asked == _asked(what, world, asked.checkpoints, asked.storage):
+                return splits
+        return _made(what, world, _cluster_cpus())
 
     def end(self, splits: list[Any]) -> None:
         """Stop making what a group that is no more would have read."""
@@ -82,33 +86,40 @@ class Dealer:
 
 
 @spec
-class Wanted:
-    """What decides a group's packs: those of a stage, where they begin, and the actors that make them as the cluster is now."""
+class Asked:
+    """What decides a group's packs: a stage's stream, the ranks, the cluster's CPUs, and what there is in the folder of the
+    stage's checkpoints: workers whose controller was lost may have saved since.
+    """
 
     what: bytes
     world: int
-    begin: Place | None
-    pools: Pools
+    cpus: float
+    checkpoints: Place
+    storage: Storage
+    saved: tuple[str, ...]
+
+
+def _asked(what: bytes, world: int, checkpoints: Place, storage: Storage) -> Asked:
+    """As it is now. Imports nothing that a stream is made of."""
+    use(storage)
+    return Asked(
+        what=what,
+        world=world,
+        cpus=_cluster_cpus(),
+        checkpoints=checkpoints,
+        storage=storage,
+        saved=tuple(checkpoints.names()),
+    )
 
 
 def foresee(dealer: Any, what: bytes, world: int) -> None:
     """Make in this process the splits that the next group is likely to ask for, while Ray Train begins it."""
-    wanted = _wanted(what, world)
-    dealer.keep.remote(wanted, _made(wanted))
-
-
-def _wanted(what: bytes, world: int) -> Wanted:
-    from cluster import checkpoint
-    from pipelines import storage
-
     dealt: Dealt = pickle.loads(what)
-    storage.use(dealt.stream.storage)
-    found = checkpoint.newest(dealt.checkpoints, dealt.fingerprint, dealt.stream.order.fingerprint)
-    pools = dealt.pools.within(_cluster_cpus() - dealt.cpus * world)
-    return Wanted(what=what, world=world, begin=found.folder if found else None, pools=pools)
+    asked = _asked(what, world, dealt.checkpoints, dealt.stream.storage)
+    dealer.keep.remote(asked, _made(what, world, asked.cpus))
 
 
-def _made(wanted: Wanted) -> list[Any]:
+def _made(what: bytes, world: int, cpus: float) -> list[Any]:
     import ray
 
     from cluster import checkpoint
@@ -116,11 +127,15 @@ def _made(wanted: Wanted) -> list[Any]:
     from pipelines.stream import dataset
     from pipelines.types import Position
 
-    dealt: Dealt = pickle.loads(wanted.what)
+    dealt: Dealt = pickle.loads(what)
+    stream = dealt.stream
     divert_ray_logging()
-    start = checkpoint.read_state(wanted.begin).position if wanted.begin else Position()
-    hands = dataset(dealt.stream, start, dealt.stream.windows, wanted.pools, wanted.world, dealt.context)
-    return [ray.put(hands.streaming_split(wanted.world, equal=False))]
+    use(stream.storage)
+    found = checkpoint.newest(dealt.checkpoints, dealt.fingerprint, stream.order.fingerprint)
+    start = checkpoint.read_state(found.folder).position if found else Position()
+    pools = dealt.pools.within(cpus - dealt.cpus * world)
+    hands = dataset(stream, start, stream.windows, pools, world, dealt.context)
+    return [ray.put(hands.streaming_split(world, equal=False))]
 
 
 def _beckon() -> None:

@@ -134,7 +134,7 @@ def test_texts_that_look_alike_are_asked_about_on_the_rank_of_their_picture() ->
     batch = batch_of([pairs[0], samples()[1]["texts"][0], *pairs[1:]])
     (asked,) = objective.whole([objective.collect(model, batch)], None)
     assert asked.belongs.tolist() == [1] * 4 + [0] * 8
-    scores = model.matched(batch, asked.pairs, unfilled(asked.ids))
+    scores = model.matched(batch, asked.pairs, unfilled(asked.ids, asked.seeds))
     own = model.fuse(batch, model.pairs(batch)).pooled
     torch.testing.assert_close(scores[:4], model.match(own)[asked.pairs[:4]], rtol=1e-4, atol=1e-5)
     output: Any = objective(model, batch)
