@@ -12,7 +12,7 @@ from cluster.commands.words import Change, SiteFile, recipe_of, site_of
 
 @dataclass
 class Recipes:
-    """List the recipes, or print one."""
+    """List the recipes, or print one, or all whose names begin so."""
 
     name: Positional[str | None] = None
     json: bool = False
@@ -25,22 +25,24 @@ class Recipes:
 
         from cluster import catalogue
         from mllm.recipe import dump
-        from mllm.recipes import by_name
+        from mllm.recipes import RECIPES, by_name
 
         console = Console()
         if self.name is None:
             console.print(catalogue.table())
             return
-        recipe = by_name(self.name)
-        if self.json:
-            print(dump(recipe))
-            return
-        if self.tree:
-            console.print(catalogue.tree(recipe))
-            return
-        from rich.pretty import Pretty
+        alike = [name for name in RECIPES if name.startswith(f"{self.name}_")]
+        if self.json or self.name in RECIPES or not alike:
+            alike = [self.name]
+        for recipe in map(by_name, alike):
+            if self.json:
+                print(dump(recipe))
+            elif self.tree:
+                console.print(catalogue.tree(recipe))
+            else:
+                from rich.pretty import Pretty
 
-        console.print(Pretty(recipe, expand_all=False))
+                console.print(Pretty(recipe, expand_all=False))
 
 
 @dataclass

@@ -184,6 +184,12 @@ def test_without_a_site_the_example_corpus_is_used(monkeypatch: pytest.MonkeyPat
         load_site("gone.toml")
 
 
+def test_recipes_whose_names_begin_so_are_shown_together(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["recipes", "cambrian_1", "--tree"])
+    shown = [line for line in capsys.readouterr().out.splitlines() if line.startswith("cambrian_1")]
+    assert shown == ["cambrian_1_8b", "cambrian_1_13b", "cambrian_1_34b"]
+
+
 def test_data_check_names_each_bad_row(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shard = tmp_path / "00000.tar"
     whole = (CORPUS / "pairs/00000.tar").read_bytes()
