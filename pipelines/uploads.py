@@ -35,6 +35,8 @@ class Writer(Protocol):
 
 
 class ToDisk:
+    """Under another name until it is whole; its bytes are on the disk when it gets its own."""
+
     def __init__(self, path: str) -> None:
         self.path = path
         self.scratch = f"{path}.{uuid4().hex}.part"
