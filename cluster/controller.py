@@ -307,8 +307,8 @@ class Controller:
 
     def _fit(self, job: StageJob) -> None:
         """Train the stage; begin again where Ray's own controller was lost, which Ray does not do. Raises what `run` does."""
-        failures = Failures(self.folder)
-        failures.clear()
+        written = Failures(self.folder)
+        written.clear()
         lost: dict[str, int] = {}
         while True:
             try:
@@ -333,7 +333,7 @@ class Controller:
                     Decision(time=time.time(), what="restart", stage=job.stage.name, why="Ray's controller was lost")
                 )
                 time.sleep(2.0 ** (lost[at] - 1) - 1)
-        if failure := failures.found():
+        if failure := written.found():
             raise RunError(f"stage {job.stage.name!r}: {failure}")
 
     def _fit_once(self, job: StageJob) -> None:

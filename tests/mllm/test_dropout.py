@@ -177,33 +177,8 @@ def test_every_attention_leaves_some_of_its_weights_out(site: Site, name: str) -
         module.rate = 0.0
 
 
-@pytest.mark.parametrize("name", ALIGNED)
-def test_aligned_models_compute_again_what_they_left_out(site: Site, name: str) -> None:
-    recipe = tiny(by_name(name))
-    windows, samples = samples_of(site, recipe)
-    batch = batch_of(windows, samples)
-    objective: Any = recipe.stages[0].objective
-    gradients = []
-    for again in (False, True):
-        model = model_of(recipe)
-        if again:
-            for unit in model.units():
-                recompute(model, unit, "full")
-        objective(model, batch).sum.backward()
-        gradients.append({name: p.grad for name, p in named(model).items() if p.grad is not None})
-    once, twice = gradients
-    assert once.keys() == twice.keys()
-    for key, gradient in once.items():
-        torch.testing.assert_close(gradient, twice[key], rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.parametrize("name", ["uniter_base", "lxmert", "vilt_b32"])
-def test_what_is_computed_again_leaves_out_the_same(site: Site, name: str) -> None:
-    """Two forward passes of other texts lie before one backward: each layer must find the chance of its own again."""
-    recipe = tiny(by_name(name))
-    windows, samples = samples_of(site, recipe)
-    batch = batch_of(windows, samples)
-    objective = Sum(terms=(Term(objective=MaskedTokens(share=0.4)), Term(objective=Matching())))
+def same_gradients_when_computed_again(recipe: Recipe, objective: Any, batch: Batch) -> None:
+    """Of the same model, with and without activations that are computed again in the backward pass."""
     gradients = []
     for again in (False, True):
         model = model_of(recipe)
@@ -213,9 +188,30 @@ def test_what_is_computed_again_leaves_out_the_same(site: Site, name: str) -> No
         objective(model, batch).sum.backward()
         gradients.append({name: p.grad for name, p in named(model).items()})
     once, twice = gradients
-    assert once.keys() == twice.keys()
-    for key, gradient in once.items():
-        torch.testing.assert_close(gradient, twice[key], rtol=1e-5, atol=1e-6)
+    assert any(gradient is not None for gradient in once.values())
+    assert {name for name, gradient in once.items() if gradient is None} == {n for n, g in twice.items() if g is None}
+    for name, gradient in once.items():
+        if gradient is not None:
+            torch.testing.assert_close(gradient, twice[name], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ALIGNED)
+def test_aligned_models_compute_again_what_they_left_out(site: Site, name: str) -> None:
+    recipe = tiny(by_name(name))
+    windows, samples = samples_of(site, recipe)
+    batch = batch_of(windows, samples)
+    objective: Any = recipe.stages[0].objective
+    same_gradients_when_computed_again(recipe, objective, batch)
+
+
+@pytest.mark.parametrize("name", ["uniter_base", "lxmert", "vilt_b32"])
+def test_what_is_computed_again_leaves_out_the_same(site: Site, name: str) -> None:
+    """Two forward passes of other texts lie before one backward: each layer must find the chance of its own again."""
+    recipe = tiny(by_name(name))
+    windows, samples = samples_of(site, recipe)
+    batch = batch_of(windows, samples)
+    objective = Sum(terms=(Term(objective=MaskedTokens(share=0.4)), Term(objective=Matching())))
+    same_gradients_when_computed_again(recipe, objective, batch)
 
 
 @pytest.mark.parametrize("name", NAMES)
