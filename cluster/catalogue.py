@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import fields, is_dataclass
+from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
-from rich.console import RenderableType
-from rich.table import Table
+from rich.console import Group, RenderableType
+from rich.padding import Padding
 from rich.text import Text
 from rich.tree import Tree
 
@@ -22,15 +22,20 @@ from mllm.recipe import Epochs, Frozen, Full, LoRA, Recipe, Source, Stage, Steps
 from mllm.recipes import RECIPES
 
 
-def table() -> Table:
-    """Every recipe: its stages, what each trains, the kinds of data it reads, and its paper."""
-    made = Table(box=None, pad_edge=False, header_style="dim")
-    for name in ("recipe", "stages (trained parts)", "data", "paper"):
-        made.add_column(name, no_wrap=name == "recipe", overflow="fold")
+def listing() -> RenderableType:
+    """Every recipe: its paper, its stages with what each trains, its kinds of data; those alike in all three together."""
+    alike: dict[tuple[str, ...], list[str]] = {}
     for name, function in RECIPES.items():
         recipe = function()
-        made.add_row(name, "; ".join(_stage_words(recipe)), ", ".join(kinds(recipe)), recipe.paper)
-    return made
+        alike.setdefault(
+            (recipe.paper, "; ".join(_stage_words(recipe)), f"data: {', '.join(kinds(recipe))}"), []
+        ).append(name)
+    lines: list[RenderableType] = []
+    for (paper, *told), names in alike.items():
+        lines.append(Text.assemble((" ".join(names), "bold"), f"  {paper}"))
+        for words in told:
+            lines.append(Padding(Text(words), (0, 0, 0, 4)))
+    return Group(*lines)
 
 
 def tree(recipe: Recipe) -> RenderableType:
@@ -123,8 +128,22 @@ def duration(stage: Stage) -> str:
 
 def _stage_words(recipe: Recipe) -> Iterator[str]:
     for stage in recipe.stages:
-        parts = [part for part, how in stage.tune.items() if not isinstance(how, Frozen)]
-        yield f"{stage.name} ({', '.join(parts)})"
+        yield f"{stage.name} ({', '.join(_trained(stage))})"
+
+
+def _trained(stage: Stage) -> list[str]:
+    """The parts that a stage trains. Patterns that only keep decay off some weights of these are left out."""
+    trained = {part: how for part, how in stage.tune.items() if not isinstance(how, Frozen)}
+    whole = [replace(how, weight_decay=0.0) for how in trained.values() if isinstance(how, Full) and how.weight_decay]
+
+    def aside(part: str) -> bool:
+        return isinstance(stage.tune.get(part.split(".")[0]), Frozen)
+
+    return [
+        part.removesuffix(".*")
+        for part, how in trained.items()
+        if not part.startswith("*") and (not set("*[") & set(part) or aside(part) or how not in whole)
+    ]
 
 
 def _source(source: Source) -> str:

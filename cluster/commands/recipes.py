@@ -29,7 +29,7 @@ class Recipes:
 
         console = Console()
         if self.name is None:
-            console.print(catalogue.table())
+            console.print(catalogue.listing())
             return
         alike = [name for name in RECIPES if name.startswith(f"{self.name}_")]
         if self.json or self.name in RECIPES or not alike:

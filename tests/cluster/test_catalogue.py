@@ -20,13 +20,17 @@ def test_the_page_of_recipes_is_what_the_recipes_say() -> None:
 def test_every_recipe_is_listed_with_its_stages_data_and_paper(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("COLUMNS", "160")  # names are long, and words must not be broken
+    monkeypatch.setenv("COLUMNS", "80")
     main(["recipes"])
     told = capsys.readouterr().out
     assert all(name in told for name in RECIPES)
     words = " ".join(told.split())
-    assert "arXiv:2312.07533" in words
-    assert "align (connector);" in words
+    assert (
+        "vila_7b vila_13b arXiv:2312.07533 align (connector); pretrain (connector, lm); sft (connector, lm) data:"
+        in words
+    )
+    assert "clip_l14 arXiv:2103.00020 contrast (vision, text, head) data: pairs" in words, "decay is nothing a part is"
+    assert "minigpt4_7b arXiv:2304.10592 align (connector.project);" in words
 
 
 def test_a_recipe_is_printed_as_a_tree(capsys: pytest.CaptureFixture[str]) -> None:
