@@ -132,4 +132,8 @@ def _own(one: Overcome) -> float:
 
 def ratios(plain: Mapping[Death, float], faults: Sequence[str]) -> dict[str, float]:
     """What each of these faults is set beside, given the seconds of each kind of death."""
-    return {fault.what: fault.groups * plain[fault.like] for fault in LONG_RUN if fault.what in faults and plain}
+    return {
+        fault.what: fault.groups * plain[fault.like]
+        for fault in LONG_RUN
+        if fault.what in faults and fault.like in plain
+    }
