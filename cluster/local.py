@@ -5,10 +5,12 @@ Everything that Ray and its libraries have to say goes to the run's log files; a
 
 from __future__ import annotations
 
+import importlib
 import logging
 import os
 import warnings
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -51,6 +53,13 @@ def quieten(logs: Path) -> None:
     handler = logging.FileHandler(logs / "driver.log")
     handler.setFormatter(logging.Formatter("%(asctime)s %(name)s %(levelname)s %(message)s"))
     logging.basicConfig(handlers=[handler], level=logging.INFO, force=True)
+    logging.getLogger("DeepSpeed").addFilter(_aside)  # which has a way of its own to the terminal
+
+
+def _aside(record: logging.LogRecord) -> bool:
+    """Take a record to the root logger's file, and no further."""
+    logging.getLogger().handle(record)
+    return False
 
 
 def divert_ray_logging() -> None:
@@ -92,7 +101,11 @@ def ray_running(address: str | None, cpus: int, logs: Path, token_file: str | No
             ) from error
     else:
         store = min(OBJECT_STORE, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 5)
-        ray.init(address="local", num_cpus=cpus, include_dashboard=False, object_store_memory=store, **options)
+        with ThreadPoolExecutor(1) as pool:  # a start is waiting for processes, most of it
+            pool.submit(
+                importlib.import_module, "pandas"
+            )  # Ray Data and Ray Train import it; it imports nothing of Ray's
+            ray.init(address="local", num_cpus=cpus, include_dashboard=False, object_store_memory=store, **options)
     divert_ray_logging()
     try:
         yield

@@ -291,6 +291,24 @@ def test_killed_in_every_stage_and_on_two_workers_it_is_the_same_run(
         assert [record.lr for record in broken] == [record.lr for record in whole]
 
 
+def test_asked_to_stop_before_it_trains_it_has_stopped_and_not_failed(
+    short: Recipe, here: Site, tmp_path: Path
+) -> None:
+    command = [sys.executable, "-m", "cluster.cli", *TRAIN, *SHORTER, "--site", site_file(here), "--run", "early"]
+    folder = RunFolder(Path(here.runs) / "early")
+    log = tmp_path / "log"
+    with log.open("wb") as out:
+        run = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, start_new_session=True)
+    wait_for(lambda: bool(Journal(folder.root).state().starts), run, log)
+    run.terminate()
+    assert run.wait(60) == 143
+    state = Journal(folder.root).state()
+    assert state.stopped == "SIGTERM"
+    assert state.failure is None
+    assert not folder.steps(short.stages[0].name)
+    assert "goes on from the last checkpoint" in log.read_text()
+
+
 def site_file(site: Site) -> str:
     """The site as a file that a command can name."""
     file = Path(site.runs) / "site.toml"
