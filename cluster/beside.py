@@ -9,6 +9,7 @@ The run's driver imports this file before its first step, and what reads tensors
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Callable
@@ -57,7 +58,11 @@ def evaluate(job: StageJob, folder: Place, step: int) -> Evaluation:
 
 
 def parts(job: StageJob, folder: Place, out: Place) -> None:
-    """Write the stage's weights, adapters merged, as safetensors."""
+    """Write the stage's weights, adapters merged, as safetensors. In a process of its own, which stands back behind all others:
+    the next stage begins meanwhile.
+    """
+    if hasattr(os, "SCHED_IDLE"):
+        os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
     from cluster import loading
     from cluster.parts import write_parts
 
@@ -79,7 +84,7 @@ class Beside:
 
         out = job.folder.parts(job.stage.name)
         if not (out / INDEX).is_file():
-            self.writing[_task(parts).remote(job, last, out)] = job
+            self.writing[_task(parts, max_calls=1).remote(job, last, out)] = job
 
     def wait(self) -> None:
         """Wait until all parts are written; those that could not be are told."""
@@ -97,10 +102,10 @@ class Beside:
         return Evaluations(self, job)
 
 
-def _task(work: Callable[..., Any]) -> Any:
+def _task(work: Callable[..., Any], **options: Any) -> Any:
     import ray
 
-    return ray.remote(num_cpus=1, max_retries=2)(work)
+    return ray.remote(num_cpus=1, max_retries=2, **options)(work)
 
 
 class Evaluations:
