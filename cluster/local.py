@@ -5,13 +5,11 @@ Everything that Ray and its libraries have to say goes to the run's log files; a
 
 from __future__ import annotations
 
-import importlib
 import logging
 import os
 import warnings
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -90,27 +88,24 @@ def ray_running(address: str | None, cpus: int, logs: Path, token_file: str | No
         yield
         return
     options = {"log_to_driver": False, "logging_level": logging.WARNING, "configure_logging": True}
-    if address:
-        _ask(address, token_file)
-        try:
-            ray.init(address=address, **options)
-        except (ConnectionError, RuntimeError) as error:
-            raise NoCluster(
-                f"no Ray cluster answers at {address} ({error}); start one (ray start --head), or mend ray_address in the "
-                "site file"
-            ) from error
-    else:
-        store = min(OBJECT_STORE, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 5)
-        with ThreadPoolExecutor(1) as pool:  # a start is waiting for processes, most of it
-            pool.submit(
-                importlib.import_module, "pandas"
-            )  # Ray Data and Ray Train import it; it imports nothing of Ray's
-            ray.init(address="local", num_cpus=cpus, include_dashboard=False, object_store_memory=store, **options)
-    divert_ray_logging()
-    try:
+    with ExitStack() as left:
+        if address:
+            _ask(address, token_file)
+            try:
+                ray.init(address=address, **options)
+            except (ConnectionError, RuntimeError) as error:
+                raise NoCluster(
+                    f"no Ray cluster answers at {address} ({error}); start one (ray start --head), or mend ray_address in the "
+                    "site file"
+                ) from error
+        else:
+            from cluster.alone import alone
+
+            store = min(OBJECT_STORE, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 5)
+            ray.init(address=left.enter_context(alone(cpus, store)), **options)
+        left.callback(ray.shutdown)
+        divert_ray_logging()
         yield
-    finally:
-        ray.shutdown()
 
 
 def show_token(token_file: str) -> None:
