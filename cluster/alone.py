@@ -20,21 +20,19 @@ class _Alone(Node):
     def start_api_server(self, **_: Any) -> None:
         """Nobody asks it."""
 
+    def start_log_monitor(self) -> None:
+        """Nobody listens to it."""
+
 
 @contextmanager
 def alone(cpus: int, object_store: int) -> Iterator[str]:
     """The address of a Ray with `cpus` logical CPUs and so many bytes of shared memory, which ends with this process at the
     latest.
     """
-    wanted = RayParams(
-        num_cpus=cpus,
-        object_store_memory=object_store,
-        include_dashboard=False,
-        include_log_monitor=False,
-        no_monitor=True,
-    )
+    wanted = RayParams(num_cpus=cpus, object_store_memory=object_store, include_dashboard=False, no_monitor=True)
     node = _Alone(wanted, head=True, shutdown_at_exit=False, spawn_reaper=True, ray_init_cluster=True)
     try:
+        assert node.address
         yield node.address
     finally:
         node.kill_all_processes(check_alive=False, allow_graceful=True)
