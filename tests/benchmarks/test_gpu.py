@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 
 from benchmarks.common import HERE
-from benchmarks.gpu import ABOUT, FULL, HALF, cases, without_liger
+from benchmarks.gpu.device import HALF, without_liger
+from benchmarks.gpu.sections import SECTIONS
+from benchmarks.gpu.sizes import FULL
 from ops.attention import available
 from tests.conftest import ROOT
 
@@ -29,7 +31,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_every_row_that_this_machine_can_fill_has_a_number(saved: Path) -> None:
     (file,) = saved.glob("gpu-*-toy.json")
     sections = json.loads(file.read_text())
-    assert list(sections) == list(ABOUT)
+    assert list(sections) == list(SECTIONS)
     empty = [
         (row["name"], row["note"]) for section in sections.values() for row in section["rows"] if not row["values"]
     ]
@@ -44,5 +46,6 @@ def test_the_table_that_nobody_has_filled_lists_every_row_and_no_number() -> Non
     lines = (HERE / "results" / "gpu.md").read_text().splitlines()
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if line.startswith("| ")]
     measured = [row for row in rows if row[0] not in ("what", "---")]
-    assert [row[0] for row in measured] == [row.name for case in cases(FULL) for row in case.rows]
+    listed = [row.name for section in SECTIONS.values() for case in section.cases(FULL) for row in case.rows]
+    assert [row[0] for row in measured] == listed
     assert {(row[1], row[4], row[-1]) for row in measured} == {("none", "0", "not measured")}
