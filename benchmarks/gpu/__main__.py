@@ -42,6 +42,7 @@ def main() -> int:
 
 
 def measure(file: Path, sizes: Sizes, names: Sequence[str]) -> int:
+    """Measures these sections into `file` and its page. 1 where a check or a measurement failed, else 0."""
     saved: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {}
     failures = 0
     for name in SECTIONS:
@@ -54,9 +55,8 @@ def measure(file: Path, sizes: Sizes, names: Sequence[str]) -> int:
             failures += failed
             section.rows += rows
             for row in rows:
-                print(
-                    f"  {row.name}: {number(row.median) if row.values else 'none'} {row.unit}  {row.note}", flush=True
-                )
+                middle = number(row.median) if row.values else "none"
+                print(f"  {row.name}: {middle} {row.unit}  {row.note}", flush=True)
             saved[name] = {"header": header(), **asdict(section)}
             file.write_text(json.dumps(saved, indent=1) + "\n")
             file.with_suffix(".md").write_text(markdown(saved))

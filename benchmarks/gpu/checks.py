@@ -73,9 +73,8 @@ def attention_error(
     width = 64
     inputs = [drawn(sum(each), n, width, dtype=dtype, seed=i) for i, n in enumerate((heads, kv_heads, kv_heads))]
     slope = drawn(sum(each), heads, width, dtype=dtype, seed=3)
-    blocks = (
-        torch.arange(sum(each), device=DEVICE) // 8 % 3 - 1 if blocked else None
-    )  # by turns in none and in one of two
+    # by turns in none and in one of two
+    blocks = torch.arange(sum(each), device=DEVICE) // 8 % 3 - 1 if blocked else None
 
     def attend(by: Backend) -> Callable[..., Tensor]:
         return partial(varlen_attention, cu_seqlens=bounds(each), max_seqlen=max(each), blocks=blocks, backend=by)

@@ -55,12 +55,10 @@ def cases(sizes: Sizes) -> Iterator[Case]:
 
 
 def step_times(sizes: Sizes, decoder: str, tuning: str, tokens: int) -> list[Found]:
-    least, room = states(recipe_of(sizes, decoder, tuning, tokens)), torch.cuda.mem_get_info()[1] if CUDA else None
-    if room is not None and least > room:
-        reason = f"does not fit: weights and states alone are {least / GIB:.0f} GiB, the device has {room / GIB:.0f}"
+    recipe, ours = recipe_of(sizes, decoder, tuning, tokens), None
+    if reason := too_large(recipe):
         return [([], reason)] * len(STEP)
     ways: tuple[Recompute, ...] = ("none", "full")
-    recipe, ours = recipe_of(sizes, decoder, tuning, tokens), None
     for how in ways:
         recipe = recipe_of(sizes, decoder, tuning, tokens, how)
         with alone(GROUP):
@@ -98,6 +96,14 @@ def engine_step(recipe: Recipe) -> Callable[[], Any]:
 def bare_step(recipe: Recipe) -> Callable[[], Any]:
     loop, pack = Bare(recipe), pack_of(recipe)
     return lambda: loop.step(pack)
+
+
+def too_large(recipe: Recipe) -> str:
+    """Why the device cannot hold even weights and states; nothing where it can."""
+    least, room = states(recipe), torch.cuda.mem_get_info()[1] if CUDA else None
+    if room is None or least <= room:
+        return ""
+    return f"does not fit: weights and states alone are {least / GIB:.0f} GiB, the device has {room / GIB:.0f}"
 
 
 def states(recipe: Recipe) -> int:

@@ -23,11 +23,12 @@ def lengths(tokens: int, rng: random.Random) -> list[int]:
     found: list[int] = []
     left = tokens
     while left:
-        drawn = round(2 ** rng.uniform(4, np.log2(max(32, tokens // 2))))
-        found.append(min(left, drawn))
+        length = round(2 ** rng.uniform(4, np.log2(max(32, tokens // 2))))
+        found.append(min(left, length))
         left -= found[-1]
     return found
 
 
 def bounds(each: Sequence[int]) -> Tensor:
+    """Where documents of these lengths begin in their pack, and where the last one ends."""
     return torch.tensor([0, *np.cumsum(each)], dtype=torch.int32, device=DEVICE)

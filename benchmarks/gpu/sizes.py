@@ -10,7 +10,10 @@ from mllm.lm import Llama
 
 @dataclass(frozen=True)
 class Sizes:
-    """How large everything is. `packs` of attention and `steps` of the engine are in tokens."""
+    """How large everything is. `packs` of attention, `steps` of the engine and a `check` are in tokens.
+
+    `heads` are how many of queries, how many of keys, and their width; `losses` tokens, width and vocabularies.
+    """
 
     packs: tuple[int, ...]
     heads: tuple[int, int, int]
