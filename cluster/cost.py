@@ -21,6 +21,7 @@ from cluster.plan import Plan, StagePlan, plan
 from cluster.published import Range, published
 from cluster.site import Site, SiteError
 from mllm.flops import Work
+from mllm.objectives import DPO
 from mllm.recipe import Epochs, Recipe, Source, Stage, Steps, Tokens
 from pipelines.types import spec
 from pipelines.windows import PackWindows
@@ -287,10 +288,11 @@ def _once(stage: Stage, found: Sequence[Rows]) -> Shape:
     def tiles(end: int) -> float:
         return sum(share * rows.rows[end] * rows.tiles[end] for share, rows in parts)
 
+    answers = 2 if isinstance(stage.objective, DPO) else 1  # of a row, a document each
     return Shape(
         tokens=(tokens(0), tokens(1)),
         tiles=(tiles(0), tiles(1)),
-        documents=max(1.0, sum(share * sum(rows.rows) / 2 for share, rows in parts)),
+        documents=max(1.0, answers * sum(share * sum(rows.rows) / 2 for share, rows in parts)),
         sources=tuple(rows.source for rows in found),
     )
 

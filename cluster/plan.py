@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from cluster.counted import model_cost, takes_features, unpredicted
+from cluster.counted import at_once, model_cost, takes_features, unpredicted
 from cluster.fullest import fullest
 from cluster.memory import Unforetold, memory
 from cluster.preflight import refusals, this_machine, untrusted
@@ -14,7 +14,6 @@ from mllm.flops import Cost, UncountedError, pack_flops, work_of
 from mllm.parts import PartReport
 from mllm.recipe import Recipe, Stage, Tokens
 from mllm.tune import apply_tuning, describe
-from mllm.vlm import VLM
 from pipelines.types import Batch, spec
 
 WORLDS = (1, 2, 4, 8, 16, 64, 128)
@@ -23,9 +22,10 @@ WORLDS = (1, 2, 4, 8, 16, 64, 128)
 @spec
 class StagePlan:
     """One stage. `rows` and `windows` are None when its corpora are not on the site; `memory` is the peak bytes a GPU by world
-    size, without sizes that cannot be; `flops` are the model's in a step of full packs, which is the most, and `total_flops`
-    those of all steps where their number is known. `unknown` says why memory or FLOPs are not predicted, where they are not;
-    `counted` are a pack's FLOPs by what is in it, and `uncounted` says why they are not told, where they are not.
+    size, without sizes that cannot be; `flops` are the model's in a step of full packs, which is the most, with those of a
+    reference that reads them, and `total_flops` those of all steps where their number is known. `unknown` says why memory or
+    FLOPs are not predicted, where they are not; `counted` are a pack's FLOPs by what is in it, and `uncounted` says why they are
+    not told, where they are not.
     """
 
     name: str
@@ -78,7 +78,7 @@ def _stage(recipe: Recipe, stage: Stage, site: Site, worlds: tuple[int, ...], co
     foretold, unknown = _memory(recipe, stage, worlds)
     unknown = [unknown] if unknown else []
     flops = cost = None
-    if not isinstance(recipe.model, VLM):
+    if at_once(recipe, stage):
         try:
             flops = stage.packs_per_step * pack_flops(model, stage.objective, Batch.of(fullest(recipe, stage)))
         except UncountedError as error:
@@ -86,7 +86,7 @@ def _stage(recipe: Recipe, stage: Stage, site: Site, worlds: tuple[int, ...], co
     elif uncounted:
         unknown.append(uncounted)
     else:
-        cost = costs.get(key) or costs.setdefault(key, model_cost(model, recipe, stage))
+        cost = costs.get(key) or costs.setdefault(key, model_cost(model, recipe, stage, references=True))
         flops = stage.packs_per_step * cost.model_flops(work_of(fullest(recipe, stage, takes_features(stage))))
     count = planned_steps(stage)
     rows = None

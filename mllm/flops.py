@@ -28,10 +28,11 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import flop_registry
 
 from mllm.model import Model
-from mllm.objectives import Gathered, Objective, OneOf, Sum
+from mllm.objectives import DPO, Gathered, Objective, OneOf, Sum, language
 from mllm.recipe import Recompute
 from mllm.vlm import VisionLanguageModel
-from pipelines.types import IMAGE_TOKEN, NOT_LEARNED, Batch, Cut, Pack, VisionLayout, spec
+from ops.losses import TokenLosses, linear_cross_entropy
+from pipelines.types import IMAGE_TOKEN, NOT_LEARNED, Batch, Branch, Cut, Pack, VisionLayout, spec
 
 TOKENS, TILES, LEARNED, DOCUMENTS = (1_000_003, 1_000_033), (1009, 1013), (101, 103, 107, 109), (13, 17, 19, 23, 29)
 """Sizes of the pack that is counted: primes, the first of each that divides no size of the model. A size that only comes about on
@@ -125,6 +126,16 @@ class Flops:
             + self.per_document * work.documents
         )
 
+    def __add__(self, other: Flops) -> Flops:
+        return Flops(
+            per_tile=self.per_tile + other.per_tile,
+            per_token=self.per_token + other.per_token,
+            per_pair=self.per_pair + other.per_pair,
+            per_learned=self.per_learned + other.per_learned,
+            per_shown=self.per_shown + other.per_shown,
+            per_document=self.per_document + other.per_document,
+        )
+
 
 @spec
 class Cost:
@@ -138,6 +149,9 @@ class Cost:
 
     def hardware_flops(self, work: Work) -> float:
         return self.hardware.of(work) + self.hardware.per_tile * work.blanks
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(model=self.model + other.model, hardware=self.hardware + other.hardware)
 
 
 def cost_of(
@@ -157,11 +171,25 @@ def cost_of(
     kernel for one that passes over what is masked. Raises ValueError where a product grows with something else than tiles,
     positions, pairs or learned positions.
     """
-    cut = cut or Cut(height=layout.tile, width=layout.tile, rows=1, cols=1, canvas=(layout.tile, layout.tile))
+    return _tried(partial(_counted, model, objective, layout, recompute, patches, _cut(cut, layout)))
+
+
+def reference_cost(
+    model: VisionLanguageModel, layout: VisionLayout, patches: int | None = None, cut: Cut | None = None
+) -> Cost:
+    """The same of a forward alone, which tells the loss of each learned position: what a reference like `model` is asked."""
+    return _tried(partial(_counted, model, None, layout, "none", patches, _cut(cut, layout)))
+
+
+def _cut(cut: Cut | None, layout: VisionLayout) -> Cut:
+    return cut or Cut(height=layout.tile, width=layout.tile, rows=1, cols=1, canvas=(layout.tile, layout.tile))
+
+
+def _tried(count: Callable[[int], Cost]) -> Cost:
     for turn in range(TURNS - 1):
         with suppress(_UnplacedError):
-            return _counted(model, objective, layout, recompute, patches, cut, turn)
-    return _counted(model, objective, layout, recompute, patches, cut, TURNS - 1)
+            return count(turn)
+    return count(TURNS - 1)
 
 
 class _UnplacedError(ValueError):
@@ -170,27 +198,39 @@ class _UnplacedError(ValueError):
 
 def _counted(
     model: VisionLanguageModel,
-    objective: Objective,
+    objective: Objective | None,
     layout: VisionLayout,
     recompute: Recompute,
     patches: int | None,
     cut: Cut,
     turn: int,
 ) -> Cost:
+    """One turn; without an objective, of a forward that nobody learns from."""
     sizes = {size for parameter in model.parameters() for size in parameter.shape}
     tokens, tiles = (_free(primes, sizes) for primes in (TOKENS, TILES))
     learned, documents = (_free(primes[turn:] + primes[:turn], sizes) for primes in (LEARNED, DOCUMENTS))
     batch = _batch(model, layout, tokens, tiles, learned, documents, patches, cut)
     count = _Count(tokens, tiles, learned, documents, cut.tiles, model.fusion.routed(batch))
-    with _computed_again(model, count) if recompute == "full" else ExitStack(), count:
-        learned_by: Any = objective
-        sum_ = learned_by(model, batch).sum
-        count.backward = True
-        sum_.backward()
+    with _computed_again(model, count) if recompute == "full" else ExitStack(), _read_again(count), count:
+        if objective is None:
+            with torch.no_grad():
+                linear_cross_entropy(model(batch), model.lm.head, batch.labels)
+        else:
+            learned_by: Any = objective
+            sum_ = learned_by(model, _compared(batch) if isinstance(objective, DPO) else batch).sum
+            count.backward = True
+            sum_.backward()
     for parameter in model.parameters():
         parameter.grad = None
     a_tile = layout.tokens(cut) / cut.tiles
     return Cost(model=count.needed.flops(a_tile), hardware=count.computed.flops(a_tile))
+
+
+def _compared(batch: Batch) -> Batch:
+    """The batch's first two documents as a pair of answers, of which a reference has said something."""
+    branches = torch.zeros_like(batch.branches)
+    branches[0], branches[1] = Branch.PREFERRED, Branch.REJECTED
+    return replace(batch, branches=branches, references=torch.zeros(len(branches), 2))
 
 
 def _free(primes: tuple[int, ...], sizes: set[int]) -> int:
@@ -437,4 +477,19 @@ def _computed_again(model: VisionLanguageModel, count: _Count) -> Iterator[None]
     with ExitStack() as stack:
         for unit in model.units():
             stack.enter_context(patch.object(unit, "forward", partial(again, unit.forward)))
+        yield
+
+
+@contextmanager
+def _read_again(count: _Count) -> Iterator[None]:
+    """Logits that DPO reads to know how its answers compare, before it learns from the same, are no need of the mathematics."""
+
+    def read(*args: Any) -> TokenLosses:
+        count.again = not torch.is_grad_enabled()
+        try:
+            return linear_cross_entropy(*args)
+        finally:
+            count.again = False
+
+    with patch.object(language, "linear_cross_entropy", read):
         yield

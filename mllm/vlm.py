@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -268,6 +270,7 @@ class VisionLanguageModel(Model):
         self.border = nn.Flatten(0, 1)  # a module, so that whoever measures can hook on where vision ends
         self.join = Joined(spec.join, self.lm.width)
         self.feature_width = spec.encoder.width
+        self._found: list[tuple[Batch, Tensor]] | None = None
 
     @property
     def tower(self) -> VisionEncoder:
@@ -337,11 +340,26 @@ class VisionLanguageModel(Model):
         """The connector, where it is one that reads the instruction."""
         return self.connector if isinstance(self.connector, InstructedQuerying) else None
 
+    @contextmanager
+    def once(self) -> Iterator[None]:
+        """Within it a batch's pictures are seen once, however many objectives ask."""
+        self._found = []
+        try:
+            yield
+        finally:
+            self._found = None
+
     def features(self, batch: Batch) -> Float[Tensor, "N P Dv"]:
         """The encoder's features: computed here, or by an annotator in the pipeline, where it is frozen."""
-        if batch.features is None:
-            return self.encoder(batch.tiles, seeds=self._seeds(batch))
-        return batch.features.to(next(self.connector.parameters()).dtype)
+        if batch.features is not None:
+            return batch.features.to(next(self.connector.parameters()).dtype)
+        for of, found in self._found or []:
+            if of is batch:
+                return found
+        features = self.encoder(batch.tiles, seeds=self._seeds(batch))
+        if self._found is not None:
+            self._found.append((batch, features))
+        return features
 
     def _seeds(self, batch: Batch) -> Int[Tensor, " N"] | None:
         """Seeds of tiles for a tower that leaves branches out; none where a batch is only counted, and has none itself."""

@@ -16,6 +16,7 @@ from cluster.published import CORPORA
 from cluster.site import Site
 from mllm.recipe import Cosine, Epochs, Full, LoRA, Recipe, Steps, Tokens, dump, override
 from mllm.recipes import RECIPES, by_name
+from mllm.tiny import tiny
 from tests.conftest import ROOT
 
 EXAMPLE = str(ROOT / "examples" / "site.toml")
@@ -63,6 +64,14 @@ def test_what_is_on_the_site_is_looked_at(recipe: Recipe, site: Site) -> None:
     assert not isinstance(twice, str)
     assert twice.tokens == pytest.approx((2 * once.tokens[0], 2 * once.tokens[1]))
     assert any(source.startswith("example-pages: the site's") for source in once.sources)
+
+
+def test_two_answers_of_a_row_are_two_documents(site: Site) -> None:
+    recipe = tiny(by_name("vila_15_3b"))
+    stage = replace(recipe.stage("dpo"), duration=Epochs(count=1))
+    shape = cost.shape_of(recipe, stage, site)
+    assert not isinstance(shape, str)
+    assert shape.documents == 2 * site.stream(recipe, stage).order.rows
 
 
 def test_a_corpus_nobody_knows_is_named() -> None:

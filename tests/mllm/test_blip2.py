@@ -201,6 +201,22 @@ def test_retrieval_reads_texts_without_their_pictures(site: Site) -> None:
         override(recipe, ['model.connector={"kind": "linear"}'])
 
 
+def test_a_sum_of_objectives_sees_a_pack_s_pictures_once(site: Site) -> None:
+    recipe = fromage()
+    model = built(recipe.vlm)
+    seen: list[int] = []
+    model.encoder.register_forward_hook(lambda *_: seen.append(1))
+    batch = Batch.of(next(PackWindows(site.stream(recipe, recipe.stages[0])).packs(0)))
+    objective = recipe.stages[0].objective
+    assert isinstance(objective, Sum)
+    told = objective.whole([objective.collect(model, batch)], None)[0]
+    assert len(seen) == 1
+    objective.again(model, batch, told)
+    assert len(seen) == 2
+    objective.again(model, batch, told)  # and not what another time has seen
+    assert len(seen) == 3
+
+
 def step(recipe: Recipe, site: Site, turns: int) -> tuple[float, float]:
     windows = PackWindows(site.stream(recipe, recipe.stages[0]))
     samples = windows.samples(windows.rows(0))[0][:8]

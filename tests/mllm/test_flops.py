@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from cluster.counted import model_cost, stage_cost
 from cluster.fullest import fullest
 from cluster.recompute import recompute as computed_again
 from mllm.encoders import Encoder, MobileNetV2
@@ -21,6 +22,7 @@ from mllm.recipes import by_name
 from mllm.tiny import tiny
 from mllm.tune import apply_tuning
 from mllm.vlm import VLM
+from ops.losses import linear_cross_entropy
 from pipelines.tiling import Pad
 from pipelines.types import Batch, Pack
 from pipelines.windows import PackWindows, Stream
@@ -151,6 +153,38 @@ def test_work_adds_up_over_documents_and_packs() -> None:
         assert flops(work_of(both)) == pytest.approx(flops(one) + flops(two))
 
 
+@pytest.mark.parametrize("name", ["llava_next_video_7b_dpo", "vila_15_3b", "minicpm_v_20"])
+def test_answers_that_are_compared_are_counted_with_what_a_reference_reads(name: str) -> None:
+    """Beside torch's counter on the answers' own pack. Logits that are computed twice over are needed once."""
+    recipe = tiny(by_name(name))
+    stage = recipe.stage("dpo")
+    pack = fullest(recipe, stage)
+    batch = Batch.of(pack)
+    model = recipe.vlm.build()
+    apply_tuning(model, stage.tune)
+    objective: Any = stage.objective
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as training:
+        objective(model, batch).sum.backward()
+    with sdpa_kernel(SDPBackend.MATH), torch.no_grad(), FlopCounterMode(display=False) as reading:
+        linear_cross_entropy(model(batch), model.lm.head, batch.labels)
+    logits = 2 * model.lm.head.numel() * pack.learned
+    shapes = recipe.model.meta()
+    apply_tuning(shapes, stage.tune)
+    whole, own = model_cost(shapes, recipe, stage, references=True), stage_cost(recipe, stage)
+    work = all_pairs(pack)
+    trained, read = training.get_total_flops(), reading.get_total_flops()
+    assert own.model_flops(work) == pytest.approx(trained - logits, rel=1e-9)
+    assert whole.model_flops(work) == pytest.approx(trained - logits + read, rel=1e-9)
+    seen = replace(work, pairs=0)  # attention's backward computes its scores again besides
+    assert own.hardware_flops(seen) - own.model_flops(seen) == pytest.approx(logits + again_of(own, pack), rel=1e-9)
+    assert whole.hardware_flops(seen) - own.hardware_flops(seen) == whole.model_flops(seen) - own.model_flops(seen)
+
+
+def again_of(cost: Cost, pack: Pack) -> float:
+    """What attention in the encoder computes again for a pack's tiles."""
+    return (cost.hardware.per_tile - cost.model.per_tile) * len(pack.tiles)
+
+
 def test_seven_billion_parameters_take_six_flops_each_a_token() -> None:
     """Kaplan et al. (arXiv:2001.08361, 2.1): 6 N a token, and attention's share on top."""
     recipe = by_name("vila_7b")
@@ -181,6 +215,7 @@ def test_a_product_that_grows_with_something_else_is_named() -> None:
 KINDS = (
     *("clip_b32", "siglip_b16", "eva_clip_g14", "vit_b16", "resnet50", "mae_b16", "beit_b16", "vl_bert_base"),
     *("pixel_bert_r50", "lxmert", "albef", "blip_base", "coca_base", "blip2_stage1", "internvl_c", "internvl_g"),
+    "fromage",
 )
 
 
