@@ -18,7 +18,7 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from typing import Any
 from unittest.mock import patch
@@ -39,11 +39,12 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._sharding_prop import ShardingPropagator
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from cluster.counted import takes_features
 from cluster.fsdp import FSDPEngine
 from cluster.fullest import fullest
+from cluster.schedule import accumulation
 from cluster.stacks import Depths, layer_weights, shortened, stacks_of
 from mllm.aligned.twin import Queue
 from mllm.annotators import ReferenceLogProbs
@@ -70,6 +71,7 @@ from mllm.recipe import (
 from mllm.tune import apply_tuning
 from mllm.vlm import VLM, VisionLanguageModel
 from pipelines.corpora import TextOnly
+from pipelines.types import Batch, Pack
 
 RANKS = 8
 """Ranks of the simulated world where a copy is shared, from which other worlds follow but one rank, which gathers nothing."""
@@ -87,9 +89,9 @@ def memory(recipe: Recipe, stage: Stage, worlds: Sequence[int]) -> dict[int, int
     The optimiser is taken for AdamW, whose moments are the largest. ZeRO is reckoned from full shards: stage 3 is
     taken for them, stage 2 adds the weights in the compute type and stage 1 the gradients too, both whole. A model whose
     states are `offload`ed leaves out shards of weights, gradients and moments. Ranks that share a pack (`context`) are taken
-    to hold equal parts of its positions and tiles. An objective that sees all packs of a step is taken to see two of each rank,
-    with whatever the model remembers full; what other actors hold, a reference model say, is theirs. Worlds that are no whole
-    number of groups are left out.
+    to hold equal parts of its positions and tiles. An objective that sees all packs of a step is taken to see as many of each
+    rank as the step has for it, all of them full, with whatever the model remembers full; what other actors hold, a reference
+    model say, is theirs. Worlds that are no whole number of groups are left out.
 
     Raises Unforetold where what a step computes hangs on numbers that only data tells.
     """
@@ -104,12 +106,14 @@ def _plain(recipe: Recipe, stage: Stage) -> Recipe:
     """The recipe with one stage and only what memory depends on, so that stages alike are simulated once."""
     parallel = stage.parallel
     share = parallel.context if isinstance(parallel, FSDP) else 1
+    packs = stage.packs_per_step if isinstance(stage.objective, Gathered) else 1  # of which others know nothing
     if not isinstance(recipe.model, VLM):
         plain = replace(stage, name="stage", ema=None, duration=Steps(count=1), optimizer=AdamW(), schedule=Constant())
-        plain = replace(plain, sampling=None, tokens_per_step=stage.context, window=1, chunk=1, save_every=1)
+        plain = replace(plain, sampling=None, tokens_per_step=packs * stage.context, window=1, chunk=1, save_every=1)
         return replace(
             recipe, name="plain", paper="", model=recipe.model.bare(), stages=(plain,), held_out=(), shots=(), seed=0
         )
+    context = -(-stage.context // share)
     plain = replace(
         stage,
         name="stage",
@@ -119,9 +123,9 @@ def _plain(recipe: Recipe, stage: Stage) -> Recipe:
         attention=None,
         rope_theta=None,
         tiling=None,
-        context=-(-stage.context // share),
+        context=context,
         max_tiles=-(-stage.max_tiles // share),
-        tokens_per_step=stage.context,
+        tokens_per_step=packs * context,
         duration=Steps(count=1),
         optimizer=AdamW(),
         schedule=Constant(),
@@ -175,7 +179,7 @@ def _memory(words: str, features: bool, worlds: tuple[int, ...]) -> dict[int, in
     for world in worlds:
         ranks = _ranks(stage.parallel, world)
         if ranks is not None:
-            found[world] = round(_peak(words, features, ranks, world == 1))
+            found[world] = round(_peak(words, features, ranks, world))
     return found
 
 
@@ -203,16 +207,16 @@ def _simulated(parallel: FSDP | DDP | ZeRO, ranks: int, alone: bool) -> tuple[FS
     return DDP(dtype=parallel.dtype, recompute=parallel.recompute), 1 if plain else 2
 
 
-def _peak(words: str, features: bool, ranks: int, alone: bool) -> float:
+def _peak(words: str, features: bool, ranks: int, world: int) -> float:
     recipe = load(words)
     stage = recipe.stages[0]
-    simulated, world = _simulated(stage.parallel, ranks, alone)
+    simulated, there = _simulated(stage.parallel, ranks, world == 1)
     built = dump(replace(recipe, stages=(replace(stage, parallel=simulated),)))
     stacks = stacks_of(recipe.vlm, stage) if isinstance(recipe.model, VLM) else {}
     small = {where: stack.built for where, stack in stacks.items()}
 
     def peaks(layers: dict[str, int]) -> dict[str, float]:
-        course = _course(built, features, tuple(layers.items()), world)
+        course, _ = _course(built, features, tuple(layers.items()), there)
         return {label: float((whole + shared / ranks).max()) for label, (whole, shared) in course.items()}
 
     base = peaks(small)
@@ -227,6 +231,12 @@ def _peak(words: str, features: bool, ranks: int, alone: bool) -> float:
             deeper = peaks(small | {where: stack.built + stack.period})
             extra = {label: (deeper[label] - base[label]) / stack.period for label in base}
         found = {label: peak + added * extra[label] for label, peak in found.items()}
+    if isinstance(stage.objective, Gathered):
+        _, collected = _course(built, features, tuple(small.items()), there)
+        (most, left), (most_there, left_there) = (_whole(stage, collected, size) for size in (world, there))
+        found["whole"] += most - most_there
+        after = {label for label in found if label.startswith(("pack 2", "step"))}
+        found |= {label: found[label] + left - left_there for label in after}
     return _adjusted(found, recipe, ranks)
 
 
@@ -260,14 +270,18 @@ _Course = dict[str, tuple[NDArray[np.float64], NDArray[np.float64]]]
 
 
 @cache
-def _course(words: str, features: bool, depths: Depths, world: int) -> _Course:
-    """Simulate the last pack of a run's second step on rank 0 of `world`, or two packs where an objective sees them together."""
+def _course(words: str, features: bool, depths: Depths, world: int) -> tuple[_Course, Any]:
+    """Simulate the last pack of a run's second step on rank 0 of `world`; and what an objective collects of a pack, or nothing.
+
+    Of objectives that see a step's packs together "pack 1" is what it collects of the last one, "whole" what it makes of all and
+    "pack 2" what it learns from the last.
+    """
     recipe = load(words)
     stage = recipe.stages[0]
     assert not isinstance(stage.parallel, ZeRO)
     held = Held()
     pack = fullest(recipe, stage, features)
-    with _nobody(world), FakeTensorMode(allow_non_fake_inputs=True), held:
+    with _nobody(world, _bringing(stage, world)) as group, FakeTensorMode(allow_non_fake_inputs=True), held:
         with (
             patch.object(torch.nn.init, "_no_grad_trunc_normal_", lambda tensor, *_, **__: tensor),
             warnings.catch_warnings(),
@@ -281,6 +295,7 @@ def _course(words: str, features: bool, depths: Depths, world: int) -> _Course:
                 module.seen.fill_(module.size)
         engine = FSDPEngine(model, stage, stage.parallel, 1, CPU)
         engine.whole = {}  # of rank 0's weights, which are spread before the first step
+        told = _Told(engine, held, group)
         (optimizer,) = engine.optimizers
         _graded(optimizer)
         optimizer.step()
@@ -293,13 +308,72 @@ def _course(words: str, features: bool, depths: Depths, world: int) -> _Course:
             # What it looks at when it makes a fake of a number that was computed for real.
             warnings.filterwarnings("ignore", "The .grad attribute of a Tensor that is not a leaf")
             try:
-                with patch.object(aligned, "drawn", _drawn):
-                    engine.train_step([pack] * (2 if isinstance(stage.objective, Gathered) else 1), 1.0)
+                with patch.object(aligned, "drawn", _drawn), patch.object(engine, "_told", told):
+                    engine.train_step([pack], 1.0)
             except (DataDependentOutputException, DynamicOutputShapeException) as error:
                 raise Unforetold(
                     f"memory is not predicted: what {stage.objective.kind!r} computes hangs on its numbers ({error})"
                 ) from error
-        return held.course(world // engine.copies)
+        return held.course(world // engine.copies), told.collected
+
+
+def _bringing(stage: Stage, world: int) -> int:
+    """Ranks that have packs of a step: what an objective gathers of the others is next to nothing."""
+    return min(stage.packs_per_step, world)
+
+
+@dataclass(frozen=True, slots=True)
+class _Numbers:
+    """A tensor of numbers that nobody knows."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+def _described(collected: Any) -> Any:
+    """What was collected, its numbers described."""
+    return tree_map_only(FakeTensor, lambda x: _Numbers(tuple(x.shape), x.dtype), collected)
+
+
+def _packs(described: Any, count: int) -> list[Any]:
+    """What is collected of so many packs alike."""
+    return [tree_map_only(_Numbers, lambda x: torch.empty(x.shape, dtype=x.dtype), described) for _ in range(count)]
+
+
+class _Told:
+    """An engine's `_told`, of as many packs alike as its rank has in a step, where it is asked of one."""
+
+    def __init__(self, engine: FSDPEngine, held: Held, group: dist.ProcessGroup | None) -> None:
+        self.engine, self.held, self.group = engine, held, group
+        self.collected: Any = None
+
+    @torch.no_grad()
+    def __call__(self, packs: Sequence[Pack]) -> list[Any]:
+        engine, objective = self.engine, self.engine.stage.objective
+        if not isinstance(objective, Gathered):
+            return []
+        (found,) = [engine.module(Batch.of(pack, CPU), collect=True) for pack in packs]
+        self.collected = _described(found)
+        self.held.moment("whole")
+        others = accumulation(engine.stage.packs_per_step, engine.world) - 1
+        return objective.whole([found, *_packs(self.collected, others)], self.group)
+
+
+def _whole(stage: Stage, collected: Any, world: int) -> tuple[float, float]:
+    """Bytes that a rank of `world` holds at most while an objective finds what a step's packs are told, and then keeps of it."""
+    objective: Any = stage.objective
+    held = Held()
+    with _nobody(world, _bringing(stage, world)) as group, FakeTensorMode(allow_non_fake_inputs=True), held:
+        held.moment("whole")
+        packs = _packs(collected, accumulation(stage.packs_per_step, world))
+        with torch.no_grad(), patch.object(aligned, "drawn", _drawn):
+            told = objective.whole(packs, group)
+        del packs
+        held.moment("told")
+        course = held.course(1)
+        del told
+    most, left = (course[label][0] for label in ("whole", "told"))
+    return float(most.max()), float(left[-1])
 
 
 def _drawn(logits: Tensor, never: Tensor, seeds: Tensor, salt: int) -> Tensor:
@@ -504,10 +578,10 @@ class Held(TorchDispatchMode):
 
 
 @contextmanager
-def _nobody(world: int) -> Iterator[None]:
-    """A process group of `world` ranks that sends nothing, and none afterwards."""
+def _nobody(world: int, few: int) -> Iterator[dist.ProcessGroup | None]:
+    """A process group of `world` ranks that sends nothing, and none afterwards; gives that of the first `few`, None if alone."""
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world)
     try:
-        yield
+        yield None if world == 1 else dist.group.WORLD if few == world else dist.new_group(range(few))
     finally:
         dist.destroy_process_group()

@@ -125,6 +125,34 @@ def test_other_kinds_and_objectives_are_foretold_too(name: str, stage_name: str 
     assert memory(recipe, stage, (1,))[1] == pytest.approx(bytes_, rel=0.15)
 
 
+def many_pairs(name: str, packs: int) -> tuple[Recipe, Stage]:
+    """A recipe and its first stage, in whose steps so many packs are compared that little else takes memory."""
+    recipe = tiny(by_name(name))
+    context = 4 * recipe.stages[0].context
+    stage = replace(recipe.stages[0], parallel=KEPT, context=context, max_tiles=64, tokens_per_step=packs * context)
+    return replace(recipe, stages=(stage,)), stage
+
+
+@pytest.mark.parametrize(("name", "packs"), [("clip_b32", 24), ("siglip_b16", 24), ("albef", 12), ("fromage", 24)])
+def test_what_many_packs_of_a_step_hold_together_is_foretold(name: str, packs: int) -> None:
+    recipe, stage = many_pairs(name, packs)
+    with alone():
+        (bytes_,) = measured(recipe, [stage], packs)
+    foretold = memory(recipe, stage, (1,))[1]
+    assert foretold == pytest.approx(bytes_, rel=0.15)
+    few = replace(stage, tokens_per_step=2 * stage.context)
+    assert foretold > 2 * memory(recipe, few, (1,))[1]
+
+
+def test_ranks_compare_their_own_pairs_with_those_of_all() -> None:
+    """Of as many ranks as pass the packs on between them, though another number was simulated."""
+    recipe, stage = many_pairs("clip_b32", 24)
+    foretold = memory(recipe, stage, (1, 2, 24))
+    (bytes_,) = least(on_ranks(2, measured, recipe, [stage], 12))
+    assert foretold[2] == pytest.approx(bytes_, rel=0.15)
+    assert foretold[1] > 1.5 * foretold[2] > 1.5 * foretold[24]
+
+
 def test_a_plan_s_worlds_hold_together() -> None:
     recipe = by_name("vila_smoke")
     stage = replace(recipe.stage("sft"), parallel=AGAIN)
