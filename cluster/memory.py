@@ -244,13 +244,16 @@ def _adjusted(found: dict[str, float], recipe: Recipe, ranks: int) -> float:
     """The peak, with what the simulation cannot know."""
     stage = recipe.stages[0]
     parallel = stage.parallel
-    total, trained = _counts(dump(recipe)) if not isinstance(parallel, DDP) else (0, 0)
-    if isinstance(parallel, ZeRO) and parallel.stage < 3:
+    gathers_less = isinstance(parallel, ZeRO) and parallel.stage < 3
+    if isinstance(parallel, DDP) or not (gathers_less or parallel.offload):
+        return max(found.values())
+    total, trained = _counts(dump(recipe))  # which builds the whole model
+    if gathers_less:
         item = 2 if parallel.dtype == "bfloat16" else 4
         whole = item * total + (4 * trained if parallel.stage == 1 else 0)
         found = {label: peak + whole * (1 - 1 / ranks) for label, peak in found.items()}
-    if not isinstance(parallel, DDP) and parallel.offload:
-        away = 12 * trained if isinstance(parallel, ZeRO) and parallel.stage < 3 else 4 * total + 12 * trained
+    if parallel.offload:
+        away = 12 * trained if gathers_less else 4 * total + 12 * trained
         found = {label: peak - away / ranks for label, peak in found.items() if "step" not in label}
     return max(found.values())
 
@@ -434,6 +437,11 @@ def _whole_numbers(func: Any, args: Any, kwargs: Any) -> bool:
     return kwargs["dtype"] in KNOWN
 
 
+def _pictures(x: Tensor) -> bool:
+    """Whether these are tiles, whose pixels say nothing of shapes, and which it takes long to resize."""
+    return x.dtype == torch.uint8 and x.ndim == 4
+
+
 PASSING = {torch.ops.aten.convolution: 1, torch.ops.aten.convolution_backward: 2, torch.ops.aten.logsumexp: 1}
 """Whose kernels copy so many of their first tensors for a while: into a layout of their own, or to take the exponents of."""
 
@@ -441,8 +449,8 @@ PASSING = {torch.ops.aten.convolution: 1, torch.ops.aten.convolution_backward: 2
 class Held(TorchDispatchMode):
     """Counts the bytes of all storages alive. Used inside a FakeTensorMode.
 
-    Whole numbers and truths are computed for real -- lengths of documents, places of labels -- for the program asks for
-    them; numbers asked of a fake tensor are one.
+    Whole numbers and truths but pixels are computed for real -- lengths of documents, places of labels -- for the program asks
+    for them; numbers asked of a fake tensor are one.
     """
 
     def __init__(self) -> None:
@@ -499,15 +507,16 @@ class Held(TorchDispatchMode):
         kwargs = kwargs or {}
         if func is torch.ops.prim.device.default:  # half of all that comes by
             return args[0].fake_device if isinstance(args[0], FakeTensor) else func(*args, **kwargs)
-        kinds = {type(x) for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
+        tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        kinds = {type(x) for x in tensors}
         if func is torch.ops.aten._local_scalar_dense.default and FakeTensor in kinds and args[0].constant is None:
             return 1.0 if args[0].is_floating_point() else 1
         if func is torch.ops.aten.nonzero.default and FakeTensor in kinds:
             return self._nonzero(args[0])
         if func is torch.ops.aten.index.Tensor and FakeTensor in kinds:
             args = (args[0], [place for index in args[1] for place in self._places(index)])
-        real = FakeTensor not in kinds if kinds else _whole_numbers(func, args, kwargs)
-        if real:
+        known = FakeTensor not in kinds and not any(_pictures(x) for x in tensors)
+        if known if kinds else _whole_numbers(func, args, kwargs):
             with unset_fake_temporarily():
                 result = func(*args, **kwargs)
         else:

@@ -11,8 +11,9 @@ from cluster.preflight import refusals, this_machine, untrusted
 from cluster.schedule import accumulation, planned_steps
 from cluster.site import Site, SiteError
 from mllm.flops import Cost, UncountedError, pack_flops, work_of
+from mllm.model import Model
 from mllm.parts import PartReport
-from mllm.recipe import Recipe, Stage, Tokens
+from mllm.recipe import Frozen, Full, Recipe, Stage, Tokens, Tuning
 from mllm.tune import apply_tuning, describe
 from pipelines.types import Batch, spec
 
@@ -61,16 +62,26 @@ def plan(recipe: Recipe, site: Site, worlds: Iterable[int] = WORLDS) -> Plan:
     """Plan `recipe`. Corpora that the site lacks are named, not demanded."""
     layout = recipe.model.layout(recipe.tiling)
     costs: _Costs = {}
+    alike = all(_leaves_alone(how) for stage in recipe.stages for how in stage.tune.values())
+    shapes = recipe.model.meta() if alike else None
     return Plan(
         recipe=recipe.name,
         tokens_per_image=f"{layout.tokens_per_tile} tokens a tile of {recipe.tiling.size} x {recipe.tiling.size} pixels",
-        stages=tuple(_stage(recipe, stage, site, tuple(worlds), costs) for stage in recipe.stages),
+        stages=tuple(_stage(recipe, stage, shapes, site, tuple(worlds), costs) for stage in recipe.stages),
         refused=refusals(recipe, site.world[1], this_machine(site.gpus)) + untrusted(recipe, site, fetch=False),
     )
 
 
-def _stage(recipe: Recipe, stage: Stage, site: Site, worlds: tuple[int, ...], costs: _Costs) -> StagePlan:
-    model = recipe.model.meta()
+def _leaves_alone(how: Tuning) -> bool:
+    """Whether it changes nothing of a model but what learns, so that another stage can be told of the same."""
+    return isinstance(how, Frozen) or (isinstance(how, Full) and not how.first_row)
+
+
+def _stage(
+    recipe: Recipe, stage: Stage, shapes: Model | None, site: Site, worlds: tuple[int, ...], costs: _Costs
+) -> StagePlan:
+    """One stage. `shapes` are the model's without memory, where stages can share them."""
+    model = recipe.model.meta() if shapes is None else shapes
     apply_tuning(model, stage.tune)
     trained = tuple(name for name, parameter in model.named_parameters() if parameter.requires_grad)
     key = (trained, stage.objective, stage.parallel.recompute, takes_features(stage), recipe.tiling_of(stage))

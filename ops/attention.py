@@ -3,7 +3,7 @@
 One call, `varlen_attention`, and whatever computes it:
 
     plain     the definition, all T x T scores at once; what the others are tested against
-    sdpa      torch's scaled_dot_product_attention, document by document; anywhere
+    sdpa      torch's scaled_dot_product_attention, document by document, or all at once where they are of one length; anywhere
     flex      torch's flex_attention, one compiled kernel for a pack, blocks too; GPU
     varlen    torch's own variable-length kernel; GPU, 16 bits
     flash2    the package flash-attn; flash3: flash-attn-3 (Hopper); flash4: flash-attn-4 (Hopper, Blackwell)
@@ -180,6 +180,10 @@ def _sdpa(
     slopes: Tensor | None,
 ) -> Tensor:
     grouped = q.shape[1] != k.shape[1]
+    if blocks is None and slopes is None and len(set(lengths)) == 1 < len(lengths):  # documents alike are a batch
+        rows = (x.unflatten(0, (len(lengths), -1)).transpose(1, 2) for x in (q, k, v))
+        out = F.scaled_dot_product_attention(*rows, is_causal=causal, scale=scale, enable_gqa=grouped)
+        return out.transpose(1, 2).flatten(0, 1)
     parts = [None] * len(lengths) if blocks is None else blocks.split(lengths)
     outputs = []
     for a, b, c, part in zip(q.split(lengths), k.split(lengths), v.split(lengths), parts, strict=True):

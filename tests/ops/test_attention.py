@@ -11,7 +11,8 @@ from ops.attention import BACKENDS, WITH_BLOCKS, Backend, available, chosen, var
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 WIDTH = 16
 
-documents = st.lists(st.integers(1, 12), min_size=1, max_size=5)
+alike = st.builds(lambda length, count: [length] * count, st.integers(1, 12), st.integers(2, 5))
+documents = st.lists(st.integers(1, 12), min_size=1, max_size=5) | alike
 groups = st.sampled_from([(1, 1), (4, 1), (4, 2), (6, 3), (2, 2)])
 
 
