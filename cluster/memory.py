@@ -232,8 +232,9 @@ def _peak(words: str, features: bool, ranks: int, world: int) -> float:
             extra = {label: (deeper[label] - base[label]) / stack.period for label in base}
         found = {label: peak + added * extra[label] for label, peak in found.items()}
     if isinstance(stage.objective, Gathered):
-        _, collected = _course(built, features, tuple(small.items()), there)
-        (most, left), (most_there, left_there) = (_whole(stage, collected, size) for size in (world, there))
+        (most, left), (most_there, left_there) = (
+            _compared(built, features, tuple(small.items()), there, size) for size in (world, there)
+        )
         found["whole"] += most - most_there
         after = {label for label in found if label.startswith(("pack 2", "step"))}
         found |= {label: found[label] + left - left_there for label in after}
@@ -362,21 +363,24 @@ class _Told:
         return objective.whole([found, *_packs(self.collected, others)], self.group)
 
 
-def _whole(stage: Stage, collected: Any, world: int) -> tuple[float, float]:
-    """Bytes that a rank of `world` holds at most while an objective finds what a step's packs are told, and then keeps of it."""
+@cache
+def _compared(words: str, features: bool, depths: Depths, simulated: int, world: int) -> tuple[float, float]:
+    """Bytes that a rank of `world` holds at most while an objective finds what a step's packs are told, and then keeps of it.
+
+    What it collects of a pack is known from the course of the `simulated` world.
+    """
+    _, collected = _course(words, features, depths, simulated)
+    stage = load(words).stages[0]
     objective: Any = stage.objective
     held = Held()
     with _nobody(world, _bringing(stage, world)) as group, FakeTensorMode(allow_non_fake_inputs=True), held:
-        held.moment("whole")
         packs = _packs(collected, accumulation(stage.packs_per_step, world))
         with torch.no_grad(), patch.object(aligned, "drawn", _drawn):
             told = objective.whole(packs, group)
         del packs
-        held.moment("told")
-        course = held.course(1)
+        bytes_ = np.cumsum([0, *(amount for _, amount in held.changes)])
         del told
-    most, left = (course[label][0] for label in ("whole", "told"))
-    return float(most.max()), float(left[-1])
+    return float(bytes_.max()), float(bytes_[-1])
 
 
 def _drawn(logits: Tensor, never: Tensor, seeds: Tensor, salt: int) -> Tensor:
