@@ -307,18 +307,23 @@ def _course(words: str, features: bool, depths: Depths, world: int) -> tuple[_Co
         _graded(optimizer)  # those of packs before, which the last one meets
         _mark(engine, optimizer, held)
         held.moment("begin")
-        with warnings.catch_warnings():  # torch wonders at hooks of a layer before which nothing learns
-            warnings.filterwarnings("ignore", "Full backward hook is firing")
-            # What it looks at when it makes a fake of a number that was computed for real.
-            warnings.filterwarnings("ignore", "The .grad attribute of a Tensor that is not a leaf")
-            try:
-                with patch.object(aligned, "drawn", _drawn), patch.object(engine, "_told", told):
-                    engine.train_step([pack], 1.0)
-            except (DataDependentOutputException, DynamicOutputShapeException) as error:
-                raise Unforetold(
-                    f"memory is not predicted: what {stage.objective.kind!r} computes hangs on its numbers ({error})"
-                ) from error
+        try:
+            with _quiet(), patch.object(aligned, "drawn", _drawn), patch.object(engine, "_told", told):
+                engine.train_step([pack], 1.0)
+        except (DataDependentOutputException, DynamicOutputShapeException) as error:
+            raise Unforetold(
+                f"memory is not predicted: what {stage.objective.kind!r} computes hangs on its numbers ({error})"
+            ) from error
         return held.course(world // engine.copies), told.collected
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    with warnings.catch_warnings():  # torch wonders at hooks of a layer before which nothing learns
+        warnings.filterwarnings("ignore", "Full backward hook is firing")
+        # What it looks at when it makes a fake of a number that was computed for real.
+        warnings.filterwarnings("ignore", "The .grad attribute of a Tensor that is not a leaf")
+        yield
 
 
 def _bringing(stage: Stage, world: int) -> int:
@@ -375,7 +380,7 @@ def _compared(words: str, features: bool, depths: Depths, simulated: int, world:
     held = Held()
     with _nobody(world, _bringing(stage, world)) as group, FakeTensorMode(allow_non_fake_inputs=True), held:
         packs = _packs(collected, accumulation(stage.packs_per_step, world))
-        with torch.no_grad(), patch.object(aligned, "drawn", _drawn):
+        with _quiet(), torch.no_grad(), patch.object(aligned, "drawn", _drawn):
             told = objective.whole(packs, group)
         del packs
         bytes_ = np.cumsum([0, *(amount for _, amount in held.changes)])

@@ -12,10 +12,10 @@ addition being two.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from typing import Any, Literal, get_args
 from unittest.mock import patch
 
@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import flop_registry
 
@@ -208,9 +208,11 @@ def _counted(
     """One turn; without an objective, of a forward that nobody learns from."""
     sizes = {size for parameter in model.parameters() for size in parameter.shape}
     tokens, tiles = (_free(primes, sizes) for primes in (TOKENS, TILES))
+    routed = model.fusion.routed(_batch(model, layout, tokens, tiles, LEARNED[0], DOCUMENTS[0], patches, cut))
+    sizes |= set(routed)
     learned, documents = (_free(primes[turn:] + primes[:turn], sizes) for primes in (LEARNED, DOCUMENTS))
     batch = _batch(model, layout, tokens, tiles, learned, documents, patches, cut)
-    count = _Count(tokens, tiles, learned, documents, cut.tiles, model.fusion.routed(batch))
+    count = _Count(tokens, tiles, learned, documents, cut.tiles, routed)
     with _computed_again(model, count) if recompute == "full" else ExitStack(), _read_again(count), count:
         if objective is None:
             with torch.no_grad():
@@ -335,28 +337,82 @@ class _Total(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
+        self.shapes = _Shapes()
         self.sum = 0.0
         self.on = False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result, flops = _shaped(func, args, kwargs or {})
+        result, flops = self.shapes(func, args, kwargs or {})
         if self.on:
             self.sum += flops
         return result
 
 
-def _shaped(func: Any, args: Any, kwargs: Any) -> tuple[Any, int]:
-    """What `func` gives, on the meta device where any of its tensors is, and its FLOPs by torch's own formulas."""
-    there = {x.is_meta for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
-    if len(there) == 2:
-        if func._overloadpacket in (torch.ops.aten.index, torch.ops.aten.index_put, torch.ops.aten.index_put_):
-            args = (args[0], _numbered(args[1]), *args[2:])
-        args, kwargs = tree_map_only(
-            Tensor, lambda x: x if x.is_meta else torch.empty_like(x, device="meta"), (args, kwargs)
-        )
-    result = func(*args, **kwargs)
-    formula = flop_registry.get(func._overloadpacket)
-    return result, formula(*args, **kwargs, out_val=result) if formula is not None else 0
+class _Shapes:
+    """What operations give, on the meta device where any of their tensors is, and their FLOPs by torch's own formulas.
+
+    Layers ask alike over and over, and what was asked before is answered from memory.
+    """
+
+    def __init__(self) -> None:
+        self.known: dict[Any, tuple[Callable[[], Any], int]] = {}
+
+    def __call__(self, func: Any, args: Any, kwargs: Any) -> tuple[Any, int]:
+        there = {x.is_meta for values in (args, kwargs.values()) for x in _tensors(values)}
+        if len(there) == 2:
+            if func._overloadpacket in (torch.ops.aten.index, torch.ops.aten.index_put, torch.ops.aten.index_put_):
+                args = (args[0], _numbered(args[1]), *args[2:])
+            args, kwargs = tree_map_only(
+                Tensor, lambda x: x if x.is_meta else torch.empty_like(x, device="meta"), (args, kwargs)
+            )
+        key = (func, _signs(args), _signs(kwargs.items())) if True in there and _makes(func) else None
+        if key in self.known:
+            make, flops = self.known[key]
+            return make(), flops
+        result = func(*args, **kwargs)
+        formula = flop_registry.get(func._overloadpacket)
+        flops = formula(*args, **kwargs, out_val=result) if formula is not None else 0
+        if key is not None:
+            self.known[key] = _like(result), flops
+        return result, flops
+
+
+def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
+    """Tensors among an operation's arguments: torch's own way to find them takes longer than most operations."""
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, list | tuple):
+            yield from _tensors(value)
+
+
+@cache
+def _makes(func: Any) -> bool:
+    """Whether what an operation gives is always new: no view, and nothing that it was given."""
+    return not any(x.alias_info for x in (*func._schema.arguments, *func._schema.returns))
+
+
+def _signs(values: Iterable[Any]) -> tuple[Any, ...]:
+    """All that an operation's result on the meta device can hang on."""
+    signs: list[Any] = []
+    for value in values:
+        if isinstance(value, Tensor):
+            signs.append((value.shape, value.stride(), value.dtype))
+        elif isinstance(value, list | tuple):
+            signs.append(_signs(value))
+        else:
+            signs.append((type(value), value))
+    return tuple(signs)
+
+
+def _like(result: Any) -> Callable[[], Any]:
+    """Makes another of the same shape."""
+    if isinstance(result, Tensor):
+        return partial(torch.empty_strided, result.shape, result.stride(), dtype=result.dtype, device=result.device)
+    if isinstance(result, tuple):
+        parts = [_like(part) for part in result]
+        return lambda: tuple(part() for part in parts)
+    return lambda: result
 
 
 def _numbered(indices: Sequence[Tensor | None]) -> list[Tensor | None]:
@@ -398,6 +454,7 @@ class _Count(TorchDispatchMode):
         self, tokens: int, pictures: int, learned: int, documents: int, each: int, routed: tuple[int, int]
     ) -> None:
         super().__init__()
+        self.shapes = _Shapes()
         self.primes = {"tokens": tokens, "tiles": pictures, "learned": learned, "documents": documents}
         self.routed: dict[Grows, int] = {"text": routed[0], "image": routed[1]}
         sizes: dict[Grows, int] = {
@@ -414,7 +471,7 @@ class _Count(TorchDispatchMode):
         self.again = False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result, flops = _shaped(func, args, kwargs or {})
+        result, flops = self.shapes(func, args, kwargs or {})
         if flops:
             self._add(func, flops, self._grows_with(func, flops))
         return result
