@@ -39,7 +39,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._sharding_prop import ShardingPropagator
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_map_only
 
 from cluster.counted import takes_features
 from cluster.fsdp import FSDPEngine
@@ -48,6 +48,7 @@ from cluster.schedule import accumulation
 from cluster.stacks import Depths, layer_weights, shortened, stacks_of
 from mllm.aligned.twin import Queue
 from mllm.annotators import ReferenceLogProbs
+from mllm.dispatched import makes, signs, tensors
 from mllm.encoders import Encoder
 from mllm.objectives import DPO, Gathered, aligned
 from mllm.objectives.aligned import drawn
@@ -455,6 +456,27 @@ PASSING = {torch.ops.aten.convolution: 1, torch.ops.aten.convolution_backward: 2
 """Whose kernels copy so many of their first tensors for a while: into a layout of their own, or to take the exponents of."""
 
 
+def _like(result: Any, given: Sequence[Tensor]) -> Callable[[], Any] | None:
+    """What makes another result of the same shapes; None where it is not all new tensors in memory of their own."""
+    if isinstance(result, tuple):
+        parts = [_like(part, given) for part in result]
+        storages = {x.untyped_storage()._cdata for x in tensors(result)}
+        if None in parts or len(storages) < len(parts):
+            return None
+        return lambda: tuple(part() for part in parts if part is not None)
+    if type(result) is not FakeTensor or result.constant is not None or result.fake_device != CPU:
+        return None
+    storage, shape, stride, dtype = result.untyped_storage(), result.shape, result.stride(), result.dtype
+    mode = result.fake_mode
+
+    def make() -> FakeTensor:
+        with unset_fake_temporarily():
+            return FakeTensor(mode, torch.empty_strided(shape, stride, dtype=dtype, device="meta"), CPU)
+
+    shared = storage._cdata in {x.untyped_storage()._cdata for x in given}
+    return None if shared or make().untyped_storage().nbytes() != storage.nbytes() else make
+
+
 class Held(TorchDispatchMode):
     """Counts the bytes of all storages alive. Used inside a FakeTensorMode.
 
@@ -464,6 +486,7 @@ class Held(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
+        self.known: dict[Any, Callable[[], Any]] = {}
         self.watched: dict[int, tuple[int, int, weakref.ref[torch.UntypedStorage]]] = {}
         self.changes: list[tuple[int, int]] = []
         self.shared: set[int] = set()
@@ -516,26 +539,40 @@ class Held(TorchDispatchMode):
         kwargs = kwargs or {}
         if func is torch.ops.prim.device.default:  # half of all that comes by
             return args[0].fake_device if isinstance(args[0], FakeTensor) else func(*args, **kwargs)
-        tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
-        kinds = {type(x) for x in tensors}
+        given = tensors(*args, *kwargs.values())
+        kinds = {type(x) for x in given}
         if func is torch.ops.aten._local_scalar_dense.default and FakeTensor in kinds and args[0].constant is None:
             return 1.0 if args[0].is_floating_point() else 1
         if func is torch.ops.aten.nonzero.default and FakeTensor in kinds:
             return self._nonzero(args[0])
         if func is torch.ops.aten.index.Tensor and FakeTensor in kinds:
             args = (args[0], [place for index in args[1] for place in self._places(index)])
-        known = FakeTensor not in kinds and not any(_pictures(x) for x in tensors)
+        known = FakeTensor not in kinds and not any(_pictures(x) for x in given)
         if known if kinds else _whole_numbers(func, args, kwargs):
             with unset_fake_temporarily():
                 result = func(*args, **kwargs)
         else:
-            result = func(*args, **kwargs)
+            result = self._made(func, args, kwargs)
         if not self.paused:
-            for x in tree_leaves(result):
-                if isinstance(x, Tensor):
-                    self._watch(x.untyped_storage())
+            for x in tensors(result):
+                self._watch(x.untyped_storage())
             if func.overloadpacket in PASSING:
                 self._passing(sum(x.nbytes for x in args[: PASSING[func.overloadpacket]]))
+        return result
+
+    def _made(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """What an operation gives; where others were asked for the same shapes before, by what came of it then."""
+        given, key = tensors(*args, *kwargs.values()), None
+        if given and makes(func) and all(type(x) is FakeTensor and x.constant is None for x in given):
+            key = func, signs(args), signs(kwargs.items())
+            try:
+                if (make := self.known.get(key)) is not None:
+                    return make()
+            except TypeError:  # such as a group of ranks, which nobody can look up
+                key = None
+        result = func(*args, **kwargs)
+        if key is not None and (made := _like(result, given)) is not None:
+            self.known[key] = made
         return result
 
     def _nonzero(self, truths: Tensor) -> Tensor:

@@ -12,10 +12,10 @@ addition being two.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
-from functools import cache, partial
+from functools import partial
 from typing import Any, Literal, get_args
 from unittest.mock import patch
 
@@ -27,6 +27,7 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import flop_registry
 
+from mllm.dispatched import makes, signs, tensors
 from mllm.model import Model
 from mllm.objectives import DPO, Gathered, Objective, OneOf, Sum, language
 from mllm.recipe import Recompute
@@ -358,14 +359,14 @@ class _Shapes:
         self.known: dict[Any, tuple[Callable[[], Any], int]] = {}
 
     def __call__(self, func: Any, args: Any, kwargs: Any) -> tuple[Any, int]:
-        there = {x.is_meta for values in (args, kwargs.values()) for x in _tensors(values)}
+        there = {x.is_meta for x in tensors(*args, *kwargs.values())}
         if len(there) == 2:
             if func._overloadpacket in (torch.ops.aten.index, torch.ops.aten.index_put, torch.ops.aten.index_put_):
                 args = (args[0], _numbered(args[1]), *args[2:])
             args, kwargs = tree_map_only(
                 Tensor, lambda x: x if x.is_meta else torch.empty_like(x, device="meta"), (args, kwargs)
             )
-        key = (func, _signs(args), _signs(kwargs.items())) if True in there and _makes(func) else None
+        key = (func, signs(args), signs(kwargs.items())) if True in there and makes(func) else None
         if key in self.known:
             make, flops = self.known[key]
             return make(), flops
@@ -375,34 +376,6 @@ class _Shapes:
         if key is not None:
             self.known[key] = _like(result), flops
         return result, flops
-
-
-def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
-    """Tensors among an operation's arguments: torch's own way to find them takes longer than most operations."""
-    for value in values:
-        if isinstance(value, Tensor):
-            yield value
-        elif isinstance(value, list | tuple):
-            yield from _tensors(value)
-
-
-@cache
-def _makes(func: Any) -> bool:
-    """Whether what an operation gives is always new: no view, and nothing that it was given."""
-    return not any(x.alias_info for x in (*func._schema.arguments, *func._schema.returns))
-
-
-def _signs(values: Iterable[Any]) -> tuple[Any, ...]:
-    """All that an operation's result on the meta device can hang on."""
-    signs: list[Any] = []
-    for value in values:
-        if isinstance(value, Tensor):
-            signs.append((value.shape, value.stride(), value.dtype))
-        elif isinstance(value, list | tuple):
-            signs.append(_signs(value))
-        else:
-            signs.append((type(value), value))
-    return tuple(signs)
 
 
 def _like(result: Any) -> Callable[[], Any]:

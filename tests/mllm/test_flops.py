@@ -185,6 +185,15 @@ def again_of(cost: Cost, pack: Pack) -> float:
     return (cost.hardware.per_tile - cost.model.per_tile) * len(pack.tiles)
 
 
+def test_what_goes_through_experts_is_taken_for_nothing_else() -> None:
+    """However many image positions CogAgent's counted pack has: 13 divides their number, and is a number of documents as well."""
+    recipe = by_name("cogagent_18b")
+    model = stage_cost(recipe, recipe.stages[0]).model
+    assert model.per_document == 0
+    experts = 2 * 32 * (4 * 4096**2 + 3 * 4096 * 11_008)  # a forward through one position's weights
+    assert model.per_tile > 256 * experts
+
+
 def test_seven_billion_parameters_take_six_flops_each_a_token() -> None:
     """Kaplan et al. (arXiv:2001.08361, 2.1): 6 N a token, and attention's share on top."""
     recipe = by_name("vila_7b")
