@@ -48,7 +48,7 @@ from cluster.schedule import accumulation
 from cluster.stacks import Depths, layer_weights, shortened, stacks_of
 from mllm.aligned.twin import Queue
 from mllm.annotators import ReferenceLogProbs
-from mllm.dispatched import makes, signs, tensors
+from mllm.dispatched import signs, tensors
 from mllm.encoders import Encoder
 from mllm.objectives import DPO, Gathered, aligned
 from mllm.objectives.aligned import drawn
@@ -456,25 +456,46 @@ PASSING = {torch.ops.aten.convolution: 1, torch.ops.aten.convolution_backward: 2
 """Whose kernels copy so many of their first tensors for a while: into a layout of their own, or to take the exponents of."""
 
 
-def _like(result: Any, given: Sequence[Tensor]) -> Callable[[], Any] | None:
-    """What makes another result of the same shapes; None where it is not all new tensors in memory of their own."""
-    if isinstance(result, tuple):
-        parts = [_like(part, given) for part in result]
-        storages = {x.untyped_storage()._cdata for x in tensors(result)}
-        if None in parts or len(storages) < len(parts):
+_Make = Callable[[FakeTensorMode, Sequence[Tensor]], Any]
+"""Makes what an operation gives for tensors of shapes that it was asked for before."""
+
+_made: dict[Any, _Make] = {}
+"""By what was asked. It hangs on shapes alone, so all simulations share it; torch's own way to the same takes far longer."""
+
+
+@cache
+def _writes(func: Any) -> bool:
+    return any(x.alias_info is not None and x.alias_info.is_write for x in func._schema.arguments)
+
+
+def _like(result: Any, given: Sequence[Tensor]) -> _Make | None:
+    """Makes another result of the same shapes, new or a view of the first tensor that is given; None for what is neither."""
+    owners = [x.untyped_storage()._cdata for x in given]
+    if isinstance(result, tuple | list):
+        fresh = [cdata for x in tensors(result) if (cdata := x.untyped_storage()._cdata) not in owners]
+        if len(set(fresh)) < len(fresh):  # which lie in one another's memory
             return None
-        return lambda: tuple(part() for part in parts if part is not None)
+        parts = [part for part in (_like(part, given) for part in result) if part is not None]
+        kind = type(result)
+        return (lambda mode, given: kind(part(mode, given) for part in parts)) if len(parts) == len(result) else None
     if type(result) is not FakeTensor or result.constant is not None or result.fake_device != CPU:
         return None
     storage, shape, stride, dtype = result.untyped_storage(), result.shape, result.stride(), result.dtype
-    mode = result.fake_mode
+    at = result.storage_offset()
 
-    def make() -> FakeTensor:
+    def new(mode: FakeTensorMode, _: Sequence[Tensor]) -> FakeTensor:
         with unset_fake_temporarily():
             return FakeTensor(mode, torch.empty_strided(shape, stride, dtype=dtype, device="meta"), CPU)
 
-    shared = storage._cdata in {x.untyped_storage()._cdata for x in given}
-    return None if shared or make().untyped_storage().nbytes() != storage.nbytes() else make
+    def view(mode: FakeTensorMode, given: Sequence[Tensor]) -> FakeTensor:
+        with unset_fake_temporarily():
+            empty = torch.empty(0, dtype=dtype, device="meta")
+            return FakeTensor(mode, empty.set_(given[0].untyped_storage(), at, shape, stride), CPU)  # type: ignore[arg-type]
+
+    if storage._cdata not in owners:
+        return new if new(result.fake_mode, ()).untyped_storage().nbytes() == storage.nbytes() else None
+    alone = storage._cdata == owners[0] and dtype == given[0].dtype
+    return view if alone and all(x is not result for x in given) else None
 
 
 class Held(TorchDispatchMode):
@@ -486,7 +507,6 @@ class Held(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.known: dict[Any, Callable[[], Any]] = {}
         self.watched: dict[int, tuple[int, int, weakref.ref[torch.UntypedStorage]]] = {}
         self.changes: list[tuple[int, int]] = []
         self.shared: set[int] = set()
@@ -552,7 +572,7 @@ class Held(TorchDispatchMode):
             with unset_fake_temporarily():
                 result = func(*args, **kwargs)
         else:
-            result = self._made(func, args, kwargs)
+            result = self._found(func, args, kwargs)
         if not self.paused:
             for x in tensors(result):
                 self._watch(x.untyped_storage())
@@ -560,19 +580,19 @@ class Held(TorchDispatchMode):
                 self._passing(sum(x.nbytes for x in args[: PASSING[func.overloadpacket]]))
         return result
 
-    def _made(self, func: Any, args: Any, kwargs: Any) -> Any:
-        """What an operation gives; where others were asked for the same shapes before, by what came of it then."""
+    def _found(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """What an operation gives; where one was asked the same before, by what came of it then."""
         given, key = tensors(*args, *kwargs.values()), None
-        if given and makes(func) and all(type(x) is FakeTensor and x.constant is None for x in given):
-            key = func, signs(args), signs(kwargs.items())
+        if given and all(type(x) is FakeTensor and x.constant is None for x in given) and not _writes(func):
+            key = func, *((x.storage_offset(), x.fake_device) for x in given), signs(args), signs(kwargs.items())
             try:
-                if (make := self.known.get(key)) is not None:
-                    return make()
+                if (make := _made.get(key)) is not None:
+                    return make(given[0].fake_mode, given)  # type: ignore[attr-defined]  # all are fake
             except TypeError:  # such as a group of ranks, which nobody can look up
                 key = None
         result = func(*args, **kwargs)
-        if key is not None and (made := _like(result, given)) is not None:
-            self.known[key] = made
+        if key is not None and (make := _like(result, given)) is not None:
+            _made[key] = make
         return result
 
     def _nonzero(self, truths: Tensor) -> Tensor:
