@@ -250,7 +250,7 @@ def _adjusted(found: dict[str, float], recipe: Recipe, ranks: int) -> float:
     if isinstance(parallel, DDP) or not (gathers_less or parallel.offload):
         return max(found.values())
     total, trained = _counts(dump(recipe))  # which builds the whole model
-    if gathers_less:
+    if isinstance(parallel, ZeRO) and gathers_less:
         item = 2 if parallel.dtype == "bfloat16" else 4
         whole = item * total + (4 * trained if parallel.stage == 1 else 0)
         found = {label: peak + whole * (1 - 1 / ranks) for label, peak in found.items()}
@@ -583,11 +583,12 @@ class Held(TorchDispatchMode):
     def _found(self, func: Any, args: Any, kwargs: Any) -> Any:
         """What an operation gives; where one was asked the same before, by what came of it then."""
         given, key = tensors(*args, *kwargs.values()), None
-        if given and all(type(x) is FakeTensor and x.constant is None for x in given) and not _writes(func):
-            key = func, *((x.storage_offset(), x.fake_device) for x in given), signs(args), signs(kwargs.items())
+        fakes = [x for x in given if type(x) is FakeTensor and x.constant is None]
+        if fakes and len(fakes) == len(given) and not _writes(func):
+            key = func, *((x.storage_offset(), x.fake_device) for x in fakes), signs(args), signs(kwargs.items())
             try:
                 if (make := _made.get(key)) is not None:
-                    return make(given[0].fake_mode, given)  # type: ignore[attr-defined]  # all are fake
+                    return make(fakes[0].fake_mode, fakes)
             except TypeError:  # such as a group of ranks, which nobody can look up
                 key = None
         result = func(*args, **kwargs)
@@ -657,6 +658,8 @@ def _nobody(world: int, few: int) -> Iterator[dist.ProcessGroup | None]:
     """A process group of `world` ranks that sends nothing, and none afterwards; gives that of the first `few`, None if alone."""
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world)
     try:
-        yield None if world == 1 else dist.group.WORLD if few == world else dist.new_group(range(few))
+        group = dist.group.WORLD if few == world else dist.new_group(list(range(few)))
+        assert isinstance(group, dist.ProcessGroup)
+        yield group if world > 1 else None
     finally:
         dist.destroy_process_group()

@@ -181,8 +181,8 @@ def _sdpa(
 ) -> Tensor:
     grouped = q.shape[1] != k.shape[1]
     if blocks is None and slopes is None and len(set(lengths)) == 1 < len(lengths):  # documents alike are a batch
-        rows = (x.unflatten(0, (len(lengths), -1)).transpose(1, 2) for x in (q, k, v))
-        out = F.scaled_dot_product_attention(*rows, is_causal=causal, scale=scale, enable_gqa=grouped)
+        a, b, c = (x.unflatten(0, (len(lengths), -1)).transpose(1, 2) for x in (q, k, v))
+        out = F.scaled_dot_product_attention(a, b, c, is_causal=causal, scale=scale, enable_gqa=grouped)
         return out.transpose(1, 2).flatten(0, 1)
     parts = [None] * len(lengths) if blocks is None else blocks.split(lengths)
     outputs = []
