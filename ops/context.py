@@ -16,6 +16,8 @@ import torch.distributed as dist
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from ops.collectives import gather_rows
+
 ContextBy = Literal["ring", "ulysses"]
 
 
@@ -50,9 +52,7 @@ class Context:
 
     def gather(self, mine: Float[Tensor, "v D"]) -> Float[Tensor, "V D"]:
         """All ranks' rows, equally many, in the order of ranks; gradients go back to whose they are. A collective."""
-        from torch.distributed._functional_collectives import all_gather_tensor_autograd
-
-        return all_gather_tensor_autograd(mine.contiguous(), 0, self.group)
+        return gather_rows(mine, self.group)
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
-from torch.distributed._functional_collectives import all_gather_tensor_autograd
+
+from ops.collectives import gather_rows
 
 
 class Rows(NamedTuple):
@@ -109,4 +110,4 @@ def _gather(
     most = max(1, int(each.max()))
     filled = F.pad(mine, (0, 0, 0, most - len(mine)))
     there = torch.arange(most, device=mine.device)[None] < each[:, None]
-    return all_gather_tensor_autograd(filled, 0, group), group.rank() * most, there.flatten()
+    return gather_rows(filled, group), group.rank() * most, there.flatten()
