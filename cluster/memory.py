@@ -490,7 +490,9 @@ def _like(result: Any, given: Sequence[Tensor]) -> _Make | None:
     def view(mode: FakeTensorMode, given: Sequence[Tensor]) -> FakeTensor:
         with unset_fake_temporarily():
             empty = torch.empty(0, dtype=dtype, device="meta")
-            return FakeTensor(mode, empty.set_(given[0].untyped_storage(), at, shape, stride), CPU)  # type: ignore[arg-type]
+            # Torch's own stubs know only storages of a type, and `set_` takes this one.
+            viewed = empty.set_(given[0].untyped_storage(), at, shape, stride)  # type: ignore[arg-type]
+            return FakeTensor(mode, viewed, CPU)
 
     if storage._cdata not in owners:
         return new if new(result.fake_mode, ()).untyped_storage().nbytes() == storage.nbytes() else None

@@ -141,7 +141,7 @@ def test_what_many_packs_of_a_step_hold_together_is_foretold(name: str, packs: i
     foretold = memory(recipe, stage, (1,))[1]
     assert foretold == pytest.approx(bytes_, rel=0.15)
     few = replace(stage, tokens_per_step=2 * stage.context)
-    assert foretold > 1.5 * memory(recipe, few, (1,))[1]
+    assert memory(recipe, few, (1,))[1] != pytest.approx(bytes_, rel=0.15), "two packs alone would not tell it"
 
 
 def test_ranks_compare_their_own_pairs_with_those_of_all() -> None:

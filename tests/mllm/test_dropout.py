@@ -177,7 +177,7 @@ def test_every_attention_leaves_some_of_its_weights_out(site: Site, name: str) -
         module.rate = 0.0
 
 
-def same_gradients_when_computed_again(recipe: Recipe, objective: Any, batch: Batch) -> None:
+def assert_same_gradients_when_computed_again(recipe: Recipe, objective: Any, batch: Batch) -> None:
     """Of the same model, with and without activations that are computed again in the backward pass."""
     gradients = []
     for again in (False, True):
@@ -201,7 +201,7 @@ def test_aligned_models_compute_again_what_they_left_out(site: Site, name: str) 
     windows, samples = samples_of(site, recipe)
     batch = batch_of(windows, samples)
     objective: Any = recipe.stages[0].objective
-    same_gradients_when_computed_again(recipe, objective, batch)
+    assert_same_gradients_when_computed_again(recipe, objective, batch)
 
 
 @pytest.mark.parametrize("name", ["uniter_base", "lxmert", "vilt_b32"])
@@ -211,7 +211,7 @@ def test_what_is_computed_again_leaves_out_the_same(site: Site, name: str) -> No
     windows, samples = samples_of(site, recipe)
     batch = batch_of(windows, samples)
     objective = Sum(terms=(Term(objective=MaskedTokens(share=0.4)), Term(objective=Matching())))
-    same_gradients_when_computed_again(recipe, objective, batch)
+    assert_same_gradients_when_computed_again(recipe, objective, batch)
 
 
 @pytest.mark.parametrize("name", NAMES)
