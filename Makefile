@@ -1,6 +1,6 @@
 # make demo    train the smoke recipe through VILA's three stages on this machine
 # make test    the tests          make check   lint, format, types, floors
-# make test-extras                tests of what torchao, Liger, lm-eval and lmms-eval add, which get an environment of their own
+# make test-extras                tests of what torchao, Liger, lm-eval, lmms-eval and W&B add, which get an environment of their own
 # make bench   the benchmarks     make real    the three stages with small real weights
 # make bench-data                 data loading beside other libraries, which get an environment of their own
 # make bench-control              checkpoints, the journal, control's part of a step, a simulated week of failures
@@ -33,7 +33,7 @@ faults: $(VENV)/.installed-dev
 
 # Triton's interpreter runs Liger's kernel without a GPU.
 test-extras: $(EXTRAS)/.installed
-	TRITON_INTERPRET=1 $(EXTRAS)/bin/python -m pytest tests/cluster/test_extras.py tests/ops/test_liger.py tests/mllm/test_harness.py tests/mllm/test_lmms.py
+	TRITON_INTERPRET=1 $(EXTRAS)/bin/python -m pytest tests/cluster/test_extras.py tests/ops/test_liger.py tests/mllm/test_harness.py tests/mllm/test_lmms.py tests/cluster/test_wandb.py
 
 docs: $(DOCS)/.installed
 	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --strict
@@ -99,7 +99,7 @@ $(EXTRAS)/.installed: $(VENV)/.installed-dev constraints.txt
 	test -x $(EXTRAS)/bin/python || $(BIN)/python -m venv $(EXTRAS)
 	$(BIN)/python -c '$(PLACE)' > $$($(EXTRAS)/bin/python -c '$(PLACE)')/base.pth
 	$(EXTRAS)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -c constraints.txt torchao liger-kernel triton
-	$(EXTRAS)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt lm-eval loguru tenacity
+	$(EXTRAS)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt lm-eval loguru tenacity wandb
 	$(EXTRAS)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -c constraints.txt lmms-eval "filelock<4"
 	touch $@
 

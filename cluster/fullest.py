@@ -23,7 +23,7 @@ def fullest(recipe: Recipe, stage: Stage, features: bool = False) -> Pack:
     documents of a picture and text as fit.
     """
     if not isinstance(recipe.model, VLM) or isinstance(stage.objective, Gathered):
-        return _of_documents(recipe, stage)
+        return of_documents(recipe, stage)
     tiling = recipe.tiling_of(stage)
     layout = recipe.vlm.layout(tiling)
     branches = (Branch.PREFERRED, Branch.REJECTED) if isinstance(stage.objective, DPO) else (Branch.ONLY,)
@@ -64,8 +64,20 @@ def fullest(recipe: Recipe, stage: Stage, features: bool = False) -> Pack:
     )
 
 
-def _of_documents(recipe: Recipe, stage: Stage) -> Pack:
-    """Documents alike, each a picture and text, or text alone where the stage reads nothing else. All have the first class."""
+LENGTHS = (1.0, 0.5, 0.0)
+"""Texts of the packs that FLOPs are told by, as shares of the fullest pack's: three tell a polynomial of second degree."""
+
+
+def unlike(recipe: Recipe, stage: Stage) -> list[Pack]:
+    """Packs of as many documents as the fullest of `of_documents` has, with texts as long, half as long, and of two tokens."""
+    return [of_documents(recipe, stage, share) for share in LENGTHS]
+
+
+def of_documents(recipe: Recipe, stage: Stage, share: float = 1.0) -> Pack:
+    """Documents alike, each a picture and text, or text alone where the stage reads nothing else. All have the first class.
+
+    Texts have a `share` of what fits.
+    """
     tiling = recipe.tiling_of(stage)
     layout = recipe.model.layout(tiling)
     cut = tiling.cut(tiling.size, tiling.size)
@@ -75,6 +87,8 @@ def _of_documents(recipe: Recipe, stage: Stage) -> Pack:
     count = stage.context // (each + 2) if pictured else -(-stage.context // LONGEST)
     count = max(1, min(count, stage.max_tiles // tiles if tiles else count))
     length = stage.context // count
+    least = min(length, each + 2)
+    length = least + round(share * (length - least))
     ids = 1 + np.arange(count * length, dtype=np.int32) % WORDS
     ids.reshape(count, length)[:, :each] = IMAGE_TOKEN
     return Pack(

@@ -25,7 +25,7 @@ from unittest.mock import patch
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
@@ -286,7 +286,8 @@ def _course(words: str, features: bool, depths: Depths, world: int) -> tuple[Cou
         for module in model.modules():
             if isinstance(module, Queue):
                 module.seen.fill_(module.size)
-        engine = FSDPEngine(model, stage, stage.parallel, 1, CPU)
+        with _where_they_are():
+            engine = FSDPEngine(model, stage, stage.parallel, 1, CPU)
         engine.whole = {}  # of rank 0's weights, which are spread before the first step
         told = _Told(engine, held, group)
         (optimizer,) = engine.optimizers
@@ -297,7 +298,7 @@ def _course(words: str, features: bool, depths: Depths, world: int) -> tuple[Cou
         _mark(engine, optimizer, held)
         held.moment("begin")
         try:
-            with _quiet(), patch.object(aligned, "drawn", _drawn), patch.object(engine, "_told", told):
+            with _quiet(), _as_mine(), patch.object(aligned, "drawn", _drawn), patch.object(engine, "_told", told):
                 engine.train_step([pack], 1.0)
         except (DataDependentOutputException, DynamicOutputShapeException) as error:
             raise Unforetold(
@@ -312,6 +313,28 @@ def _quiet() -> Iterator[None]:
         warnings.filterwarnings("ignore", "Full backward hook is firing")
         # What it looks at when it makes a fake of a number that was computed for real.
         warnings.filterwarnings("ignore", "The .grad attribute of a Tensor that is not a leaf")
+        # OPT's layers give a view, which nobody adds to in place.
+        warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
+        yield
+
+
+@contextmanager
+def _where_they_are() -> Iterator[None]:
+    """Modules stay where they are made, which is where they belong: peft moves adapters all the same, and what is watched cannot
+    be swapped for another.
+    """
+    with patch.object(nn.Module, "to", lambda module, *_, **__: module):
+        yield
+
+
+@contextmanager
+def _as_mine() -> Iterator[None]:
+    """Objects that ranks would send each other are this one's own: they lie beside the accelerator's memory."""
+
+    def gathered(everyone: list[Any], mine: Any, group: dist.ProcessGroup | None = None) -> None:  # noqa: ARG001 -- as torch's
+        everyone[:] = [mine] * len(everyone)
+
+    with patch.object(dist, "all_gather_object", gathered):
         yield
 
 
@@ -369,7 +392,7 @@ def _compared(words: str, features: bool, depths: Depths, simulated: int, world:
     held = Held()
     with _nobody(world, _bringing(stage, world)) as group, FakeTensorMode(allow_non_fake_inputs=True), held:
         packs = _packs(collected, accumulation(stage.packs_per_step, world))
-        with _quiet(), torch.no_grad(), patch.object(aligned, "drawn", _drawn):
+        with _quiet(), _as_mine(), torch.no_grad(), patch.object(aligned, "drawn", _drawn):
             told = objective.whole(packs, group)
         del packs
         bytes_ = np.cumsum([0, *(amount for _, amount in held.changes)])

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from cluster.counted import at_once, model_cost, takes_features, unpredicted
+from cluster.counted import as_wholes, model_cost, takes_features
 from cluster.fullest import fullest
 from cluster.memory import Unforetold, memory
 from cluster.preflight import refusals, this_machine, untrusted
 from cluster.schedule import accumulation, planned_steps
 from cluster.site import Site, SiteError
-from mllm.flops import Cost, UncountedError, pack_flops, work_of
+from mllm.flops import Cost, work_of
 from mllm.model import Model
 from mllm.parts import PartReport
 from mllm.recipe import Frozen, Full, Recipe, Stage, Tokens, Tuning
 from mllm.tune import apply_tuning, describe
-from pipelines.types import Batch, spec
+from mllm.whole_flops import UncountedError
+from pipelines.types import spec
 
 WORLDS = (1, 2, 4, 8, 16, 64, 128)
 
@@ -84,21 +85,16 @@ def _stage(
     model = recipe.model.meta() if shapes is None else shapes
     apply_tuning(model, stage.tune)
     trained = tuple(name for name, parameter in model.named_parameters() if parameter.requires_grad)
-    key = (trained, stage.objective, stage.parallel.recompute, takes_features(stage), recipe.tiling_of(stage))
-    uncounted = unpredicted(recipe, stage)
-    foretold, unknown = _memory(recipe, stage, worlds)
-    unknown = [unknown] if unknown else []
+    packs = (stage.context, stage.max_tiles, stage.mixture) if as_wholes(recipe, stage) else None
+    key = (trained, stage.objective, stage.parallel.recompute, takes_features(stage), recipe.tiling_of(stage), packs)
+    foretold, why = _memory(recipe, stage, worlds)
     flops = cost = None
-    if at_once(recipe, stage):
-        try:
-            flops = stage.packs_per_step * pack_flops(model, stage.objective, Batch.of(fullest(recipe, stage)))
-        except UncountedError as error:
-            unknown.append(str(error))
-    elif uncounted:
-        unknown.append(uncounted)
-    else:
+    uncounted = ""
+    try:
         cost = costs.get(key) or costs.setdefault(key, model_cost(model, recipe, stage, references=True))
         flops = stage.packs_per_step * cost.model_flops(work_of(fullest(recipe, stage, takes_features(stage))))
+    except UncountedError as error:
+        uncounted = str(error)
     count = planned_steps(stage)
     rows = None
     try:
@@ -120,7 +116,7 @@ def _stage(
         memory=foretold,
         flops=flops,
         total_flops=None if count is None or flops is None else count * flops,
-        unknown="; ".join(unknown),
+        unknown="; ".join(filter(None, (why, uncounted))),
         counted=cost,
         uncounted=uncounted,
     )

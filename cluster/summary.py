@@ -105,8 +105,11 @@ def _stage_table(views: Iterable[StageView]) -> Table:
 
 
 def _held_out_table(evaluations: list[tuple[str, Evaluation]]) -> Table:
-    """Held-out loss, one row a source and one column a border: each stage's before stands left of its after."""
-    table = _table("held-out loss", *(label for label, _ in evaluations))
+    """Held-out loss, one row a source and one column a border: each stage's before stands left of its after.
+
+    Headings have two lines, so that four columns and the names of sources fit 80 letters.
+    """
+    table = _table("held-out loss", *(label.replace(" ", "\n", 1) for label, _ in evaluations))
     losses = [{score.source: score.loss for score in evaluation.scores} for _, evaluation in evaluations]
     for source in {source: None for column in losses for source in column}:
         cells = []

@@ -243,7 +243,10 @@ class TensorBoard:
 
 
 class WeightsAndBiases:
-    """A run of W&B, offline unless the environment says otherwise (WANDB_MODE); `wandb sync` sends it later."""
+    """A run of W&B, offline unless the environment says otherwise (WANDB_MODE); `wandb sync` sends it later.
+
+    A driver that goes on with a run goes on with W&B's too: the run's folder keeps its id.
+    """
 
     def __init__(self, run: str, folder: Place, recipe: Recipe) -> None:
         if importlib.util.find_spec("wandb") is None:
@@ -276,15 +279,18 @@ class WeightsAndBiases:
             import wandb  # pyright: ignore[reportMissingImports] -- an extra
 
             self.folder.path.mkdir(parents=True, exist_ok=True)
+            kept = self.folder / "id"
+            kept.create(wandb.util.generate_id().encode())  # unless a driver before did
             mode: Any = os.environ.get("WANDB_MODE", "offline")
-            settings = wandb.Settings(silent=True, console="off")
             self.begun = wandb.init(
                 project="mllm",
+                id=kept.read_text(),
+                resume="allow",
                 name=self.run,
                 dir=self.folder.path,
                 mode=mode,
                 config=json.loads(dump(self.recipe)),
-                settings=settings,
+                settings=wandb.Settings(silent=True, console="off"),
             )
             self.begun.define_metric("*", step_metric="step")
         return self.begun

@@ -26,7 +26,7 @@ def row_seeds(batch: Batch) -> Int[Tensor, " S"]:
 def tile_seeds(batch: Batch) -> Int[Tensor, " N"]:
     """A seed for each tile, of its row and its place among the row's; zero for the blank one."""
     if not len(batch.cuts):
-        return torch.zeros(len(batch.tiles), dtype=torch.long, device=batch.tiles.device)
+        return torch.zeros(len(batch.tiles), dtype=torch.long, device=batch.weights.device)
     documents = shown(batch).documents.repeat_interleave(batch.cuts[:, 0].long(), output_size=len(batch.tiles))
     counts = torch.bincount(documents, minlength=len(batch.sources))
     # Tiles of one document are told apart by their place among the pack's own tiles of that document.

@@ -9,7 +9,8 @@ A mask costs some twenty reads and writes of its input in 32 bits.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Annotated, Any
 
 import torch
@@ -92,6 +93,19 @@ class _Told(nn.Module):
     def active(self) -> bool:
         """Whether anything is left out now."""
         return self.training and self.rate > 0 and self.drawn is not None
+
+
+@contextmanager
+def nothing_left_out(model: nn.Module) -> Iterator[None]:
+    """The model as it is without dropout, whatever else training changes."""
+    active = [module for module in model.modules() if isinstance(module, _Told) and module.training]
+    for module in active:
+        module.eval()
+    try:
+        yield
+    finally:
+        for module in active:
+            module.train()
 
 
 class RowDropout(_Told):

@@ -12,7 +12,7 @@ addition being two.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from functools import partial
@@ -21,15 +21,11 @@ from unittest.mock import patch
 
 import numpy as np
 import torch
-from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint
-from torch.utils.flop_counter import flop_registry
 
-from mllm.dispatched import makes, signs, tensors
-from mllm.model import Model
-from mllm.objectives import DPO, Gathered, Objective, OneOf, Sum, language
+from mllm.counting import Shapes
+from mllm.objectives import DPO, Objective, language
 from mllm.recipe import Recompute
 from mllm.vlm import VisionLanguageModel
 from ops.losses import TokenLosses, linear_cross_entropy
@@ -149,7 +145,7 @@ class Cost:
         return self.model.of(work)
 
     def hardware_flops(self, work: Work) -> float:
-        return self.hardware.of(work) + self.hardware.per_tile * work.blanks
+        return self.hardware.of(work) + max(0.0, self.hardware.per_tile) * work.blanks
 
     def __add__(self, other: Cost) -> Cost:
         return Cost(model=self.model + other.model, hardware=self.hardware + other.hardware)
@@ -284,119 +280,6 @@ def _batch(
     )
 
 
-def pack_flops(model: Model, objective: Objective, batch: Batch) -> float:
-    """Model FLOPs of one forward and backward on `batch`, counted as a whole; `model` is on the meta device.
-
-    For kinds whose packs differ in more than `Work` tells, and objectives that see a step's packs together: these are asked as if
-    the step had no other. What is collected for them first is not counted, since it is computed again. Attention counts whole
-    where a mask hides half of it. An objective that has one of several terms a step counts as all of them. Raises UncountedError
-    where what is computed hangs on numbers that a model without memory has not.
-    """
-    try:
-        return _pack_flops(model, objective, batch)
-    except (NotImplementedError, RuntimeError) as error:  # as torch says so
-        raise UncountedError(
-            f"FLOPs are not predicted: what {objective.kind!r} computes with {type(model).__name__} hangs on its numbers"
-        ) from error
-
-
-class UncountedError(ValueError):
-    """FLOPs that shapes alone do not tell."""
-
-
-def _pack_flops(model: Model, objective: Objective, batch: Batch) -> float:
-    count = _Total()
-    for module in model.modules():  # whole numbers are known, and begin at nothing
-        for name, buffer in module.named_buffers(recurse=False):
-            if not buffer.is_floating_point():
-                module.register_buffer(name, torch.zeros(buffer.shape, dtype=buffer.dtype))
-    if batch.tiles.ndim == 4:  # pictures, which are large; what says something of regions is looked at
-        batch = replace(batch, tiles=batch.tiles.to("meta"))
-    learned_by: Any = Sum(terms=objective.terms) if isinstance(objective, OneOf) else objective
-    with count:
-        told: Any = None
-        if isinstance(learned_by, Gathered):
-            with torch.no_grad():
-                found = learned_by.collect(model, batch)  # type: ignore[arg-type]  # a kind that can, as a recipe makes sure
-                count.on = True
-                told = learned_by.whole([tree_map_only(Tensor, _somewhere, found)], None)[0]
-        count.on = True
-        output = learned_by(model, batch) if told is None else learned_by.again(model, batch, told)
-        output.sum.backward()
-    for parameter in model.parameters():
-        parameter.grad = None
-    return count.sum
-
-
-def _somewhere(x: Tensor) -> Tensor:
-    """Numbers to choose by, in place of those that nobody knows."""
-    return torch.zeros(x.shape, dtype=x.dtype) if x.is_meta else x
-
-
-class _Total(TorchDispatchMode):
-    """Adds up products while it is `on`. What is on the meta device draws the rest after it; whole numbers are computed."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.shapes = _Shapes()
-        self.sum = 0.0
-        self.on = False
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result, flops = self.shapes(func, args, kwargs or {})
-        if self.on:
-            self.sum += flops
-        return result
-
-
-class _Shapes:
-    """What operations give, on the meta device where any of their tensors is, and their FLOPs by torch's own formulas.
-
-    Layers ask alike over and over, and what was asked before is answered from memory.
-    """
-
-    def __init__(self) -> None:
-        self.known: dict[Any, tuple[Callable[[], Any], int]] = {}
-
-    def __call__(self, func: Any, args: Any, kwargs: Any) -> tuple[Any, int]:
-        there = {x.is_meta for x in tensors(*args, *kwargs.values())}
-        if len(there) == 2:
-            if func._overloadpacket in (torch.ops.aten.index, torch.ops.aten.index_put, torch.ops.aten.index_put_):
-                args = (args[0], _numbered(args[1]), *args[2:])
-            args, kwargs = tree_map_only(
-                Tensor, lambda x: x if x.is_meta else torch.empty_like(x, device="meta"), (args, kwargs)
-            )
-        key = (func, signs(args), signs(kwargs.items())) if True in there and makes(func) else None
-        if key in self.known:
-            make, flops = self.known[key]
-            return make(), flops
-        result = func(*args, **kwargs)
-        formula = flop_registry.get(func._overloadpacket)
-        flops = formula(*args, **kwargs, out_val=result) if formula is not None else 0
-        if key is not None:
-            self.known[key] = _like(result), flops
-        return result, flops
-
-
-def _like(result: Any) -> Callable[[], Any]:
-    """Makes another of the same shape."""
-    if isinstance(result, Tensor):
-        return partial(torch.empty_strided, result.shape, result.stride(), dtype=result.dtype, device=result.device)
-    if isinstance(result, tuple):
-        parts = [_like(part) for part in result]
-        return lambda: tuple(part() for part in parts)
-    return lambda: result
-
-
-def _numbered(indices: Sequence[Tensor | None]) -> list[Tensor | None]:
-    """Indices with places in place of truths, which on the meta device nobody could count."""
-    found: list[Tensor | None] = []
-    for index in indices:
-        known = index is not None and index.dtype == torch.bool and not index.is_meta
-        found += index.nonzero().unbind(1) if known and index is not None else [index]
-    return found
-
-
 class _Sums:
     """FLOPs by what they grow with."""
 
@@ -427,7 +310,7 @@ class _Count(TorchDispatchMode):
         self, tokens: int, pictures: int, learned: int, documents: int, each: int, routed: tuple[int, int]
     ) -> None:
         super().__init__()
-        self.shapes = _Shapes()
+        self.shapes = Shapes()
         self.primes = {"tokens": tokens, "tiles": pictures, "learned": learned, "documents": documents}
         self.routed: dict[Grows, int] = {"text": routed[0], "image": routed[1]}
         sizes: dict[Grows, int] = {

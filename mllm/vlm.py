@@ -47,6 +47,7 @@ from mllm.joins import Joined, Joining, Tiles, cuts_of, slice_grids, with_scales
 from mllm.lm import CausalLM
 from mllm.model import Model, ModelSpec, Words
 from mllm.pairs import frames_of
+from mllm.pooled import Mappings
 from ops.attention import Backend
 from pipelines.objects import Objects
 from pipelines.tiling import Tiling
@@ -263,6 +264,9 @@ class VisionLanguageModel(Model):
         read_weights(spec.connector, self.connector, folder)
         self.fusion = _fusion(spec, width)
         self.fusion.attach(self.lm)
+        # What a module is must be asked before it is wrapped to be sharded or computed again.
+        self.reads_instructions = isinstance(self.connector, InstructedQuerying)
+        self.retrieves = isinstance(self.connector, Mappings)
         self.one_stands_beside = spec.one_stands_beside
         self.reads_videos = spec.reads_videos
         if isinstance(spec.fusion, InLMSampler):
@@ -336,9 +340,9 @@ class VisionLanguageModel(Model):
                 return found if isinstance(found, tuple) else (found,)
 
     @property
-    def instructed(self) -> InstructedQuerying | None:
-        """The connector, where it is one that reads the instruction."""
-        return self.connector if isinstance(self.connector, InstructedQuerying) else None
+    def instructed(self) -> Any:
+        """The connector, where it is one that reads the instruction, whatever it is wrapped in."""
+        return self.connector if self.reads_instructions else None
 
     @contextmanager
     def once(self) -> Iterator[None]:

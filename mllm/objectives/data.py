@@ -92,7 +92,7 @@ class MaskedData(Gathered):
         patches = torch.zeros(0, side * side, dtype=torch.bool)
         if seeds:
             patches = block_masks(seeds, side, round(self.patches * side * side))
-        return Masks(alone, patches.to(batch.tiles.device))
+        return Masks(alone, patches.to(batch.weights.device))
 
 
 def _owners(whole: Whole, masks: Masks) -> list[tuple[Tensor, Tensor]]:

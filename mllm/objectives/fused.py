@@ -194,8 +194,11 @@ class Matching(Gathered):
         lengths = torch.tensor([len(words) for words, _ in told], device=fused.texts.device)
         if not len(lengths):
             return fused.texts[:0, 0].float()
-        spread = torch.nn.utils.rnn.pad_sequence(list(fused.texts.split(lengths.tolist())), batch_first=True)
-        places = torch.arange(spread.shape[1], device=lengths.device)[None]
+        places = torch.arange(max(len(words) for words, _ in told), device=lengths.device)[None]
+        rows = (lengths.cumsum(0) - lengths)[
+            :, None
+        ] + places  # beyond a text's end those of others, which do not count
+        spread = fused.texts[rows.clamp(max=len(fused.texts) - 1)]
         there = (places > 0) & (places < lengths[:, None] - 1)
         onto, which = model.aligned(fused, paired)
         return transport_cost(spread, onto, there, onto=which)

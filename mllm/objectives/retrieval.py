@@ -13,7 +13,7 @@ from torch import Tensor
 from mllm.objectives.base import Collected, Gathered, LossOutput
 from mllm.objectives.contrast import Contrastive, Told
 from mllm.pairs import Pairs, Texts, first_pictures, texts_of
-from mllm.pooled import Found, Mappings
+from mllm.pooled import Found
 from mllm.vlm import VisionLanguageModel
 from pipelines.types import NOT_LEARNED, Batch, spec
 
@@ -55,7 +55,7 @@ class _Retrieving:
 
     def pairs(self, batch: Batch) -> Pairs:
         model = self.model
-        if not isinstance(model.connector, Mappings):
+        if not model.retrieves:
             raise ValueError("retrieval_token compares what the connector 'first_feature' makes; take that one")
         texts = texts_of(batch, LONGEST)
         hidden = model.lm(model.lm.embed(texts.ids), alone(batch, texts))

@@ -17,8 +17,9 @@ from cluster.amounts import duration, quantity, sparkline
 from cluster.journal import Decision, Fault, GateJudged, GroupStarted, Journal, PartsDescribed, RunState
 from cluster.lines import Follower
 from cluster.live import Live
-from cluster.metrics import RunFolder
+from cluster.metrics import RunFolder, When
 from cluster.summary import summary
+from mllm.evaluate import SourceScore
 from mllm.recipe import Recipe
 
 
@@ -162,7 +163,7 @@ def test_summary_tells_stages_losses_and_drops(tmp_path: Path, recipe: Recipe, p
     assert re.search(r"align +✓ done +40 +80k +6\.\d+ → 4\.\d+ +0:20 +4k", plain.text)
     assert re.search(r"pretrain +✗ failed +20 of 40", plain.text)
     assert re.search(r"sft +○ waiting", plain.text)
-    assert re.search(r"held-out loss +before training +after align\n *pairs-heldout +7\.000 +6\.000", plain.text)
+    assert re.search(r"before +after\nheld-out loss +training +align\n *pairs-heldout +7\.000 +6\.000", plain.text)
     assert re.search(r"6 rows dropped\n +6  image file is truncated", plain.text)
 
 
@@ -181,10 +182,24 @@ def test_summary_shows_where_a_stage_stands_now_and_not_all_it_has_been_through(
         for done in (10, 20):
             run.write_evaluation(evaluation(stage, "during", 5.0 + 1 / done, "an orange", done))
     plain.print(summary(run, recipe, state))
-    (heading,) = [line for line in plain.text.splitlines() if line.startswith("held-out loss")]
-    assert re.split(r"  +", heading.strip()) == ["held-out loss", "before training", "after align", "pretrain, step 20"]
+    lines = plain.text.splitlines()
+    (last,) = [number for number, line in enumerate(lines) if line.startswith("held-out loss")]
+    above, below = (re.split(r"  +", line.strip()) for line in lines[last - 1 : last + 1])
+    assert (above, below) == (["before", "after", "pretrain,"], ["held-out loss", "training", "align", "step 20"])
     assert "5.050" in plain.text
     assert "5.100" not in plain.text
+
+
+def test_summary_of_three_stages_fits_an_old_terminal(tmp_path: Path, recipe: Recipe, plain: Screen) -> None:
+    run, state = invented_run(tmp_path / "night", recipe, "finished")
+    borders: list[tuple[str, When]] = [("align", "before"), ("align", "after"), ("pretrain", "after"), ("sft", "after")]
+    for stage, when in borders:
+        score = SourceScore(source="example-instructions-heldout", loss=7.0, accuracy=0.5, tokens=900)
+        run.write_evaluation(replace(evaluation(stage, when, 7.0), scores=(score,)))
+    plain.width = 80
+    plain.print(summary(run, recipe, state))
+    assert "example-instructions-heldout" in plain.text
+    assert "…" not in plain.text
 
 
 def test_summary_of_an_unfinished_run_tells_its_silence(tmp_path: Path, recipe: Recipe, plain: Screen) -> None:
