@@ -11,6 +11,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import secrets
 import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -272,7 +273,7 @@ class WeightsAndBiases:
 
     def close(self) -> None:
         if self.begun is not None:
-            self.begun.finish(quiet=True)
+            self.begun.finish()
 
     def _run(self) -> Any:
         if self.begun is None:
@@ -280,7 +281,7 @@ class WeightsAndBiases:
 
             self.folder.path.mkdir(parents=True, exist_ok=True)
             kept = self.folder / "id"
-            kept.create(wandb.util.generate_id().encode())  # unless a driver before did
+            kept.create(secrets.token_hex(4).encode())  # unless a driver before did
             mode: Any = os.environ.get("WANDB_MODE", "offline")
             self.begun = wandb.init(
                 project="mllm",

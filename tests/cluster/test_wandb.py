@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import struct
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,17 +20,27 @@ from tests.cluster.test_telemetry import step
 pytestmark = pytest.mark.skipif(not find_spec("wandb"), reason="needs wandb: `make test-extras` has it")
 
 
+BLOCK, HEADER = 2**15, 7
+"""Of LevelDB's log format, which W&B's files have after a header of as many bytes: crc32, length, and which part of a record."""
+
+
 def told(file: Path) -> Iterator[Any]:
     """The records of one of W&B's files."""
     from wandb.proto import wandb_internal_pb2  # pyright: ignore[reportMissingImports] -- an extra
-    from wandb.sdk.internal.datastore import DataStore  # pyright: ignore[reportMissingImports]
 
-    store = DataStore()
-    store.open_for_scan(str(file))
-    while data := store.scan_data():
-        record = wandb_internal_pb2.Record()
-        record.ParseFromString(data)
-        yield record
+    data, at, whole = file.read_bytes(), HEADER, b""
+    while at + HEADER <= len(data):
+        if BLOCK - at % BLOCK < HEADER:  # too little of the block is left for another header
+            at += BLOCK - at % BLOCK
+            continue
+        _, length, part = struct.unpack("<IHB", data[at : at + HEADER])
+        whole += data[at + HEADER : at + HEADER + length]
+        at += HEADER + length
+        if part in (1, 4):  # a whole one, or the last of its parts
+            record = wandb_internal_pb2.Record()
+            record.ParseFromString(whole)
+            yield record
+            whole = b""
 
 
 def driven(run: RunFolder, recipe: Recipe, steps: range) -> list[str]:
