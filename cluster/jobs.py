@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import shutil
 import signal
 import time
@@ -246,9 +247,9 @@ def _client(site: Site) -> JobSubmissionClient:
         theirs = str(client._server_ray_version)  # `get_version` tells the API's
     except Exception as error:  # requests, Ray and its authentication each have their own
         said = str(error).strip().splitlines()
-        refused = any(
-            word in str(error).lower() for word in ("401", "403", "authentication", "unauthenticated", "token")
-        )
+        refused = re.search(
+            r"\b40[13]\b|authenticat|token", str(error).lower()
+        )  # a code, and not a part of a port's number
         mend = (
             "copy the head's token (on the head: ray get-auth-token) into a file, and name that with ray_token_file in the site"
             if refused

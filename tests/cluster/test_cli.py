@@ -81,9 +81,10 @@ def test_a_job_server_that_is_dead_is_told(words: list[str], site_file: str, cap
     run = Path(site_file).parent / "runs" / "x"
     run.mkdir(parents=True)
     (run / "recipe.json").write_text(dump(by_name("vila_smoke")))
-    Path(site_file).write_text('jobs = "http://127.0.0.1:1"\n' + SITE)
+    nobody = "http://127.0.0.1:4013"  # whose number holds that of a code, 401
+    Path(site_file).write_text(f'jobs = "{nobody}"\n' + SITE)
     told = mistake([*words, "--site", site_file], capfd)
-    assert "the job server at http://127.0.0.1:1 does not answer" in told
+    assert f"the job server at {nobody} does not answer" in told
     assert "or mend jobs in the site file" in told
     assert "Traceback" not in told
 
