@@ -247,9 +247,8 @@ def _client(site: Site) -> JobSubmissionClient:
         theirs = str(client._server_ray_version)  # `get_version` tells the API's
     except Exception as error:  # requests, Ray and its authentication each have their own
         said = str(error).strip().splitlines()
-        refused = re.search(
-            r"\b40[13]\b|authenticat|token", str(error).lower()
-        )  # a code, and not a part of a port's number
+        # A code is a word of its own: a port's number may hold one.
+        refused = re.search(r"\b40[13]\b|authenticat|token", str(error).lower())
         mend = (
             "copy the head's token (on the head: ray get-auth-token) into a file, and name that with ray_token_file in the site"
             if refused
