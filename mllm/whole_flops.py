@@ -1,7 +1,9 @@
 """FLOPs of kinds of models whose packs are counted as wholes, and of objectives that see a step's packs together.
 
-pack_flops(model, objective, batch)                   one forward and backward, whatever is in it
-fitted_cost(model, objective, batches)                what a tile, a token, a pair of tokens cost in such packs
+    pack_flops(model, objective, batch)           one forward and backward, whatever is in it
+    fitted_cost(model, objective, batches)        what a tile, a token, a pair of tokens cost in such packs
+
+Both on a model without memory, by torch's own formulas; what FLOPs are counted is told by `mllm.flops`.
 """
 
 from __future__ import annotations

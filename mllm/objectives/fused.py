@@ -195,9 +195,8 @@ class Matching(Gathered):
         if not len(lengths):
             return fused.texts[:0, 0].float()
         places = torch.arange(max(len(words) for words, _ in told), device=lengths.device)[None]
-        rows = (lengths.cumsum(0) - lengths)[
-            :, None
-        ] + places  # beyond a text's end those of others, which do not count
+        # Beyond a text's end stand rows of others, which do not count.
+        rows = (lengths.cumsum(0) - lengths)[:, None] + places
         spread = fused.texts[rows.clamp(max=len(fused.texts) - 1)]
         there = (places > 0) & (places < lengths[:, None] - 1)
         onto, which = model.aligned(fused, paired)

@@ -34,6 +34,7 @@ def test_two_workers_train_each_stage_and_export_what_they_trained(name: str, tw
         steps = folder.steps(stage.name)
         assert [record.step for record in steps] == [1, 2]
         assert all(record.world == 2 and record.taken and math.isfinite(record.loss) for record in steps)
+        assert all(0 < record.flops <= record.hardware_flops and record.mfu for record in steps)
         assert f"{stage.name}" in folder.report.read_text()
     ours, theirs = trained_model(recipe, folder).state_dict(), read_back(folder.export.path).state_dict()
     assert ours.keys() == theirs.keys()
