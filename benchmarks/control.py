@@ -3,8 +3,9 @@
 **Journal.** 10,000 events as a run leaves them, read by a process that knows nothing and folded into the run's state, on a
 disk and on S3; most come in chapters of 512, and of those after the last chapter most in a page.
 
-**A step.** What control adds to each step on rank 0: saying twice what the rank is at, by a real Ray actor, judging loss and
-gradient norm against the 64 steps before, and agreeing on what else to do (which travels with a message that is sent anyway).
+**A step.** What control adds to each step on rank 0: saying twice what the rank is at, by a real Ray actor that a thread calls,
+judging loss and gradient norm against the 64 steps before, and agreeing on what else to do (which travels with a message that
+is sent anyway). Beside it the processor's time of the whole process for it, of that thread and of Ray's too.
 Evaluations and checkpoints are not in it; the checkpoint's stall is told beside the time of the steps between two at the
 default interval.
 
@@ -65,7 +66,9 @@ def measure(section: Section, quick: bool) -> None:
         seconds = in_child(on_s3, events, server.storage)
     section.add(f"replay of {events:,} events, S3", "s", seconds, at_most=1.0)
     steps = 20 if quick else 300
-    section.add("control of a step", "ms", in_child(control_of_a_step, steps), at_most=1.0)
+    control, processor = in_child(control_of_a_step, steps)
+    section.add("control of a step", "ms", control, at_most=1.0)
+    section.add("processor's time for it, all threads", "ms", [processor])
     stall, between = in_child(stall_and_interval, 2 if quick else 8)
     section.add("stall of a checkpoint", "s", stall, "smoke model, pretrain")
     section.add("stall / the 200 steps between two", "ratio", ratios(stall, between), at_most=0.01)
@@ -114,8 +117,8 @@ def on_s3(events: int, settings: Storage) -> list[float]:
 # -- a step ------------------------------------------------------------------------------------------------------------
 
 
-def control_of_a_step(steps: int) -> list[float]:
-    """Milliseconds that rank 0 spends on control in each of so many steps."""
+def control_of_a_step(steps: int) -> tuple[list[float], float]:
+    """Milliseconds that rank 0 spends on control in each of so many steps, and the processor's time of a step on average."""
     from cluster.local import ray_running
     from cluster.pulse import Beats, start_pulse
 
@@ -126,6 +129,7 @@ def control_of_a_step(steps: int) -> list[float]:
         beats("start", 0)
         time.sleep(2)
         found = []
+        used = time.process_time()
         for step in range(steps):
             started = time.perf_counter()
             beats("step", step)
@@ -134,8 +138,9 @@ def control_of_a_step(steps: int) -> list[float]:
             _ = beats.wish
             found.append(1e3 * (time.perf_counter() - started))
             time.sleep(0.02)  # the step itself
+        processor = 1e3 * (time.process_time() - used) / steps
         beats.close()
-    return found
+    return found, processor
 
 
 def stall_and_interval(repetitions: int) -> tuple[list[float], list[float]]:

@@ -343,6 +343,10 @@ def checked(folder: Place, name: str) -> bytes:
     return data
 
 
+Digest = xxhash.xxh3_128
+"""A digest that takes bytes as they come; its `hexdigest()` is what `digest` says of all of them."""
+
+
 def digest(data: bytes | memoryview) -> str:
     """XXH3 of 128 bits, hexadecimal."""
     return xxhash.xxh3_128_hexdigest(data)

@@ -40,7 +40,7 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, ReadItem, SavePlan, WriteItem, WriteItemType
 from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, WriteResult
 
-from cluster.checkpoint import INDEX, CorruptCheckpoint, digest
+from cluster.checkpoint import INDEX, CorruptCheckpoint, Digest, digest
 from pipelines import storage
 from pipelines.place import Place
 from pipelines.types import spec
@@ -447,14 +447,14 @@ class ShardReader(StorageReader):
                 home, room = room[: piece.length], room[piece.length :]
             places.append(home)
         try:
-            length = storage.read_into((self.folder / file).uri, start, places)
+            length, digests = storage.read_into((self.folder / file).uri, start, places, Digest)
         except FileNotFoundError:
             raise CorruptCheckpoint(self.folder.uri, file, run[0].tensor, "is not there") from None
-        for piece, found in zip(run, places, strict=True):
+        for piece, found, told in zip(run, places, digests, strict=True):
             if piece.start + piece.length > start + length:
                 why = f"ends at byte {start + length:,}, before byte {piece.start + piece.length:,}"
                 raise CorruptCheckpoint(self.folder.uri, file, piece.tensor, why)
-            if digest(found) != piece.digest:
+            if told.hexdigest() != piece.digest:
                 why = f"has other bytes from {piece.start:,} to {piece.start + piece.length:,} than were written"
                 raise CorruptCheckpoint(self.folder.uri, file, piece.tensor, why)
             if piece.home() is None:

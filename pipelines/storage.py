@@ -22,8 +22,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from itertools import islice
-from typing import IO, Any, TypeVar
+from typing import IO, Any, Protocol, TypeVar
 from uuid import uuid4
 
 from fsspec.asyn import AsyncFileSystem, sync
@@ -71,37 +70,79 @@ def read(uri: str, start: int | None = None, stop: int | None = None) -> bytes:
     return bytes(data)
 
 
-def read_into(uri: str, start: int, buffers: Sequence[memoryview]) -> int:
-    """Bytes of a file from `start` on, into writable `buffers`, one after the other; returns how many there were. Raises as
-    `read` does.
+class Digest(Protocol):
+    """What is told bytes in their order."""
+
+    def update(self, data: memoryview, /) -> object: ...
+
+
+D = TypeVar("D", bound=Digest)
+
+
+def read_into(uri: str, start: int, buffers: Sequence[memoryview], new: Callable[[], D]) -> tuple[int, list[D]]:
+    """Bytes of a file from `start` on, into writable `buffers`, one after the other; returns how many there were, and of each
+    buffer that is full the digest of its bytes, begun by `new`. Raises as `read` does.
     """
     size = sum(map(len, buffers))
     filesystem, path = place(uri)
     if isinstance(filesystem, LocalFileSystem):
-        return tried(uri, lambda: _scatter(path, start, buffers))
+        return tried(uri, lambda: _scatter(path, start, buffers, [new() for _ in buffers]))
     data = memoryview(read(uri, start, start + size))
-    done = 0
-    for buffer in buffers:
+    done, digests = 0, [new() for _ in buffers]
+    for buffer, each in zip(buffers, digests, strict=True):
         here = data[done : done + len(buffer)]
         buffer[: len(here)] = here
+        each.update(here)
         done += len(here)
-    return done
+    return done, digests
 
+
+PORTION = 512 * 2**10
+"""Bytes of a disk that are read before they are digested: so few that they still lie in a core's own cache."""
 
 MOST_BUFFERS = 1024
 """Linux's limit on those of one call (IOV_MAX)."""
 
 
-def _scatter(path: str, start: int, buffers: Sequence[memoryview]) -> int:
-    left = deque(filter(None, buffers))
+def _scatter(path: str, start: int, buffers: Sequence[memoryview], digests: list[D]) -> tuple[int, list[D]]:
     done = 0
     with open(path, "rb", buffering=0) as source:
-        while left and (got := os.preadv(source.fileno(), [*islice(left, MOST_BUFFERS)], start + done)):
+        for some in _portions(buffers):
+            got = _filled(source.fileno(), [view for _, view in some], start + done)
             done += got
-            while left and got >= len(left[0]):
-                got -= len(left.popleft())
-            if got:
-                left[0] = left[0][got:]
+            for number, view in some:
+                digests[number].update(view)
+            if got < sum(len(view) for _, view in some):
+                break  # the file has ended
+    return done, digests
+
+
+def _portions(buffers: Sequence[memoryview]) -> Iterator[list[tuple[int, memoryview]]]:
+    """Parts of buffers, with the buffer's number, together up to `PORTION` bytes."""
+    some: list[tuple[int, memoryview]] = []
+    room = PORTION
+    for number, buffer in enumerate(buffers):
+        left = buffer
+        while left:
+            some.append((number, left[:room]))
+            left, room = left[room:], room - len(some[-1][1])
+            if not room or len(some) == MOST_BUFFERS:
+                yield some
+                some, room = [], PORTION
+    if some:
+        yield some
+
+
+def _filled(handle: int, views: Sequence[memoryview], start: int) -> int:
+    """Bytes that were read: all that the views hold, unless the file ends before."""
+    left = deque(views)
+    done = 0
+    while left and (got := os.preadv(handle, left, start + done)):
+        done += got
+        while left and got >= len(left[0]):
+            got -= len(left.popleft())
+        if got:
+            left[0] = left[0][got:]
     return done
 
 

@@ -59,6 +59,7 @@ def running(folder: Path) -> Iterator[Server]:
         str(weed), "mini", f"-dir={folder}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-admin.ui=false", "-webdav=false",
         f"-bucket={BUCKET}", f"-s3.port={ports['s3']}", f"-filer.port={ports['filer']}",
         f"-master.port={ports['master']}", f"-volume.port={ports['volume']}",
+        "-s3.port.iceberg=0", "-s3.port.lance=0",  # which would listen where a second server does
     ]  # fmt: skip
     environment = {**os.environ, "AWS_ACCESS_KEY_ID": KEY, "AWS_SECRET_ACCESS_KEY": SECRET}
     with (folder / "weed.log").open("wb") as log:

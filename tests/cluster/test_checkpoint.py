@@ -567,9 +567,12 @@ def test_a_stage_s_weights_are_read_alone_merged_and_written_as_parts(
     asked: list[int] = []
     read = storage.read_into
 
-    def counted(uri: str, start: int, buffers: Sequence[memoryview]) -> int:
-        asked.append(read(uri, start, buffers))
-        return asked[-1]
+    def counted(
+        uri: str, start: int, buffers: Sequence[memoryview], new: Callable[[], storage.D]
+    ) -> tuple[int, list[storage.D]]:
+        found = read(uri, start, buffers, new)
+        asked.append(found[0])
+        return found
 
     monkeypatch.setattr(storage, "read_into", counted)
     elsewhere = replace(small.vlm, lm=replace(small.vlm.lm, weights="nowhere"))  # which the checkpoint has no need of

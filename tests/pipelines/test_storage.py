@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from hashlib import sha256
 from pathlib import Path
 
 import fsspec
@@ -55,14 +56,19 @@ def test_many_ranges_come_back_in_order_and_what_is_not_there_as_none(root: str)
 @pytest.mark.parametrize(
     "sizes", [[1] * 2500, [0, 7, 0, 1000, 3, 0], [100, 10**6, 5], []], ids=["many", "some", "short", "none"]
 )
-def test_a_range_fills_buffers_one_after_the_other_and_says_how_far_it_went(root: str, sizes: list[int]) -> None:
+def test_a_range_fills_buffers_one_after_the_other_and_says_how_far_it_went(
+    root: str, sizes: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
     whole = (DATA + b"a.bin")[13:]
     buffers = [bytearray(size) for size in sizes]
-    length = storage.read_into(f"{root}/a.bin", 13, [*map(memoryview, buffers)])
+    monkeypatch.setattr(storage, "PORTION", 64)
+    length, digests = storage.read_into(f"{root}/a.bin", 13, [*map(memoryview, buffers)], sha256)
     assert length == min(len(whole), sum(sizes))
     assert b"".join(buffers)[:length] == whole[:length]
+    full = [number for number in range(len(sizes)) if sum(sizes[: number + 1]) <= length]
+    assert [digests[number].digest() for number in full] == [sha256(buffers[number]).digest() for number in full]
     with pytest.raises(FileNotFoundError):
-        storage.read_into(f"{root}/none.bin", 0, [memoryview(bytearray(1))])
+        storage.read_into(f"{root}/none.bin", 0, [memoryview(bytearray(1))], sha256)
 
 
 def test_an_empty_file_and_a_range_behind_the_end_are_empty(root: str) -> None:
