@@ -63,7 +63,7 @@ ray.shutdown()
 
 def measure(section: Section, quick: bool) -> None:
     chat(section, 40 if quick else CLIENTS, 1 if quick else 3)
-    first_step(section, 1 if quick else 2)
+    first_step(section, 1 if quick else 5)
     report(section, STEPS // 50 if quick else STEPS, 1 if quick else 3)
     metrics(section, 20 if quick else 200)
 
