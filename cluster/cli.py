@@ -24,9 +24,8 @@ def main(argv: list[str] | None = None) -> None:
         if not supervisor.is_driver():  # which need not know what the words mean
             sys.exit(supervisor.supervise(typed))
         supervisor.die_with_parent()
-    command = _read(words)
     try:
-        command()
+        _read(words)()
     except KeyboardInterrupt:
         sys.exit(130)
     except BrokenPipeError:  # `mllm plan ... | head` is no mistake

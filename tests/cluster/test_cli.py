@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -109,6 +110,17 @@ def test_a_traceback_is_for_those_who_ask(site_file: str, capfd: pytest.CaptureF
     told = capfd.readouterr().err
     assert told.startswith("Traceback")
     assert told.splitlines()[-1].startswith("error: no run 'no-such-run'")
+
+
+@pytest.mark.parametrize("words", ["--help", "recipes", "recipes vila_smoke"])
+def test_who_reads_on_no_longer_is_told_nothing(words: str) -> None:
+    """`mllm recipes | head`: the pipe's other end is closed."""
+    read, write = os.pipe()
+    os.close(read)
+    command = [str(Path(sys.executable).parent / "mllm"), *words.split()]
+    ended = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True)
+    os.close(write)
+    assert ended.stderr == ""
 
 
 def test_nobody_waits_for_what_a_command_does_not_need() -> None:
