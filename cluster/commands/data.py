@@ -9,7 +9,20 @@ from typing import Annotated
 
 from tyro.conf import Positional, arg
 
-from cluster.commands.words import Change, Corpus, Kind, Option, SiteFile, plain_console, recipe_of, site_of
+from cluster.commands.words import (
+    Change,
+    Corpus,
+    Flag,
+    Kind,
+    Name,
+    Number,
+    Option,
+    RunName,
+    SiteFile,
+    plain_console,
+    recipe_of,
+    site_of,
+)
 
 
 @dataclass
@@ -20,9 +33,9 @@ class Index:
     """A corpus's name, as a recipe or the site spells it, or an address, in quotes: 's3://bucket/x/{00000..00009}.tar'"""
     kind: Kind = None
     s: Option = ()
-    beside: bool = False
+    beside: Flag = False
     """Keep the index in the corpus's own folder, for all who read it."""
-    verify: bool = False
+    verify: Flag = False
     """Read every shard again and name those whose contents have changed."""
     site: SiteFile = None
 
@@ -42,7 +55,7 @@ class Check:
     """A corpus's name, as a recipe or the site spells it, or an address, in quotes: 's3://bucket/x/{00000..00009}.tar'"""
     kind: Kind = None
     s: Option = ()
-    sample: int | None = None
+    sample: Number = None
     """Read only about so many rows, in random chunks."""
     site: SiteFile = None
 
@@ -64,7 +77,7 @@ class Stats:
     s: Annotated[Change, arg(help="Change an option of the corpus (-s max_images=4), or the recipe.")] = ()
     sample: int = 2000
     """Read about so many rows, at random; of a recipe, so many of each stage."""
-    tokenizer: Annotated[str | None, arg(metavar="NAME")] = None
+    tokenizer: Name = None
     """Measure text in tokens: a recipe's name, a name under [weights] or a tokenizer's folder."""
     out: Path = Path("stats.html")
     site: SiteFile = None
@@ -87,8 +100,8 @@ class Stats:
 class Quarantine:
     """Show the rows that a run dropped, by corpus and reason."""
 
-    run: Positional[str]
-    rows: bool = False
+    run: RunName
+    rows: Flag = False
     """Every row by name."""
     site: SiteFile = None
 
@@ -110,7 +123,7 @@ class Preview:
     s: Annotated[Change, arg(help="Change an option of the corpus (-s max_images=4), or the recipe.")] = ()
     rows: int = 20
     """Rows of a corpus, drawn at random."""
-    stage: str | None = None
+    stage: Name = None
     """The stage of a recipe whose packs are shown; the first by default."""
     packs: int = 10
     """Packs of a recipe's stage."""

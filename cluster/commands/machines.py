@@ -7,26 +7,37 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-from tyro.conf import Positional, arg
+from tyro.conf import arg
 
-from cluster.commands.words import Change, SiteFile, Workers, plain_console, recipe_of, site_of
+from cluster.commands.words import (
+    AnyRecipe,
+    Change,
+    FilePath,
+    Flag,
+    Name,
+    RecipeName,
+    SiteFile,
+    Workers,
+    plain_console,
+    recipe_of,
+    site_of,
+)
 
 
 @dataclass
 class Manifest:
     """Write what Kubernetes, AWS, machines by ssh or Slurm are asked for to run a recipe: [deploy] of the site says of nodes."""
 
-    recipe: Positional[str]
-    """A recipe's name, or a recipe.json."""
+    recipe: RecipeName
     target: Annotated[str, arg(name="for", metavar="TARGET")]
     """rayjob, raycluster (KubeRay), aws, onprem (Ray's cluster launcher) or slurm."""
     s: Change = ()
     """Change the recipe, stages by name: -s stages.pretrain.tune.lm.lr=3e-5"""
     workers: Workers = None
     """Training workers, or the fewest and the most. The site's by default."""
-    run: str | None = None
+    run: Name = None
     """The run's name; the recipe's by default."""
-    out: Path | None = None
+    out: FilePath = None
     """The folder that the files go to; manifests/RUN-TARGET by default."""
     site: SiteFile = None
 
@@ -48,13 +59,13 @@ class Manifest:
 class Doctor:
     """Tell what this machine, or the site's cluster, has and lacks, for a recipe if one is named, and what to do about it."""
 
-    recipe: Positional[str | None] = None
+    recipe: AnyRecipe = None
     """A recipe's name, or a recipe.json."""
     s: Change = ()
     """Change the recipe, stages by name: -s stages.pretrain.tune.lm.lr=3e-5"""
     workers: Workers = None
     """Training workers, or the fewest and the most. The site's by default."""
-    json: bool = False
+    json: Flag = False
     """Print the findings as JSON, in a line."""
     site: SiteFile = None
 

@@ -3,32 +3,31 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Literal
 
-from tyro.conf import Positional, arg
+from tyro.conf import arg
 
-from cluster.commands.words import SiteFile, plain_console, site_of
+from cluster.commands.words import Checkpoint, FilePath, Flag, Number, RunName, SiteFile, plain_console, site_of
 
 
 @dataclass
 class Evaluate:
     """Evaluate a run's last checkpoint on held-out corpora (loss, accuracy, few-shot probe) or a benchmark's questions."""
 
-    run: Positional[str]
-    shots: Annotated[tuple[int, ...], arg(metavar="K")] = ()
+    run: RunName
+    shots: Annotated[tuple[int, ...], arg(metavar="K", help_behavior_hint="")] = ()
     """Examples before each question of the probe, as 0 1 2 4 8; the recipe's by default."""
-    text: Annotated[tuple[str, ...], arg(metavar="CORPUS")] = ()
+    text: Annotated[tuple[str, ...], arg(metavar="CORPUS", help_behavior_hint="")] = ()
     """Corpora of text alone, besides those held out, whose loss is held against that before the first stage."""
     task: Literal["textvqa", "vqav2", "mme", "mmmu", "mmbench", "pope", "exact"] | None = None
     """A benchmark whose questions are in --file."""
-    file: Path | None = None
+    file: FilePath = None
     """The questions: a JSON object a line, or MMBench's table (docs/serving.md says which fields)."""
-    images: Path | None = None
+    images: FilePath = None
     """The folder of the pictures that the questions name; the file's own by default."""
-    most: int | None = None
+    most: Number = None
     """Ask so many questions only."""
-    out: Path | None = None
+    out: FilePath = None
     """Write the scores to this file too, as JSON."""
     site: SiteFile = None
 
@@ -52,10 +51,10 @@ class Evaluate:
 class Export:
     """Write a run's last checkpoint as a folder that transformers loads, read it back, and release it if it is the same."""
 
-    run: Positional[str]
-    out: Path | None = None
+    run: RunName
+    out: FilePath = None
     """Where to; the run's own export/ by default."""
-    adapter: bool = False
+    adapter: Flag = False
     """Keep the last stage's LoRA adapters apart, in adapter/ as peft reads them, beside the weights they were trained on."""
     site: SiteFile = None
 
@@ -70,23 +69,23 @@ class Export:
 class Chat:
     """Talk to a model in the terminal: a line is a question, /image FILE shows a picture with it."""
 
-    checkpoint: Positional[str]
-    """A folder that `mllm export` wrote, or a run's name."""
-    say: str | None = None
+    checkpoint: Checkpoint
+    say: Annotated[str | None, arg(metavar="TEXT", help_behavior_hint="")] = None
     """Ask this one question and end."""
-    image: Annotated[tuple[str, ...], arg(metavar="FILE")] = ()
+    image: Annotated[tuple[str, ...], arg(metavar="FILE", help_behavior_hint="")] = ()
     """Pictures that are shown with the first question."""
-    system: str | None = None
+    system: Annotated[str | None, arg(metavar="TEXT", help_behavior_hint="")] = None
     """What the system says first."""
-    max_tokens: int | None = None
+    max_tokens: Number = None
     """Of an answer; by default 256, or what the context has room for."""
     temperature: float = 0.0
     """0 takes the likeliest token each time; 1 draws as the model says."""
     top_p: float = 1.0
     """Draw of the likeliest tokens that hold this share of the probability."""
-    stop: Annotated[tuple[str, ...], arg(metavar="TEXT")] = ()
+    stop: Annotated[tuple[str, ...], arg(metavar="TEXT", help_behavior_hint="")] = ()
     """End the answer before any of these."""
-    seed: int | None = None
+    seed: Number = None
+    """Of what is drawn: the same seed, the same answer."""
     site: SiteFile = None
 
     def __call__(self) -> None:
@@ -107,11 +106,10 @@ class Chat:
 class Serve:
     """Serve a model over OpenAI's chat API (/v1/chat/completions, /v1/models) on Ray Serve, to this machine alone."""
 
-    checkpoint: Positional[str]
-    """A folder that `mllm export` wrote, or a run's name."""
-    port: int | None = None
+    checkpoint: Checkpoint
+    port: Number = None
     """The site's by default, 8000. The address to listen at is the site's too: [serve] host."""
-    replicas: int | None = None
+    replicas: Number = None
     """Processes that hold the model each; the site's by default, 1."""
     site: SiteFile = None
 

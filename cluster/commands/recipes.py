@@ -5,19 +5,20 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated
 
-from tyro.conf import Positional, arg
+from tyro.conf import arg
 
-from cluster.commands.words import Change, SiteFile, recipe_of, site_of
+from cluster.commands.words import AnyRecipe, Change, Flag, RecipeName, SiteFile, recipe_of, site_of
 
 
 @dataclass
 class Recipes:
     """List the recipes, or print one, or all whose names begin so."""
 
-    name: Positional[str | None] = None
-    json: bool = False
+    name: AnyRecipe = None
+    """A recipe's name, or how names begin; all by default."""
+    json: Flag = False
     """Print it as JSON, every default written out."""
-    tree: bool = False
+    tree: Flag = False
     """Print its model along its axes, and its stages: data, trained parts, token budget."""
 
     def __call__(self) -> None:
@@ -49,18 +50,18 @@ class Recipes:
 class Plan:
     """Tell what a run would be: mixture, trained parts, FLOPs, memory, steps. Needs no GPU and no data."""
 
-    recipe: Positional[str]
+    recipe: RecipeName
     s: Change = ()
     """Change the recipe, stages by name: -s stages.pretrain.tune.lm.lr=3e-5"""
-    gpu: str = "a100"
+    gpu: Annotated[str, arg(metavar="GPU")] = "a100"
     """What GPU-hours are of: a100, h100, h200, b200."""
-    mfu: str = "0.35-0.45"
+    mfu: Annotated[str, arg(metavar="SHARES")] = "0.35-0.45"
     """The share of its peak that a GPU reaches, from the least to the most."""
-    measured: Annotated[str | None, arg(name="from", metavar="RUN")] = None
+    measured: Annotated[str | None, arg(name="from", metavar="RUN", help_behavior_hint="")] = None
     """Take the speed that this run's steps have reached in place of --gpu and --mfu."""
-    price: float | None = None
+    price: Annotated[float | None, arg(metavar="MONEY", help_behavior_hint="")] = None
     """Of a GPU-hour, in any money."""
-    diff: Annotated[str | None, arg(metavar="OTHER")] = None
+    diff: Annotated[str | None, arg(metavar="OTHER", help_behavior_hint="")] = None
     """Another recipe, or a recipe.json: every value in which they differ, and the numbers that change with it."""
     site: SiteFile = None
 

@@ -4,27 +4,36 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from tyro.conf import Positional
-
-from cluster.commands.words import Change, SiteFile, Workers, plain_console, recipe_of, site_of
+from cluster.commands.words import (
+    AnyRun,
+    Change,
+    Flag,
+    Name,
+    RecipeName,
+    RunName,
+    SiteFile,
+    Workers,
+    plain_console,
+    recipe_of,
+    site_of,
+)
 
 
 @dataclass
 class Trained:
     """What `train` and `submit` are told of a run."""
 
-    recipe: Positional[str]
-    """A recipe's name, or a recipe.json."""
+    recipe: RecipeName
     s: Change = ()
     """Change the recipe, stages by name: -s stages.pretrain.tune.lm.lr=3e-5"""
     workers: Workers = None
     """Training workers, or the fewest and the most: the run grows and shrinks with the cluster. The site's by default."""
-    run: str | None = None
+    run: Name = None
     """The run's name; the recipe's by default."""
     site: SiteFile = None
-    tiny: bool = False
+    tiny: Flag = False
     """The same structure at toy size, two steps a stage over the example corpora: whether a recipe's parts fit together."""
-    unchecked: bool = False
+    unchecked: Flag = False
     """Do not ask the cluster's nodes first what stands in the way (mllm doctor)."""
 
 
@@ -60,8 +69,8 @@ class Submit(Trained):
 class Logs:
     """Print what a run's newest job has printed."""
 
-    run: Positional[str]
-    follow: bool = False
+    run: RunName
+    follow: Flag = False
     """Go on until the job ends."""
     site: SiteFile = None
 
@@ -75,7 +84,7 @@ class Logs:
 class Stop:
     """Have a run save and stop, and wait until it has; the command that began it goes on with it."""
 
-    run: Positional[str]
+    run: RunName
     site: SiteFile = None
 
     def __call__(self) -> None:
@@ -88,7 +97,8 @@ class Stop:
 class Status:
     """Show where a run stands: stages, losses, dropped rows. Without a name, list the runs."""
 
-    run: Positional[str | None] = None
+    run: AnyRun = None
+    """A run's name; all by default."""
     site: SiteFile = None
 
     def __call__(self) -> None:

@@ -7,14 +7,14 @@ from pathlib import Path
 
 from tyro.conf import Positional
 
-from cluster.commands.words import SiteFile, plain_console, site_of
+from cluster.commands.words import RunName, SiteFile, plain_console, site_of
 
 
 @dataclass
 class Report:
     """Write a run's report again."""
 
-    run: Positional[str]
+    run: RunName
     site: SiteFile = None
 
     def __call__(self) -> None:
@@ -31,7 +31,7 @@ class Report:
 class Watch:
     """Serve a run's report to a browser while it goes: losses, throughput, workers, faults, dropped rows, what it writes."""
 
-    run: Positional[str]
+    run: RunName
     host: str = "127.0.0.1"
     """The address to listen at; others than this machine reach it only where this says so."""
     port: int = 8266
@@ -56,7 +56,7 @@ class Watch:
 class Profile:
     """Look into a run that goes: a trace of a rank's next steps, and where its threads stand. Nothing is restarted."""
 
-    run: Positional[str]
+    run: RunName
     rank: int = 0
     steps: int = 5
     wait: float = 300.0

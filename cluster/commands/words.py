@@ -15,12 +15,37 @@ if TYPE_CHECKING:
     from mllm.recipe import Recipe
 
 Change = Annotated[UseAppendAction[tuple[str, ...]], arg(name="s", aliases=["-s"], metavar="KEY=VALUE")]
-SiteFile = Annotated[str | None, arg(metavar="FILE")]
-Workers = Annotated[tuple[int, ...] | None, arg(metavar="N [MOST]")]
+RecipeName = Annotated[Positional[str], arg(metavar="RECIPE", help="A recipe's name, or a recipe.json.")]
+RunName = Annotated[Positional[str], arg(metavar="RUN", help="A run's name.")]
+Checkpoint = Annotated[
+    Positional[str], arg(metavar="CHECKPOINT", help="A folder that `mllm export` wrote, or a run's name.")
+]
+AnyRecipe = Annotated[Positional[str | None], arg(metavar="[RECIPE]", help_behavior_hint="")]
+AnyRun = Annotated[Positional[str | None], arg(metavar="[RUN]", help_behavior_hint="")]
 Corpus = Annotated[Positional[str], arg(metavar="CORPUS")]
+
+# Of these the help says what happens without them, or nothing does: "(default: None)" says less.
+Flag = Annotated[bool, arg(help_behavior_hint="")]
+Name = Annotated[str | None, arg(metavar="NAME", help_behavior_hint="")]
+Number = Annotated[int | None, arg(metavar="N", help_behavior_hint="")]
+FilePath = Annotated[Path | None, arg(metavar="PATH", help_behavior_hint="")]
+SiteFile = Annotated[
+    str | None,
+    arg(
+        metavar="FILE",
+        help="The site file, which says where corpora, runs and the cluster are; by default $MLLM_SITE, site.toml here, or "
+        "the example's.",
+        help_behavior_hint="",
+    ),
+]
+Workers = Annotated[tuple[int, ...] | None, arg(metavar="N [MOST]", help_behavior_hint="")]
 Kind = Annotated[
     str | None,
-    arg(metavar="KIND", help="pairs, interleaved, conversations, ...; by default the first row tells it."),
+    arg(
+        metavar="KIND",
+        help="pairs, interleaved, conversations, ...; by default the first row tells it.",
+        help_behavior_hint="",
+    ),
 ]
 Option = Annotated[Change, arg(help="Change an option of the corpus: -s max_images=4 -s images=s3://bucket/pictures")]
 
