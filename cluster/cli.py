@@ -54,9 +54,10 @@ def _told(error: Exception, debug: bool = False) -> int:
 
     Most commands end well and need not import what they might meet.
     """
-    from cluster.controller import ClusterLost, RunError, Stopped
+    from cluster.controller import ClusterLost, RunError
     from cluster.jobs import JobError
     from cluster.journal import Fenced
+    from cluster.leaving import Stopped
     from cluster.local import NoCluster
     from cluster.profiling import NoProfile
     from pipelines.storage import StorageError

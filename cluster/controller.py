@@ -40,7 +40,7 @@ from cluster.journal import (
     StageStarted,
 )
 from cluster.lease import Held, Lease
-from cluster.leaving import AFTER, end_within
+from cluster.leaving import AFTER, Stopped, end_within
 from cluster.metrics import Evaluation, RunFolder
 from cluster.policy import Standing, gate_values
 from cluster.preflight import refusals, this_machine, untrusted
@@ -66,10 +66,6 @@ class RunError(RuntimeError):
 
 class ClusterLost(RuntimeError):
     """The Ray cluster or the storage is gone, or this process's way to it: another process may find it again."""
-
-
-class Stopped(RuntimeError):
-    """The run was asked to stop, and did; it can go on."""
 
 
 class Watcher(Protocol):

@@ -335,7 +335,10 @@ def lines(run: RunCost, worlds: Sequence[int]) -> list[str]:
     if not run.known:
         return out
     whole = "in all" if run.whole else "without the stages that are not known"
-    money = "" if run.money is None else f", {run.money[0]:,.0f} to {run.money[1]:,.0f} at {run.price:g} an hour"
+    money = ""
+    if run.money is not None:
+        least, most = (f"{each:,.0f}" if each >= 10 else f"{each:.2g}" for each in run.money)
+        money = f", {least} to {most} at {run.price:g} an hour"
     out.append(f"  {hours_words(run.hours)} {whole}{money}")
     for world in worlds:
         low, high = run.hours[0] / world, run.hours[1] / world

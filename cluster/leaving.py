@@ -1,9 +1,12 @@
-"""A process that was asked to stop ends in time, whatever of it hangs."""
+"""A process that is asked to stop does, and ends in time, whatever of it hangs."""
 
 from __future__ import annotations
 
 import faulthandler
 import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from math import ceil
 from pathlib import Path
 
@@ -14,6 +17,30 @@ TOLD = 5.0
 """Seconds before its end at which a process that still is there writes down where its threads stand."""
 
 FILE = "stopping.txt"
+
+
+class Stopped(RuntimeError):
+    """The command was asked to stop, and did; a run can go on."""
+
+
+@contextmanager
+def asked_to_stop() -> Iterator[None]:
+    """SIGTERM raises Stopped in the main thread, as Ctrl-C raises KeyboardInterrupt. While workers train the controller has both.
+
+    For a process in which Ray has begun, which would have SIGTERM end it as a fault does.
+    """
+
+    def stop(number: int, _: object) -> None:
+        raise Stopped(signal.Signals(number).name)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def end_within(seconds: float, logs: Path) -> None:

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import importlib
 import os
-import signal
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from rich.console import Console
 
-from cluster.controller import Controller, RunError, Stopped
+from cluster.controller import Controller, RunError
 from cluster.indexing import corpora_of, index_missing
 from cluster.journal import Journal, RunState, StageFinished
+from cluster.leaving import Stopped, asked_to_stop
 from cluster.local import quieten, ray_running
 from cluster.metrics import RunFolder
 from cluster.site import Site
@@ -54,7 +51,7 @@ def train(recipe: Recipe, site: Site, name: str | None, console: Console, unchec
         try:
             with (
                 ray_running(site.ray_address, site.cpus(recipe), folder.logs, site.ray_token_file),
-                _asked_to_stop(),
+                asked_to_stop(),
                 live,
                 Telemetry(folder, recipe, sinks, live.say),
             ):
@@ -74,26 +71,6 @@ def train(recipe: Recipe, site: Site, name: str | None, console: Console, unchec
     console.print(summary(folder, recipe, controller.journal.state()))
     _paths(folder, console)
     return folder
-
-
-@contextmanager
-def _asked_to_stop() -> Iterator[None]:
-    """SIGTERM raises Stopped in the main thread, as Ctrl-C raises KeyboardInterrupt. While workers train the controller has both.
-
-    Ray, which has begun, would have it end the process as a fault does.
-    """
-
-    def stop(number: int, _: object) -> None:
-        raise Stopped(signal.Signals(number).name)
-
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def _export(site: Site, recipe: Recipe, folder: RunFolder, console: Console) -> None:

@@ -6,13 +6,14 @@ import os
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, redirect_stdout
 from dataclasses import replace
 from pathlib import Path
 from tempfile import gettempdir
 from typing import Any
 
-from cluster.local import ray_running
+from cluster.leaving import asked_to_stop
+from cluster.local import divert_ray_logging, ray_running
 from cluster.serving.find import Found, found
 from cluster.site import Serving, Site
 
@@ -27,6 +28,8 @@ def served(export: Found, serving: Serving) -> Iterator[str]:
     """Serve the model on the Ray that runs, and say where. Raises RuntimeError where no replica comes up."""
     from ray import serve
     from ray.serve.config import HTTPOptions
+
+    divert_ray_logging()  # Serve's own too, which its import has begun
 
     from cluster.serving.replica import Replica
 
@@ -53,7 +56,7 @@ def served(export: Found, serving: Serving) -> Iterator[str]:
 
 
 def serve(site: Site, checkpoint: str, port: int | None = None, replicas: int | None = None) -> None:
-    """Serve the model of `checkpoint` until Ctrl-C, `port` and `replicas` standing in place of the site's.
+    """Serve the model of `checkpoint` until Ctrl-C or SIGTERM, `port` and `replicas` standing in place of the site's.
 
     Raises RunError where there is no such model, ValueError where the port is taken.
     """
@@ -68,14 +71,19 @@ def serve(site: Site, checkpoint: str, port: int | None = None, replicas: int | 
     with found(site, checkpoint) as export:
         logs = Path(gettempdir()) / "mllm" / export.name / "serve"
         with (
+            ExitStack() as ending,
             ray_running(site.ray_address, 1 + serving.replicas, logs, site.ray_token_file),
+            asked_to_stop(),
             served(export, serving) as address,
         ):
-            print(f"{export.name} at {address}/v1 (Ctrl-C ends)", flush=True)
-            if serving.host not in LOOPBACK:
-                print(f"whoever reaches {serving.host} may use it: nobody is asked for a key", flush=True)
-            while True:
-                time.sleep(3600)
+            try:
+                print(f"{export.name} at {address}/v1 (Ctrl-C ends)", flush=True)
+                if serving.host not in LOOPBACK:
+                    print(f"whoever reaches {serving.host} may use it: nobody is asked for a key", flush=True)
+                while True:
+                    time.sleep(3600)
+            finally:  # Ray tells of its controller's death as of a failure, on standard output
+                ending.enter_context(redirect_stdout(ending.enter_context((logs / "ending.log").open("w"))))
 
 
 def _free(serving: Serving) -> None:

@@ -6,6 +6,7 @@ import base64
 import io
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -269,6 +270,22 @@ def test_one_talks_in_the_terminal(folder: Path, tmp_path: Path) -> None:
     assert done.stdout == "".join(f"{one}\n" for one in ours)
     assert "cannot: " in done.stderr
     assert "nowhere.png" in done.stderr
+
+
+@pytest.mark.alone
+@pytest.mark.parametrize(("asked", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_the_command_says_where_and_ends_when_it_is_asked_to(folder: Path, asked: signal.Signals, code: int) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    command = [str(Path(sys.executable).parent / "mllm"), "serve", str(folder), "--port", str(port)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        assert process.stdout is not None
+        said = process.stdout.readline()
+        assert said == f"{folder.name} at http://127.0.0.1:{port}/v1 (Ctrl-C ends)\n"
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as client:
+            answer(client, {"model": folder.name, "messages": [{"role": "user", "content": "Hm?"}], "max_tokens": 2})
+        process.send_signal(asked)
+        assert (process.stdout.read(), process.wait(60)) == ("", code)
 
 
 def test_mistakes_are_told_in_one_line(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
