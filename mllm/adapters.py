@@ -8,16 +8,19 @@ is the model that was trained, as `merge_adapters` would have made it.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from mllm.folders.wholes import form_of, theirs
 from mllm.model import Model
 from mllm.recipe import Recipe
+from mllm.tune import merge_adapters
 from mllm.vlm import VLM
 
 ADAPTER = "adapter"
@@ -102,6 +105,40 @@ def _name(recipe: Recipe, name: str) -> str:
             "merged weights, without --adapter"
         )
     return name.removeprefix(WITHIN)
+
+
+def merge_from(folder: Path, recipe: Recipe, model: Model) -> None:
+    """Add the adapters that `Adapters.write` left in `folder` to the weights of `model`, which they were taken off.
+
+    Raises ValueError where one belongs to a matrix that the model has not.
+    """
+    from peft import LoraConfig, inject_adapter_in_model
+
+    config: Any = LoraConfig.from_pretrained(str(folder))
+    tensors = load_file(folder / "adapter_model.safetensors")
+    wanted = set(config.target_modules)
+    names = {theirs: ours for ours, theirs in _matrices(recipe, model) if theirs in wanted}
+    if odd := sorted(wanted - names.keys()):
+        raise ValueError(
+            f"{folder} has an adapter of {odd[0]}, and the model beside it has no such matrix; export again"
+        )
+    config.target_modules = list(names.values())
+    config.rank_pattern = {names[name]: rank for name, rank in config.rank_pattern.items()}
+    config.alpha_pattern = {names[name]: alpha for name, alpha in config.alpha_pattern.items()}
+    inject_adapter_in_model(config, model)
+    own = dict(model.named_parameters())
+    for key, value in tensors.items():  # peft's file says `lora_A.weight`, and `lora_magnitude_vector` without
+        name, _, of = key.removeprefix("base_model.model.").removesuffix(".weight").rpartition(".")
+        own[f"{names[name]}.{of}.default.weight"].data.copy_(value)
+    merge_adapters(model)
+
+
+def _matrices(recipe: Recipe, model: Model) -> Iterator[tuple[str, str]]:
+    """The model's matrices, by our name and transformers'; those that no adapter of an export can belong to are left out."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear):
+            with suppress(ValueError, KeyError):
+                yield name, _name(recipe, name)
 
 
 def put_on(model: nn.Module, folder: Path) -> Any:

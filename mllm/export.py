@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 from typing import Protocol
 
+from mllm.adapters import ADAPTER, merge_from
 from mllm.folders import kinds, wholes
 from mllm.folders.own import Own
 from mllm.folders.parts import Parts
@@ -45,11 +46,15 @@ def export(recipe: Recipe, model: Model, tokenizer: str | None, out: Path) -> Pa
 
 
 def read_back(folder: Path) -> Model:
-    """The model that `export` wrote to `folder`, float32, on CPU. Raises FileNotFoundError when it is no export of ours.
+    """The model that `export` wrote to `folder`, float32, on CPU; adapters that lie beside it are merged into it.
 
+    Raises FileNotFoundError when it is no export of ours.
     Transformers itself reads its files: names on disk are not those of its modules.
     """
     if not (folder / "recipe.json").is_file():
         raise FileNotFoundError(f"{folder} has no recipe.json; name a folder that `mllm export` wrote")
     recipe = load((folder / "recipe.json").read_bytes())
-    return form_of(recipe).read(recipe, folder)
+    model = form_of(recipe).read(recipe, folder)
+    if (folder / ADAPTER).is_dir():
+        merge_from(folder / ADAPTER, recipe, model)
+    return model

@@ -208,10 +208,7 @@ def _logits(model: Any, batch: Batch) -> Tensor:
 
 
 def _by_ours(folder: Path, batch: Batch) -> Tensor:
-    model: Any = read_back(folder).eval()
-    if (folder / ADAPTER).is_dir():
-        model.lm.model = put_on(model.lm.model, folder / ADAPTER).merge_and_unload()
-    return _logits(model, batch)
+    return _logits(read_back(folder).eval(), batch)
 
 
 def _by_transformers(form: Form, recipe: Recipe, folder: Path, batch: Batch) -> tuple[str, Tensor]:

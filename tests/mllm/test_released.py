@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from mllm.adapters import ADAPTER, take_off
 from mllm.connectors import MLP
-from mllm.export import export
+from mllm.export import export, read_back
 from mllm.model import Model
 from mllm.recipe import LoRA, Recipe
 from mllm.recipes import by_name
@@ -97,7 +97,9 @@ def test_what_computes_something_else_is_not(small: Recipe, depth: int, how: str
 @pytest.mark.parametrize("dora", [False, True])
 @pytest.mark.parametrize("depth", [2, 1])
 @torch.no_grad()
-def test_an_adapter_apart_is_the_trained_model_to_peft(small: Recipe, depth: int, dora: bool, tmp_path: Path) -> None:
+def test_an_adapter_apart_is_the_trained_model_to_peft_and_to_us(
+    small: Recipe, depth: int, dora: bool, tmp_path: Path
+) -> None:
     """On the whole model of transformers, and on the language model's folder; ranks may differ between parts."""
     tune = {
         "lm.layers": LoRA(lr=1e-3, rank=4, alpha=8, dora=dora),
@@ -121,6 +123,9 @@ def test_an_adapter_apart_is_the_trained_model_to_peft(small: Recipe, depth: int
         release(recipe, folder, before, "sft", "f00")
     adapters.write(folder / ADAPTER)
     assert release(recipe, folder, before, "sft", "f00").agree == 1
+    again = seen(recipe, read_back(folder), (), None)  # as one talks to it
+    assert again.logits is not None
+    assert (before.logits - again.logits).abs().max() < 1e-4
 
 
 def test_without_an_adapter_there_is_none_to_be_kept_apart(small: Recipe) -> None:
