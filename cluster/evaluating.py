@@ -164,7 +164,9 @@ def evaluate_task(
     model = trained_model(recipe, folder)
     if torch.cuda.is_available():
         model = model.cuda()
-    speaker = Speaker(recipe, model, site.folder(words) if words else "")
+    asks = recipe.instructions
+    annotate = asks.packs(site.folder) if asks else None
+    speaker = Speaker(recipe, model, site.folder(words) if words else "", annotate=annotate)
     answers, refused = _answers(speaker, [one.turns for one in asked], console)
     scores = chosen.scores(asked, answers)
     for key, value in scores.items():

@@ -62,7 +62,9 @@ def export_of(site: Site, recipe: Recipe, folder: RunFolder, out: Place, adapter
     with TemporaryDirectory() as scratch:
         tokenizer = recipe.model.words.tokenizer
         words = site.folder(tokenizer) if tokenizer else None
-        made = export(recipe, model, words, out.path if out.local else Path(scratch) / "export")
+        asks = recipe.instructions
+        read = site.folder(asks.tokenizer) if asks else None
+        made = export(recipe, model, words, out.path if out.local else Path(scratch) / "export", read)
         del model  # two of a large one might be too many
         if adapters is not None:
             adapters.write(made / ADAPTER)

@@ -10,6 +10,8 @@ from mllm.adapters import ADAPTER, merge_from
 from mllm.folders import kinds, wholes
 from mllm.folders.own import Own
 from mllm.folders.parts import Parts
+from mllm.folders.processors import copy_tokenizer
+from mllm.instructed import QFORMER_TOKENIZER
 from mllm.model import Model
 from mllm.recipe import Recipe, dump, load
 from mllm.vlm import VLM
@@ -33,12 +35,18 @@ def form_of(recipe: Recipe) -> FolderForm:
     return kinds.family_of(recipe.model) or Own()
 
 
-def export(recipe: Recipe, model: Model, tokenizer: str | None, out: Path) -> Path:
-    """Write `model` to the folder `out`, with the tokenizer of the folder `tokenizer`, if any; replaces what was there."""
+def export(recipe: Recipe, model: Model, tokenizer: str | None, out: Path, asks: str | None = None) -> Path:
+    """Write `model` to the folder `out`, with the tokenizer of the folder `tokenizer`, if any; replaces what was there.
+
+    `asks` is the folder of the tokenizer of a Q-Former that reads instructions.
+    """
     scratch = out.with_name(f".{out.name}.part")
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)
     form_of(recipe).write(recipe, model, tokenizer, scratch)
+    if asks is not None:
+        (scratch / QFORMER_TOKENIZER).mkdir()
+        copy_tokenizer(asks, scratch / QFORMER_TOKENIZER)
     (scratch / "recipe.json").write_text(dump(recipe))
     shutil.rmtree(out, ignore_errors=True)
     scratch.rename(out)

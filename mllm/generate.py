@@ -7,7 +7,7 @@ for each token. `decoder_of` chooses. Both are for trying a model out: prompts t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, Protocol
 
@@ -81,18 +81,28 @@ class Decoder(Protocol):
         ...
 
 
-def decoder_of(model: Model) -> Decoder:
-    """The quickest decoder for `model`, which is that decoder's from now on. Raises ValueError where the model writes no text."""
+Annotate = Callable[[Pack], Pack]
+"""What writes into a pack what its model reads besides (`mllm.annotators`)."""
+
+
+def decoder_of(model: Model, annotate: Annotate | None = None) -> Decoder:
+    """The quickest decoder for `model`, which is that decoder's from now on.
+
+    `annotate` writes instructions for a model whose connector reads them, as they are when prompts begin. Raises ValueError where
+    the model writes no text, or would read instructions that nobody writes.
+    """
     if type(model).next_logits is Model.next_logits:
         raise ValueError(
             f"{type(model).__name__} writes no text, so it cannot be talked to; take a model with a language model"
         )
-    if isinstance(model, VisionLanguageModel) and model.instructed is not None:
+    if isinstance(model, VisionLanguageModel) and model.reads_instructions and annotate is None:
         raise ValueError(
-            "the model's connector reads the instruction with words of its own, which only its training pipeline makes; it "
-            "cannot be talked to yet"
+            "the model's connector reads the instruction with words of its own, and nothing here writes it in them; name the "
+            "run, or export it again, so that the Q-Former's tokenizer lies in the folder"
         )
-    return Cached(model) if isinstance(model, VisionLanguageModel) and can_cache(model) else Recomputed(model)
+    if isinstance(model, VisionLanguageModel) and can_cache(model):
+        return Cached(model, annotate)
+    return Recomputed(model, annotate)
 
 
 def can_cache(model: VisionLanguageModel) -> bool:
@@ -107,14 +117,17 @@ def can_cache(model: VisionLanguageModel) -> bool:
 class Recomputed:
     """All prompts as one pack, computed anew for each token."""
 
-    def __init__(self, model: Model) -> None:
+    def __init__(self, model: Model, annotate: Annotate | None = None) -> None:
         self.model = model
+        self.annotate = annotate
         self.device = next(model.parameters()).device
         self.prompts: list[Sample] = []
         self.tiles: list[NDArray[np.uint8]] = []
+        self.asked: NDArray[np.int32] | None = None
 
     def begin(self, prompts: Sequence[Sample], tiles: Sequence[NDArray[np.uint8]]) -> Float[Tensor, "S C"]:
         self.prompts, self.tiles = list(prompts), list(tiles)
+        self.asked = _pack(prompts, tiles, self.annotate).instructions
         return self._logits()
 
     def step(self, tokens: Sequence[int]) -> Float[Tensor, "S C"]:
@@ -124,10 +137,12 @@ class Recomputed:
     def keep(self, rows: Sequence[int]) -> None:
         self.prompts = [self.prompts[row] for row in rows]
         self.tiles = [self.tiles[row] for row in rows]
+        self.asked = None if self.asked is None else self.asked[list(rows)]
 
     @torch.no_grad()
     def _logits(self) -> Tensor:
-        return self.model.next_logits(_batch(self.prompts, self.tiles, self.device))
+        pack = replace(_pack(self.prompts, self.tiles, None), instructions=self.asked)
+        return self.model.next_logits(Batch.of(pack, self.device))
 
 
 class Cached:
@@ -136,8 +151,9 @@ class Cached:
     Prompts are filled up at their left, where the mask hides it, so that all go on at the same place.
     """
 
-    def __init__(self, model: VisionLanguageModel) -> None:
+    def __init__(self, model: VisionLanguageModel, annotate: Annotate | None = None) -> None:
         self.model = model
+        self.annotate = annotate
         self.lm: Any = model.lm.model
         self.device = next(model.parameters()).device
         self.seen: Any = None
@@ -146,7 +162,7 @@ class Cached:
     @torch.no_grad()
     def begin(self, prompts: Sequence[Sample], tiles: Sequence[NDArray[np.uint8]]) -> Float[Tensor, "S C"]:
         self.lm.set_attn_implementation("sdpa")  # ours is over packs, and has no cache
-        batch = _batch(prompts, tiles, self.device)
+        batch = Batch.of(_pack(prompts, tiles, self.annotate), self.device)
         text = self.model.lm.embed(batch.input_ids)
         whole = spliced(text, self.model.visual(batch), batch.visual, batch.visual_count)
         rows = whole.split([len(prompt.input_ids) for prompt in prompts])
@@ -180,8 +196,9 @@ class Cached:
         return out.logits[:, -1]
 
 
-def _batch(prompts: Sequence[Sample], tiles: Sequence[NDArray[np.uint8]], device: torch.device) -> Batch:
-    return Batch.of(Pack.of_samples(prompts, np.concatenate(list(tiles))), device)
+def _pack(prompts: Sequence[Sample], tiles: Sequence[NDArray[np.uint8]], annotate: Annotate | None) -> Pack:
+    pack = Pack.of_samples(prompts, np.concatenate(list(tiles)))
+    return pack if annotate is None else annotate(pack)
 
 
 def longer(prompt: Sample, *tokens: int) -> Sample:

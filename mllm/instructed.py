@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, Literal, Self
 
 import numpy as np
@@ -163,3 +164,15 @@ class Instructions:
             text = text.replace(mark, " ") if mark.strip() else text
             text = text.removesuffix(mark.rstrip()) if mark.strip() else text
         return text.strip()
+
+
+QFORMER_TOKENIZER = "qformer_tokenizer"
+"""The folder within an export that holds the Q-Former's tokenizer, by the name that InstructBLIP's own folders have."""
+
+
+def in_folder(how: Instructions | None, folder: Path, text: Path) -> Callable[[Pack], Pack] | None:
+    """`how`, of an export: the Q-Former's tokenizer lies in it, the language model's in `text`. None where there is none."""
+    own = folder / QFORMER_TOKENIZER
+    if how is None or not own.is_dir():
+        return None
+    return replace(how, tokenizer=str(own), of=str(text)).packs(str)

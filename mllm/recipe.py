@@ -387,6 +387,11 @@ class Recipe:
             )
         return self.model
 
+    @property
+    def instructions(self) -> Instructions | None:
+        """How its last stage's connector is told the instruction, if it reads one."""
+        return next((one for one in self.stages[-1].annotators if isinstance(one, Instructions)), None)
+
     def stage(self, name: str) -> Stage:
         return next(stage for stage in self.stages if stage.name == name)
 

@@ -17,7 +17,8 @@ import torch
 from numpy.typing import NDArray
 
 from mllm.export import read_back
-from mllm.generate import LONG, Sampling, choose, decoder_of
+from mllm.generate import LONG, Annotate, Sampling, choose, decoder_of
+from mllm.instructed import in_folder
 from mllm.model import Model
 from mllm.recipe import Recipe, load
 from pipelines import pictures
@@ -77,16 +78,26 @@ class Prompt:
 
 
 class Speaker:
-    """A model with its tokenizer and template, on one device. `context` is the most tokens of prompt and answer together."""
+    """A model with its tokenizer and template, on one device. `context` is the most tokens of prompt and answer together.
 
-    def __init__(self, recipe: Recipe, model: Model, tokenizer: str, limits: Limits = CONVERSATION) -> None:
+    `annotate` writes instructions for a connector that reads them (`mllm.instructed`).
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        model: Model,
+        tokenizer: str,
+        limits: Limits = CONVERSATION,
+        annotate: Annotate | None = None,
+    ) -> None:
         words = recipe.model.words
         if words.tokenizer is None:
             raise ValueError(f"recipe {recipe.name!r} has a model that reads no text, so it cannot be talked to")
         last = recipe.stages[-1]
         self.name = recipe.name
         self.model = model
-        self.decoder = decoder_of(model.eval().requires_grad_(False))
+        self.decoder = decoder_of(model.eval().requires_grad_(False), annotate)
         self.device = next(model.parameters()).device
         self.context = words.longest or last.context
         self.tiling = recipe.tiling
@@ -104,7 +115,7 @@ class Speaker:
         recipe = load((folder / "recipe.json").read_bytes())
         inner = folder / "lm"
         text = inner if (inner / "tokenizer.json").is_file() else folder
-        return cls(recipe, model, str(text), limits)
+        return cls(recipe, model, str(text), limits, in_folder(recipe.instructions, folder, text))
 
     def prompt(self, turns: Sequence[Turn], how: Sampling) -> Prompt:
         """The conversation as tokens and tiles, its pictures decoded. Raises BadTurns."""
@@ -151,7 +162,8 @@ class Speaker:
                     characters += len(part)
                     # Instruction corpora write a picture, a new line, and the question.
                     line = "\n" if isinstance(before, bytes) and not part.startswith("\n") else ""
-                    segments.append(Text(text=line + part, role=turn.role, learn=False))
+                    # As in training, an instruction is what stands before the first answer.
+                    segments.append(Text(text=line + part, role=turn.role, learn=turn.role == "assistant"))
                 before = part
         if shown > self.limits.pictures:
             raise BadTurns(f"{shown} pictures, more than the {self.limits.pictures} that one conversation may have")

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import io
+import shutil
 import struct
 import zlib
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -16,12 +18,15 @@ from PIL import Image
 
 from mllm.export import export
 from mllm.fusion import PreLMAdapter
-from mllm.generate import Cached, Recomputed, Sampling, choose, decoder_of
+from mllm.generate import Annotate, Cached, Recomputed, Sampling, choose, decoder_of
+from mllm.instructed import QFORMER_TOKENIZER
 from mllm.recipe import Recipe
 from mllm.recipes import by_name
 from mllm.speaker import BadTurns, Pen, Speaker, TooLong, Turn
 from mllm.tiny import tiny
+from mllm.vlm import VisionLanguageModel
 from pipelines.encode import TextCodec
+from pipelines.types import NOT_LEARNED, Batch, Pack
 from tests.conftest import CORPUS, ROOT
 
 TOKENIZER = str(ROOT / "examples" / "tokenizer")
@@ -49,7 +54,7 @@ def asked(*parts: str | bytes) -> list[Turn]:
     return [Turn(role="user", parts=parts)]
 
 
-def lively(recipe: Recipe) -> Speaker:
+def lively(recipe: Recipe, annotate: Annotate | None = None) -> Speaker:
     """A model of weights large enough that different prompts get different answers."""
     torch.manual_seed(0)
     model = recipe.model.build()
@@ -57,7 +62,7 @@ def lively(recipe: Recipe) -> Speaker:
         for name, parameter in model.named_parameters():
             if "norm" not in name:
                 parameter.normal_(std=0.1)
-    return Speaker(recipe, model, TOKENIZER)
+    return Speaker(recipe, model, TOKENIZER, annotate=annotate)
 
 
 @pytest.fixture(scope="module")
@@ -187,6 +192,43 @@ def test_an_exported_model_is_opened(small: Recipe, tmp_path: Path) -> None:
         assert Speaker.open(folder).answer(question, Sampling(max_tokens=8)) == ours.answer(
             question, Sampling(max_tokens=8)
         )
+
+
+def test_a_connector_reads_what_is_asked(tmp_path: Path) -> None:
+    """InstructBLIP: the question before the first answer, as in training; each prompt its own, whatever comes after."""
+    recipe = tiny(by_name("instructblip_7b"))
+    assert recipe.instructions is not None
+    write = recipe.instructions.packs(lambda _: TOKENIZER)
+    model = lively(recipe, write).model
+    assert isinstance(model, VisionLanguageModel)
+    folder = export(recipe, model, TOKENIZER, tmp_path / "export", TOKENIZER)
+    speaker = Speaker.open(folder)
+    first = Turn(role="user", parts=(FILE, "What is it?"))
+    talk = [[first], [first, Turn(role="assistant", parts=("A dog.",)), Turn(role="user", parts=("And here?",))]]
+    prompts = [speaker.prompt(turns, Sampling(max_tokens=8)) for turns in talk]
+    read, again = (write(Pack.of_samples([prompt.sample], prompt.tiles)).instructions for prompt in prompts)
+    assert read is not None
+    assert again is not None
+    assert np.array_equal(read, again)
+    assert "What is it?" in CODEC.decode([token for token in read[0].tolist() if token != NOT_LEARNED])
+
+    other = speaker.prompt(asked(FILE, "Name the colour of the sky."), Sampling(max_tokens=8))
+    pack = Pack.of_samples([prompts[0].sample], prompts[0].tiles)
+    told, misled = (
+        write(pack),
+        replace(pack, instructions=write(Pack.of_samples([other.sample], other.tiles)).instructions),
+    )
+    logits = [model.next_logits(Batch.of(one))[0] for one in (told, misled)]
+    assert (logits[0] - logits[1]).abs().max() > 1e-3  # so that it shows whose question was read
+    for decoder in (Cached(model, write), Recomputed(model, write)):
+        assert torch.allclose(decoder.begin([prompts[0].sample], [prompts[0].tiles])[0], logits[0], atol=1e-4)
+    together = speaker.answers([*prompts, other])
+    assert together == [speaker.answers([one])[0] for one in [*prompts, other]]
+    assert together == list(lively(recipe, write).answers([*prompts, other]))
+
+    shutil.rmtree(folder / QFORMER_TOKENIZER)
+    with pytest.raises(ValueError, match="export it again, so that the Q-Former's tokenizer lies in the folder"):
+        Speaker.open(folder)
 
 
 @pytest.mark.parametrize("wrong", [{"max_tokens": 0}, {"temperature": -1.0}, {"top_p": 0.0}, {"stop": ("",)}])
