@@ -18,6 +18,7 @@ from rich.padding import Padding
 from rich.text import Text
 from rich.tree import Tree
 
+from mllm.encoders import Encoders
 from mllm.recipe import Epochs, Frozen, Full, LoRA, Recipe, Source, Stage, Steps, Tokens, Tuning
 from mllm.recipes import RECIPES
 
@@ -111,8 +112,12 @@ def kinds(recipe: Recipe) -> list[str]:
 def axes(recipe: Recipe) -> Iterator[tuple[str, str]]:
     """The parts of the model and the tiling, each in a line."""
     for field in fields(recipe.model):
-        if field.name != "kind" and getattr(recipe.model, field.name) is not None:
-            yield field.name, _value(getattr(recipe.model, field.name))
+        value = getattr(recipe.model, field.name)
+        if isinstance(value, Encoders):
+            for number, (tower, size) in enumerate(zip(value.towers, value.sizes, strict=True)):
+                yield f"tower {number}", f"{_value(tower)}, at {size} pixels"
+        elif field.name != "kind" and value is not None:
+            yield field.name, _value(value)
     yield "tiling", _value(recipe.tiling)
 
 

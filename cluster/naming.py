@@ -192,7 +192,8 @@ def _valid(words: dict[str, Any], kind: str) -> Corpus:
         return _adapter().validate_json(json.dumps(words))
     except ValidationError as error:
         faults = "; ".join(
-            f"{'.'.join(str(step) for step in fault['loc'] if step != kind)}: {fault['msg']} (found {fault['input']!r})"
+            f"{'.'.join(str(step) for step in fault['loc'] if step != kind)}: {fault['msg'].removeprefix('Value error, ')} "
+            f"(found {fault['input']!r})"
             for fault in error.errors()
         )
         raise SiteError(f"corpus of kind {kind!r}: {faults}") from error

@@ -298,7 +298,9 @@ def load_site(path: str | None = None, workers: Actors | None = None) -> Site:
     except tomllib.TOMLDecodeError as error:
         raise SiteError(f"{file}: {error}") from error
     except ValidationError as error:
-        faults = "; ".join(f"{'.'.join(map(str, f['loc']))}: {f['msg']}" for f in error.errors())
+        faults = "; ".join(
+            f"{'.'.join(map(str, f['loc']))}: {f['msg'].removeprefix('Value error, ')}" for f in error.errors()
+        )
         raise SiteError(f"{file}: {faults}") from error
     site = _absolute(site, file.parent)
     storage.use(site.storage)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from difflib import get_close_matches
 from typing import Any
 
@@ -85,18 +85,36 @@ def _near(name: str, node: Any) -> str:
     return f"{kind} its fields are {list(node)}"
 
 
-def explain(error: ValidationError) -> str:
-    """One line a fault, its path as an override would write it."""
+def explain(error: ValidationError, words: Any) -> str:
+    """One line a fault of `words`, its path as an override would write it."""
     lines = []
     for fault in error.errors():
-        path = ".".join(str(step) for step in fault["loc"]) or "recipe"
+        path = ".".join(_path(words, fault["loc"])) or "recipe"
         found = "" if isinstance(fault["input"], dict) else f" (found {fault['input']!r})"
+        why = fault["msg"].removeprefix("Value error, ")
         if fault["type"] == "union_tag_invalid":
             tag, kinds = _kinds(fault)
             near = get_close_matches(tag, kinds, 1)
+            why = f"there is no kind {tag!r} of it; there are {', '.join(kinds)}"
             found = f"; did you mean {near[0]!r}?" if near else ""
-        lines.append(f"{path}: {fault['msg']}{found}")
+        lines.append(f"{path}: {why}{found}")
     return "\n".join(lines)
+
+
+def _path(words: Any, path: Iterable[int | str]) -> Iterator[str]:
+    """A fault's path without the kinds of the values that it leads through, which pydantic names too."""
+    for step in path:
+        if isinstance(words, dict) and words.get("kind") == step and step not in words:
+            continue
+        within: Any = None
+        name = str(step)
+        if isinstance(words, list) and isinstance(step, int):
+            within = words[step]
+            name = str(within.get("name", step)) if isinstance(within, dict) else name
+        elif isinstance(words, dict):
+            within = words.get(step)
+        yield name
+        words = within
 
 
 def respelled(words: dict[str, Any], error: ValidationError) -> bool:

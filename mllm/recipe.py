@@ -420,7 +420,14 @@ def load(text: str | bytes) -> Recipe:
     try:
         return _adapter().validate_json(text)
     except ValidationError as error:
-        raise RecipeError(explain(error)) from error
+        raise RecipeError(explain(error, _read(text))) from error
+
+
+def _read(text: str | bytes) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return None  # of which the fault itself is
 
 
 def fingerprint(recipe: Recipe, stage: Stage, before: str) -> str:

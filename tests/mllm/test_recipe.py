@@ -144,6 +144,21 @@ def test_a_stage_cuts_pictures_larger_for_all_that_come_after_it() -> None:
         override(by_name("vila_smoke"), ['stages.sft.tiling={"kind": "resize", "size": 64}'])
 
 
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ('model.connector={"kind": "sva"}', "model: connector 'sva' takes several towers and the encoder has 1; take"),
+        ('model.fusion={"kind": "splic"}', "model.fusion: there is no kind 'splic' of it; there are splice, "),
+        ("stages.pretrain.tune.lm.lr=-1", "stages.pretrain.tune.lm.lr: Input should be greater than 0 (found -1)"),
+        ("model.connector.depth=two", "model.connector.depth: Input should be a valid integer"),
+    ],
+)
+def test_what_does_not_fit_is_told_by_the_path_that_changes_it(change: str, told: str) -> None:
+    with pytest.raises(RecipeError) as refused:
+        override(by_name("vila_smoke"), [change])
+    assert str(refused.value).startswith(told)
+
+
 def test_an_unknown_recipe_names_the_nearest() -> None:
     with pytest.raises(RecipeError, match="did you mean vila_smoke"):
         by_name("vila_smok")
