@@ -41,6 +41,7 @@ from cluster.fullest import fullest
 from cluster.held import CPU, Course, Held
 from cluster.schedule import accumulation
 from cluster.stacks import Depths, layer_weights, shortened, stacks_of
+from mllm import dropout
 from mllm.aligned.twin import Queue
 from mllm.annotators import ReferenceLogProbs
 from mllm.encoders import Encoder
@@ -298,7 +299,7 @@ def _course(words: str, features: bool, depths: Depths, world: int) -> tuple[Cou
         _mark(engine, optimizer, held)
         held.moment("begin")
         try:
-            with _quiet(), _as_mine(), patch.object(aligned, "drawn", _drawn), patch.object(engine, "_told", told):
+            with _quiet(), _as_mine(), _undrawn(), patch.object(aligned, "drawn", _drawn), patch.object(engine, "_told", told):
                 engine.train_step([pack], 1.0)
         except (DataDependentOutputException, DynamicOutputShapeException) as error:
             raise Unforetold(
@@ -335,6 +336,13 @@ def _as_mine() -> Iterator[None]:
         everyone[:] = [mine] * len(everyone)
 
     with patch.object(dist, "all_gather_object", gathered):
+        yield
+
+
+@contextmanager
+def _undrawn() -> Iterator[None]:
+    """What dropout leaves out, nobody knows: whole numbers are computed for real here, and it draws one for each activation."""
+    with patch.object(dropout, "draws", lambda _seeds, owner, _place: torch.empty(owner.shape).long()):
         yield
 
 
