@@ -299,7 +299,13 @@ def _course(words: str, features: bool, depths: Depths, world: int) -> tuple[Cou
         _mark(engine, optimizer, held)
         held.moment("begin")
         try:
-            with _quiet(), _as_mine(), _undrawn(), patch.object(aligned, "drawn", _drawn), patch.object(engine, "_told", told):
+            with (
+                _quiet(),
+                _as_mine(),
+                _undrawn(),
+                patch.object(aligned, "drawn", _drawn),
+                patch.object(engine, "_told", told),
+            ):
                 engine.train_step([pack], 1.0)
         except (DataDependentOutputException, DynamicOutputShapeException) as error:
             raise Unforetold(

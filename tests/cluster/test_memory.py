@@ -58,12 +58,12 @@ def _measured(recipe: Recipe, stage: Stage, packs: int) -> int:
     return min(peaks)
 
 
-def deep() -> Recipe:
-    """The smoke model with more layers, so that activations outweigh all else."""
+def deep(layer: int) -> Recipe:
+    """The smoke model with more layers, so that activations outweigh all else; features are read behind `layer`."""
     recipe = by_name("vila_smoke")
     arch = recipe.vlm.tower.arch
     assert isinstance(arch, ClipVision)
-    encoder = replace(recipe.vlm.tower, arch=replace(arch, layers=9))
+    encoder = replace(recipe.vlm.tower, arch=replace(arch, layers=9), layer=layer)
     lm = replace(recipe.vlm.lm, arch=replace(recipe.vlm.lm.arch, layers=8))
     return replace(
         recipe,
@@ -90,8 +90,9 @@ def test_what_is_foretold_is_what_a_run_takes(world: int) -> None:
     ]
 
 
-def test_layers_that_are_not_built_are_counted_too() -> None:
-    recipe = deep()
+@pytest.mark.parametrize("layer", [-2, -4])
+def test_layers_that_are_not_built_are_counted_too(layer: int) -> None:
+    recipe = deep(layer)
     whole = {"encoder": Full(lr=1e-4), "connector": Full(lr=1e-4), "lm": Full(lr=1e-4)}
     stages = [recipe.stage("align"), replace(recipe.stage("sft"), tune=whole, parallel=FSDP())]
     foretold = [memory(recipe, stage, (2,))[2] for stage in stages]
