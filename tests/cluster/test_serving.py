@@ -278,14 +278,24 @@ def test_the_command_says_where_and_ends_when_it_is_asked_to(folder: Path, asked
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     command = [str(Path(sys.executable).parent / "mllm"), "serve", str(folder), "--port", str(port)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell has background jobs ignore
+    try:
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    with process:
         assert process.stdout is not None
-        said = process.stdout.readline()
-        assert said == f"{folder.name} at http://127.0.0.1:{port}/v1 (Ctrl-C ends)\n"
-        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as client:
-            answer(client, {"model": folder.name, "messages": [{"role": "user", "content": "Hm?"}], "max_tokens": 2})
-        process.send_signal(asked)
-        assert (process.stdout.read(), process.wait(60)) == ("", code)
+        try:
+            said = process.stdout.readline()
+            assert said == f"{folder.name} at http://127.0.0.1:{port}/v1 (Ctrl-C ends)\n"
+            with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as client:
+                answer(
+                    client, {"model": folder.name, "messages": [{"role": "user", "content": "Hm?"}], "max_tokens": 2}
+                )
+            process.send_signal(asked)
+            assert (process.wait(60), process.stdout.read()) == (code, "")
+        finally:
+            process.kill()
 
 
 def test_mistakes_are_told_in_one_line(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
