@@ -87,7 +87,7 @@ def _like(result: Any, given: Sequence[Tensor]) -> _Make | None:
         with unset_fake_temporarily():
             empty = torch.empty(0, dtype=dtype, device="meta")
             # Torch's own stubs know only storages of a type, and `set_` takes this one.
-            viewed = empty.set_(given[0].untyped_storage(), at, shape, stride)  # type: ignore[arg-type]
+            viewed = empty.set_(given[0].untyped_storage(), at, shape, stride)  # type: ignore[arg-type]  # see above
             return FakeTensor(mode, viewed, CPU)
 
     if storage._cdata not in owners:

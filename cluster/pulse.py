@@ -14,6 +14,7 @@ import queue
 import signal
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 from cluster.policy import Watch, allowed, overdue
@@ -64,8 +65,11 @@ class Beats:
         self.said.put((phase, step))
 
     def _hand_on(self) -> None:
+        import ray.exceptions
+
         while (beat := self.said.get()) is not None:
-            self.pulse.beat.remote(self.rank, *beat, self.node, self.pid)
+            with suppress(ray.exceptions.RayError):  # a cluster in trouble, as for signs of life
+                self.pulse.beat.remote(self.rank, *beat, self.node, self.pid)
 
     def _tick(self) -> None:
         import ray

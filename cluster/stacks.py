@@ -75,9 +75,8 @@ def _places(model: VLM) -> Iterator[tuple[str, int, int, int]]:
         towers = {"encoder": encoder}
     for where, tower in towers.items():
         layers = getattr(tower.arch, "layers", None)
-        if (
-            layers is not None and tower.layer < 0
-        ):  # what is read counts from the end, and what is behind it is not computed
+        # Where what is read counts from the end, what is behind it is not computed.
+        if layers is not None and tower.layer < 0:
             yield f"{where}.arch.layers", layers, -tower.layer - 1, 1
     yield "lm.arch.layers", model.lm.arch.layers, 0, model.fusion.period
 

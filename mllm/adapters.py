@@ -126,6 +126,7 @@ def merge_from(folder: Path, recipe: Recipe, model: Model) -> None:
     config.rank_pattern = {names[name]: rank for name, rank in config.rank_pattern.items()}
     config.alpha_pattern = {names[name]: alpha for name, alpha in config.alpha_pattern.items()}
     inject_adapter_in_model(config, model)
+    del model.peft_config  # else adapters that are trained next would be warned about
     own = dict(model.named_parameters())
     for key, value in tensors.items():  # peft's file says `lora_A.weight`, and `lora_magnitude_vector` without
         name, _, of = key.removeprefix("base_model.model.").removesuffix(".weight").rpartition(".")

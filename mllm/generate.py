@@ -97,8 +97,8 @@ def decoder_of(model: Model, annotate: Annotate | None = None) -> Decoder:
         )
     if isinstance(model, VisionLanguageModel) and model.reads_instructions and annotate is None:
         raise ValueError(
-            "the model's connector reads the instruction with words of its own, and nothing here writes it in them; name the "
-            "run, or export it again, so that the Q-Former's tokenizer lies in the folder"
+            "the model's connector reads the instruction with words of its own, and nothing here writes it in them; export it "
+            "again, so that the Q-Former's tokenizer lies in the folder"
         )
     if isinstance(model, VisionLanguageModel) and can_cache(model):
         return Cached(model, annotate)

@@ -427,7 +427,7 @@ def _read(text: str | bytes) -> Any:
     try:
         return json.loads(text)
     except ValueError:
-        return None  # of which the fault itself is
+        return None  # no JSON at all, as the fault itself says
 
 
 def fingerprint(recipe: Recipe, stage: Stage, before: str) -> str:
